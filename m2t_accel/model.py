@@ -1,0 +1,147 @@
+"""Student, teacher and the loss of Momentum² Teacher (arXiv 2101.07525)."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, ResNetConfig, ResNetModel
+
+from m2t_accel.momentum_norm import (
+    commit_statistics,
+    convert_batch_norm,
+    momentum_layers,
+    set_statistics_momentum,
+)
+from m2t_accel.recipes import ENCODERS, ConfigurationError
+
+
+def create_encoder(name: str) -> PreTrainedModel:
+    """An encoder with random weights: a name of ENCODERS, a transformers config folder, or a Hub id.
+
+    Raises:
+        ConfigurationError: there is no such configuration, or its model has no BatchNorm.
+    """
+    if name in ENCODERS:
+        return ResNetModel(ResNetConfig(**ENCODERS[name]))
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ConfigurationError(f"--encoder {name}: the folder has no config.json of a transformers model")
+    try:
+        # Never remote code: a configuration from the Hub is data.
+        encoder = AutoModel.from_config(AutoConfig.from_pretrained(name, trust_remote_code=False))
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigurationError(
+            f"--encoder {name}: no transformers model ({reason}); give one of {', '.join(ENCODERS)}, "
+            "a folder with a transformers config.json, or a Hub id"
+        ) from None
+    try:
+        convert_batch_norm(copy.deepcopy(encoder))
+    except ValueError as error:
+        raise ConfigurationError(f"--encoder {name}: {error}; a ResNet such as resnet50 has it") from None
+    return encoder
+
+
+def embed(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Features of a transformers image model: (N, 3, H, W) in, its pooled output as (N, C) out."""
+    return encoder(pixel_values=images).pooler_output.flatten(1)
+
+
+def mlp(input_size: int, hidden_size: int, output_size: int) -> nn.Sequential:
+    """Projector and predictor: Linear, BatchNorm, ReLU, Linear. Source: BYOL (arXiv 2006.07733), section 3.3."""
+    return nn.Sequential(
+        nn.Linear(input_size, hidden_size),
+        nn.BatchNorm1d(hidden_size),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden_size, output_size),
+    )
+
+
+class Student(nn.Module):
+    """Encoder, projector and predictor, trained by gradient.
+
+    Both views go through one forward of this module, one after the other: BatchNorm sees one view at a time,
+    and DistributedDataParallel sees one forward for one backward.
+    """
+
+    def __init__(self, encoder: nn.Module, feature_size: int, hidden_size: int, projection_size: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projector = mlp(feature_size, hidden_size, projection_size)
+        self.predictor = mlp(projection_size, hidden_size, projection_size)
+
+    def forward(self, view_1: Tensor, view_2: Tensor) -> tuple[Tensor, Tensor]:
+        """Two views (N, 3, H, W) in; their predictions q1, q2 out, each (N, projection_size), unit-norm."""
+        q1, q2 = (self.predictor(self.projector(embed(self.encoder, view))) for view in (view_1, view_2))
+        return functional.normalize(q1, dim=1), functional.normalize(q2, dim=1)
+
+
+class Teacher(nn.Module):
+    """A copy of the student's encoder and projector that follows it, with momentum statistics in its BatchNorm."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.encoder = convert_batch_norm(copy.deepcopy(student.encoder))
+        self.projector = convert_batch_norm(copy.deepcopy(student.projector))
+        self.requires_grad_(False)
+
+    def forward(self, view_1: Tensor, view_2: Tensor) -> tuple[Tensor, Tensor]:
+        """Two views (N, 3, H, W) in; the targets of the student's views 1 and 2 out: k1 is of view 2, k2 of view 1."""
+        k1, k2 = (self.projector(embed(self.encoder, view)) for view in (view_2, view_1))
+        return functional.normalize(k1, dim=1), functional.normalize(k2, dim=1)
+
+    def set_statistics_momentum(self, statistics_momentum: float) -> None:
+        """Set α, the share of the batch in the statistics, for the forwards of a step."""
+        set_statistics_momentum(momentum_layers(self), statistics_momentum)
+
+    def commit_statistics(self) -> None:
+        """Move the statistics' history, once per optimizer step; a collective call where there are processes."""
+        commit_statistics(momentum_layers(self))
+
+    @torch.no_grad()
+    def follow(self, student: Student, weight_momentum: float) -> None:
+        """teacher ← m · teacher + (1 - m) · student, over the weights of encoder and projector."""
+        own, others = [], []
+        for mine, theirs in ((self.encoder, student.encoder), (self.projector, student.projector)):
+            own += mine.parameters()
+            others += theirs.parameters()
+        torch._foreach_lerp_(own, others, 1 - weight_momentum)
+
+
+def momentum_teacher_loss(q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor) -> Tensor:
+    """Mean over the batch of 4 - 2 (q1·k1 + q2·k2), from 0 (aligned) to 8; (N, C) unit-norm each in.
+
+    The two views' losses are summed, not averaged. Source: arXiv 2101.07525, equation 2; BYOL, equation 2.
+    """
+    return (4 - 2 * ((q1 * k1).sum(dim=1) + (q2 * k2).sum(dim=1))).mean()
+
+
+def create_student(
+    encoder: PreTrainedModel, image_size: int, hidden_size: int, projection_size: int, name: str = "encoder"
+) -> Student:
+    """The student around an encoder, whose feature size is read off one forward.
+
+    Raises:
+        ConfigurationError: the encoder does not take such images, or gives no pooled features.
+    """
+    encoder.eval()
+    try:
+        with torch.no_grad():
+            feature_size = embed(encoder, torch.zeros(1, 3, image_size, image_size)).shape[1]
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigurationError(
+            f"--encoder {name}: no pooled features from images of {image_size} pixels ({str(error).splitlines()[0]})"
+        ) from None
+    encoder.train()
+    return Student(encoder, feature_size, hidden_size, projection_size)
+
+
+def plain_encoder(encoder: PreTrainedModel) -> PreTrainedModel:
+    """The teacher's encoder as a stock transformers model, its history as running statistics, in evaluation."""
+    config: PretrainedConfig = copy.deepcopy(encoder.config)
+    plain = type(encoder)(config)
+    plain.load_state_dict(encoder.state_dict(), strict=True)
+    return plain.eval()

@@ -1,0 +1,93 @@
+"""Optimizers of the recipes: torch's SGD, and LARS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+
+class LARS(Optimizer):
+    """SGD with momentum whose rate is scaled per adapted tensor by eta ‖w‖ / (‖g‖ + weight_decay ‖w‖).
+
+    With g the gradient: `buf ← momentum · buf + rate · (g + weight_decay · w)`, `w ← w - buf`. Parameter groups
+    with `adapt=False` use the plain learning rate, and so does a tensor with ‖w‖ ‖g‖ ≤ 1e-8.
+
+    Source: You et al., arXiv 1708.03888, algorithm 1; the rate stands inside the buffer, as in the
+    published code of arXiv 2101.07525.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        eta: float = 1e-3,
+        adapt: bool = True,
+    ) -> None:
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "adapt": adapt}
+        )
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step; the gradients are left as they are."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            gradients = [p.grad for p in parameters]
+            decay = group["weight_decay"]
+            updates = torch._foreach_add(gradients, parameters, alpha=decay)
+            if group["adapt"]:
+                # Norms stay on the device as tensors: no step waits for the GPU.
+                weight_norms = torch.stack(torch._foreach_norm(parameters))
+                gradient_norms = torch.stack(torch._foreach_norm(gradients))
+                trust = group["eta"] * weight_norms / (gradient_norms + decay * weight_norms)
+                trust = torch.where(weight_norms * gradient_norms > 1e-8, trust, 1.0)
+                torch._foreach_mul_(updates, list((group["lr"] * trust).unbind()))
+            else:
+                torch._foreach_mul_(updates, group["lr"])
+            buffers = []
+            for parameter in parameters:
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                buffers.append(state["momentum_buffer"])
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_sub_(parameters, buffers)
+        return loss
+
+
+def create_optimizer(
+    module: nn.Module, name: str, learning_rate: float, momentum: float, weight_decay: float
+) -> Optimizer:
+    """`sgd` or `lars` over the module's trained parameters.
+
+    Weight decay is on every parameter, as published. LARS adapts the weights of convolutions and linear
+    layers; the parameters of one dimension (BatchNorm, biases) it does not.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if name == "sgd":
+        return SGD(parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
+    if name == "lars":
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "adapt": True},
+            {"params": [p for p in parameters if p.dim() <= 1], "adapt": False},
+        ]
+        return LARS(groups, lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
+    raise ValueError(f"optimizer {name!r}: sgd or lars")
+
+
+def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
+    """Set the learning rate of all parameter groups, before the step that uses it."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate

@@ -1,0 +1,536 @@
+"""What a run is: its settings, the published recipes, and how flags and YAML become a checked configuration.
+
+This module imports no torch, so that `--help`, `--recipe list` and a wrong flag answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import math
+import os
+import re
+import sys
+import time
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+
+class ConfigurationError(ValueError):
+    """What a user gave cannot be run. Its message is one line: what was given, what is allowed, what to type."""
+
+
+# Encoders by name: arguments of transformers.ResNetConfig. All but the last are the standard ResNets.
+ENCODERS: Mapping[str, Mapping[str, object]] = {
+    "resnet18": {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"},
+    "resnet34": {"depths": [3, 4, 6, 3], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"},
+    "resnet50": {"depths": [3, 4, 6, 3], "hidden_sizes": [256, 512, 1024, 2048], "layer_type": "bottleneck"},
+    "resnet101": {
+        "depths": [3, 4, 23, 3],
+        "hidden_sizes": [256, 512, 1024, 2048],
+        "layer_type": "bottleneck",
+    },
+    "resnet152": {
+        "depths": [3, 8, 36, 3],
+        "hidden_sizes": [256, 512, 1024, 2048],
+        "layer_type": "bottleneck",
+    },
+    "resnet10-quarter": {
+        "depths": [1, 1, 1, 1],
+        "hidden_sizes": [16, 32, 64, 128],
+        "embedding_size": 16,
+        "layer_type": "basic",
+    },
+}
+
+
+def setting(default: object, help: str, **limits: object):
+    """A field of PretrainConfig: its default, its line in `--help`, and its limits.
+
+    limits: `at_least`, `at_most`, `above`, `below` (numbers; of a tuple, each item) and `choices`.
+    """
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """All settings of a pretraining run, checked. The defaults are the ImageNet ones.
+
+    Raises:
+        ConfigurationError: a value out of range, or values that do not fit one another.
+    """
+
+    recipe: str = setting("digits", "name of a recipe; `list` prints them all")
+    dataset: str | None = setting(
+        None, "`digits`, a folder of class folders or of images, a folder of parquet files, or a Hub id"
+    )
+    output_dir: str | None = setting(None, "folder of the run (default: runs/RECIPE)")
+    seed: int = setting(0, "seed of the weights, the order and the views", at_least=0)
+
+    encoder: str = setting(
+        "resnet50", f"{', '.join(ENCODERS)}, a transformers config folder or a Hub id (weights start random)"
+    )
+    hidden_size: int = setting(4096, "hidden width of projector and predictor", at_least=2)
+    projection_size: int = setting(256, "output width of projector and predictor", at_least=2)
+    weight_momentum: float = setting(
+        0.99, "the teacher's weight momentum at step 0; rises to 1 by a cosine", at_least=0, at_most=1
+    )
+
+    epochs: int = setting(100, "passes over the images", at_least=1)
+    batch_size: int = setting(1024, "images per optimizer step, over all devices", at_least=2)
+    device_batch_size: int | None = setting(
+        None,
+        "images that one BatchNorm sees; batch_size / device_batch_size virtual devices (default: batch_size)",
+        at_least=2,
+    )
+    optimizer: str = setting("sgd", "sgd or lars", choices=("sgd", "lars"))
+    learning_rate_per_256: float = setting(0.05, "peak learning rate for each 256 images of batch_size", above=0)
+    warmup_epochs: float = setting(10.0, "epochs of linear warmup from 1e-6, then cosine to 0", at_least=0)
+    weight_decay: float = setting(1e-4, "weight decay", at_least=0)
+    optimizer_momentum: float = setting(0.9, "momentum of SGD or LARS", at_least=0, below=1)
+
+    image_size: int = setting(224, "side of a view, in pixels", at_least=8)
+    crop_scale: tuple[float, float] = setting((0.08, 1.0), "area of a crop as a share of the image's", above=0)
+    crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "width / height of a crop", above=0)
+    rotation: float = setting(0.0, "crops are turned by up to this many degrees", at_least=0, at_most=180)
+    flip_probability: float = setting(0.5, "chance of a horizontal flip", at_least=0, at_most=1)
+    jitter_probability: float = setting(0.8, "chance of colour jitter", at_least=0, at_most=1)
+    brightness: float = setting(0.4, "strength of jitter: factor 1 ± this", at_least=0, at_most=1)
+    contrast: float = setting(0.4, "strength of jitter: factor 1 ± this", at_least=0, at_most=1)
+    saturation: float = setting(0.2, "strength of jitter: factor 1 ± this", at_least=0, at_most=1)
+    hue: float = setting(0.1, "strength of jitter: ± this share of the circle", at_least=0, at_most=0.5)
+    grayscale_probability: float = setting(0.2, "chance of losing all colour", at_least=0, at_most=1)
+    blur_probability: tuple[float, float] = setting(
+        (1.0, 0.1), "chance of Gaussian blur, view 1 and view 2", at_least=0, at_most=1
+    )
+    blur_sigma: tuple[float, float] = setting((0.1, 2.0), "range of the blur's sigma, in pixels", above=0)
+    solarize_probability: tuple[float, float] = setting(
+        (0.0, 0.2), "chance of solarization, view 1 and view 2", at_least=0, at_most=1
+    )
+    image_mean: tuple[float, float, float] = setting((0.485, 0.456, 0.406), "mean per channel, of 0 to 1")
+    image_std: tuple[float, float, float] = setting(
+        (0.229, 0.224, 0.225), "standard deviation per channel, of 0 to 1", above=0
+    )
+    evaluation_crop: float = setting(
+        0.875, "evaluation sees the centre: this share of the shorter side", above=0, at_most=1
+    )
+
+    image_column: str | None = setting(None, "column of the images (default: found)")
+    label_column: str | None = setting(None, "column of the labels (default: found)")
+    validation_fraction: float = setting(
+        0.1, "labelled images without a validation split: share held out for kNN", at_least=0, at_most=0.5
+    )
+    num_workers: int | None = setting(
+        None, "processes that decode images, per device (default: the spare cores, at most 8)", at_least=0
+    )
+
+    log_every: int = setting(10, "steps between lines of metrics.jsonl", at_least=1)
+    evaluate_every: int | None = setting(
+        None,
+        "epochs between kNN evaluations, 0 for never (default: ten in a run, where labels are)",
+        at_least=0,
+    )
+    tracker: str = setting("none", "none or tensorboard", choices=("none", "tensorboard"))
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            check_limits(item.name, getattr(self, item.name), item.metadata)
+        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ConfigurationError(f"--{name} {low} {high}: the first must not exceed the second")
+        if self.warmup_epochs >= self.epochs:
+            raise ConfigurationError(
+                f"--warmup_epochs {self.warmup_epochs:g} must be less than --epochs {self.epochs}: "
+                f"add --warmup_epochs {self.epochs / 10:g}"
+            )
+        device_batch_size = self.device_batch_size or self.batch_size
+        if self.batch_size % device_batch_size:
+            divisors = [n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0]
+            nearest = min(divisors, key=lambda n: abs(n - device_batch_size))
+            below = self.batch_size // device_batch_size * device_batch_size
+            choices = " or ".join(str(n) for n in (below, below + device_batch_size) if n)
+            raise ConfigurationError(
+                f"--batch_size {self.batch_size} is not a multiple of --device_batch_size {device_batch_size}: "
+                f"use --batch_size {choices}, or --device_batch_size {nearest}"
+            )
+        # A frozen dataclass is written once more here, so that config.yaml shows what was used.
+        object.__setattr__(self, "device_batch_size", device_batch_size)
+        object.__setattr__(self, "output_dir", self.output_dir or f"runs/{self.recipe}")
+        if self.dataset is None:
+            raise ConfigurationError(
+                f"recipe {self.recipe} needs --dataset: a folder of class folders (train/ and val/ in it, or "
+                "not), of images or of parquet files, or a Hub id such as ILSVRC/imagenet-1k"
+            )
+        if self.dataset != "digits" and not Path(self.dataset).exists() and not is_hub_id(self.dataset):
+            raise ConfigurationError(
+                f"--dataset {self.dataset}: no such file or folder; "
+                "give `digits`, a folder that exists, or a Hub id USER/NAME"
+            )
+        if self.encoder not in ENCODERS and not Path(self.encoder).exists() and not is_hub_id(self.encoder):
+            raise ConfigurationError(
+                f"--encoder {self.encoder}: unknown{did_you_mean(self.encoder, ENCODERS)}; give one of "
+                f"{', '.join(ENCODERS)}, a folder with a transformers config.json, or a Hub id USER/NAME"
+            )
+
+    @property
+    def num_virtual_devices(self) -> int:
+        """Sub-batches of one optimizer step, each with its own BatchNorm statistics."""
+        return self.batch_size // self.device_batch_size
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate of the whole batch."""
+        return self.learning_rate_per_256 * self.batch_size / 256
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML, in the order of the fields; `--config` reads it back."""
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named set of settings, and what it gave where it was published."""
+
+    settings: Mapping[str, object]
+    hardware: str
+    hours: float | None = None  # of the published run
+    top1: float | None = None  # published linear evaluation on ImageNet, in per cent
+
+
+def published(hardware: str, epochs: int, hours: float, top1: float, **settings: object) -> Recipe:
+    return Recipe({"epochs": epochs, "weight_decay": 1e-4, **settings}, hardware, hours, top1)
+
+
+LARGE_BATCH = {"batch_size": 4096, "optimizer": "lars", "weight_decay": 1e-6}
+
+# Source: arXiv 2101.07525, its tables, and its published code. Days there are hours here.
+RECIPES: Mapping[str, Recipe] = {
+    **{
+        f"8xV100-b1024-{epochs}ep": published(
+            "8 V100", epochs, hours, top1, batch_size=1024, device_batch_size=128, learning_rate_per_256=0.05
+        )
+        for epochs, hours, top1 in ((100, 43.2, 70.7), (200, 86.4, 72.7), (300, 132.0, 73.8))
+    },
+    **{
+        f"8x2080Ti-b256-{epochs}ep": published(
+            "8 2080 Ti", epochs, hours, top1, batch_size=256, device_batch_size=32, learning_rate_per_256=0.05
+        )
+        for epochs, hours, top1 in ((100, 60.0, 70.4), (200, 120.0, 72.3), (300, 180.0, 72.9))
+    },
+    **{
+        f"32xV100-b4096-{epochs}ep": published(
+            "32 V100", epochs, hours, top1, device_batch_size=128, learning_rate_per_256=rate, **LARGE_BATCH
+        )
+        for epochs, hours, top1, rate in (
+            (100, 11.0, 70.3, 0.45),
+            (200, 22.0, 72.5, 0.45),
+            (300, 33.0, 73.7, 0.3),
+        )
+    },
+    **{
+        f"128x2080Ti-b4096-{epochs}ep": published(
+            "128 2080 Ti",
+            epochs,
+            hours,
+            top1,
+            device_batch_size=32,
+            learning_rate_per_256=rate,
+            **LARGE_BATCH,
+        )
+        for epochs, hours, top1, rate in (
+            (100, 5.0, 69.0, 0.45),
+            (200, 10.0, 71.5, 0.45),
+            (300, 15.0, 72.3, 0.3),
+        )
+    },
+    "digits": Recipe(
+        {
+            "dataset": "digits",
+            "encoder": "resnet10-quarter",
+            "hidden_size": 512,
+            "projection_size": 128,
+            "epochs": 40,
+            "batch_size": 64,
+            "learning_rate_per_256": 0.4,
+            "warmup_epochs": 2.0,
+            "image_size": 32,
+            "crop_scale": (0.4, 1.2),
+            "rotation": 15.0,
+            "flip_probability": 0.0,
+            "saturation": 0.0,
+            "hue": 0.0,
+            "grayscale_probability": 0.0,
+            "blur_probability": (0.0, 0.0),
+            "solarize_probability": (0.0, 0.0),
+            "image_mean": (0.305, 0.305, 0.305),
+            "image_std": (0.377, 0.377, 0.377),
+            "evaluation_crop": 1.0,
+        },
+        "2 CPU cores",
+    ),
+    "cifar10": Recipe(
+        {
+            "dataset": "uoft-cs/cifar10",
+            "encoder": "resnet18",
+            "epochs": 200,
+            "batch_size": 256,
+            "learning_rate_per_256": 0.2,
+            "weight_decay": 5e-4,
+            # 7x7 stride 2 and a max-pool leave 16x16 of 64 pixels: enlarged crops stand in for a 3x3 stem.
+            "image_size": 64,
+            "crop_scale": (0.2, 1.0),
+            "blur_probability": (0.0, 0.0),
+            "image_mean": (0.491, 0.482, 0.447),
+            "image_std": (0.247, 0.243, 0.262),
+            "evaluation_crop": 1.0,
+        },
+        "1 GPU",
+    ),
+}
+
+
+# --- values and their limits
+
+
+def check_limits(name: str, value: object, limits: Mapping[str, object]) -> None:
+    if value is None:
+        return
+    if "choices" in limits and value not in limits["choices"]:
+        raise ConfigurationError(
+            f"--{name} {value}: unknown{did_you_mean(value, limits['choices'])}; one of {', '.join(limits['choices'])}"
+        )
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ConfigurationError(f"--{name} {number}: not a finite number")
+        for limit, holds, words in (
+            ("at_least", lambda a, b: a >= b, "at least"),
+            ("at_most", lambda a, b: a <= b, "at most"),
+            ("above", lambda a, b: a > b, "more than"),
+            ("below", lambda a, b: a < b, "less than"),
+        ):
+            if limit in limits and not holds(number, limits[limit]):
+                raise ConfigurationError(f"--{name} {number:g} is out of range: {words} {limits[limit]:g} is allowed")
+
+
+def convert(name: str, kind: object, value: object) -> object:
+    """A flag's text or a YAML value as the type of the setting `name`; one path, so that both read alike.
+
+    Raises:
+        ConfigurationError: the value is not of that type.
+    """
+    if isinstance(kind, types.UnionType):  # the only unions here are `something | None`
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(kinds):
+            shown = value if isinstance(value, str) or not isinstance(value, Sequence) else " ".join(map(str, value))
+            raise ConfigurationError(f"--{name} {shown}: {len(kinds)} numbers are needed")
+        return tuple(convert(name, k, v) for k, v in zip(kinds, value, strict=True))
+    if (isinstance(value, Sequence) and not isinstance(value, str)) or isinstance(value, Mapping) or value is None:
+        raise ConfigurationError(f"--{name} {value}: one {kind.__name__} is needed")
+    try:
+        if kind is str:
+            return str(value)
+        return kind(str(value))  # str first: int(1.5) and int(True) would pass in silence
+    except ValueError:
+        article = "a whole number" if kind is int else "a number"
+        raise ConfigurationError(f"--{name} {value}: {article} is needed") from None
+
+
+def did_you_mean(word: object, words: typing.Iterable[str]) -> str:
+    """`, did you mean NEAREST?`, or nothing where no word is near."""
+    by_lower = {w.lower(): w for w in words}
+    near = difflib.get_close_matches(str(word).lower(), by_lower, n=1, cutoff=0.5)
+    return f", did you mean {by_lower[near[0]]}?" if near else ""
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether the text has the form of a Hub id, USER/NAME."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
+
+
+# --- from the command line to a configuration
+
+
+def build_config(given: Mapping[str, object]) -> PretrainConfig:
+    """The configuration of the settings given over those of the recipe they name.
+
+    Raises:
+        ConfigurationError: an unknown recipe or setting, or a value that is not allowed.
+    """
+    hints = typing.get_type_hints(PretrainConfig)
+    for name in given:
+        if name not in hints:
+            raise ConfigurationError(f"unknown setting {name}{did_you_mean(name, hints)}; --help lists them all")
+    converted = {name: convert(name, hints[name], value) for name, value in given.items()}
+    recipe = converted.get("recipe", "digits")
+    if recipe not in RECIPES:
+        raise ConfigurationError(
+            f"--recipe {recipe}: unknown{did_you_mean(recipe, RECIPES)}; `--recipe list` prints them all"
+        )
+    return PretrainConfig(**{**RECIPES[recipe].settings, **converted})
+
+
+def read_yaml(path: str) -> dict[str, object]:
+    """The settings in a YAML file.
+
+    Raises:
+        ConfigurationError: there is no such file, or it does not hold `name: value` lines.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--config {path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigurationError(f"--config {path}: needs lines `name: value`, with the names of --help")
+    return content
+
+
+def parse_command_line(description: str, arguments: Sequence[str] | None = None) -> PretrainConfig:
+    """The configuration that the command line asks for: recipe, then `--config` file, then flags; later wins.
+
+    `--help` and `--recipe list` print and exit.
+
+    Raises:
+        ConfigurationError: an unknown flag, key or recipe, or a value that is not allowed.
+    """
+    parser = OneLineParser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Every setting may also stand in the --config file, as `name: value`; flags win.\n"
+        "The defaults shown are those of the ImageNet recipes; a recipe sets its own.",
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings from a file, such as a run's config.yaml")
+    for item in dataclasses.fields(PretrainConfig):
+        default = item.default if not isinstance(item.default, tuple) else " ".join(f"{n:.3g}" for n in item.default)
+        shown = "" if item.default is None else f" (default: {default})"
+        length = len(item.default) if isinstance(item.default, tuple) else None
+        parser.add_argument(
+            f"--{item.name}",
+            nargs=length,
+            metavar=("N",) * length if length else "X",
+            default=argparse.SUPPRESS,
+            help=(item.metadata["help"] + shown).replace("%", "%%"),
+        )
+    known, unknown = parser.parse_known_args(arguments)
+    flags = vars(known)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        names = [f"--{item.name}" for item in dataclasses.fields(PretrainConfig)]
+        raise ConfigurationError(f"unknown flag {flag}{did_you_mean(flag, names)}; --help lists them all")
+    if flags.get("recipe") == "list":
+        print(recipe_table())
+        raise SystemExit(0)
+    path = flags.pop("config")
+    from_file = read_yaml(path) if path else {}
+    if {"recipe"} <= flags.keys() & from_file.keys() and flags["recipe"] != from_file["recipe"]:
+        raise ConfigurationError(
+            f"--recipe {flags['recipe']} meets `recipe: {from_file['recipe']}` of {path}: give one of them"
+        )
+    return build_config({**from_file, **flags})
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, its complaints as our one line instead of a page of usage."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigurationError(f"{message}; --help lists all flags")
+
+
+def recipe_table() -> str:
+    """The recipes as a table of text, with the published hardware, hours and result."""
+    rows = [("recipe", "batch", "per device", "optimizer", "lr/256", "epochs", "hardware", "hours", "top-1 %")]
+    for name, recipe in RECIPES.items():
+        config = build_config({"recipe": name, "dataset": recipe.settings.get("dataset", "digits")})
+        rows.append(
+            (
+                name,
+                str(config.batch_size),
+                str(config.device_batch_size),
+                config.optimizer,
+                f"{config.learning_rate_per_256:g}",
+                str(config.epochs),
+                recipe.hardware,
+                f"{recipe.hours:g}" if recipe.hours else "-",
+                f"{recipe.top1:.1f}" if recipe.top1 else "-",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    note = "Hardware, hours and linear top-1 are those published for ImageNet, ResNet-50 (arXiv 2101.07525)."
+    return "\n".join([*lines, "", note])
+
+
+# --- checks of the machine that need nothing heavy
+
+
+def check_num_processes(config: PretrainConfig, num_processes: int) -> None:
+    """Check that the processes share the virtual devices evenly.
+
+    Raises:
+        ConfigurationError: they do not; the message names process counts and batches that work.
+    """
+    devices = config.num_virtual_devices
+    if devices % num_processes == 0:
+        return
+    counts = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
+    chunk = config.device_batch_size * num_processes
+    below = config.batch_size // chunk * chunk
+    batches = " or ".join(str(n) for n in (below, below + chunk) if n)
+    smaller = f", or --device_batch_size {config.batch_size // num_processes}"
+    fits = config.batch_size % num_processes == 0 and config.batch_size // num_processes >= 2
+    raise ConfigurationError(
+        f"{num_processes} processes cannot share --batch_size {config.batch_size} in sub-batches of "
+        f"--device_batch_size {config.device_batch_size}: use {counts} processes, "
+        f"or --batch_size {batches}{smaller if fits else ''}"
+    )
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Check, writing nothing, that a run can be written to the folder and that it holds none yet.
+
+    Raises:
+        ConfigurationError: it cannot, or it does.
+    """
+    folder = Path(output_dir)
+    for name in ("config.yaml", "metrics.jsonl", "encoder", "checkpoints"):
+        if (folder / name).exists():
+            raise ConfigurationError(
+                f"--output_dir {output_dir} holds another run ({name}): give another folder, or remove that one"
+            )
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigurationError(
+            f"--output_dir {output_dir} cannot be written: {parent} is not a folder that you may write to"
+        )
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Print a ConfigurationError as one line and exit with status 2; other errors keep their traceback.
+
+    Of several processes on a machine, the first speaks; the others wait before they leave, because a
+    launcher kills all that are left when one leaves.
+    """
+    try:
+        yield
+    except ConfigurationError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)
+        raise SystemExit(2) from None

@@ -1,0 +1,138 @@
+"""The accelerate configurations: what they promise, and that a launch keeps it."""
+
+import json
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import ROOT, tiny
+from safetensors.torch import load_file
+
+from m2t_accel.pretrain import check_launch
+from m2t_accel.recipes import ConfigurationError
+
+CONFIGS = ROOT / "accelerate_configs"
+PROMISED = {  # processes, machines, on the CPU, mixed precision
+    "cpu.yaml": (1, 1, True, "no"),
+    "cpu2.yaml": (2, 1, True, "no"),
+    "1gpu.yaml": (1, 1, False, "bf16"),
+    "8gpu.yaml": (8, 1, False, "bf16"),
+    "4x8gpu.yaml": (32, 4, False, "bf16"),
+    "16x8gpu.yaml": (128, 16, False, "bf16"),
+}
+
+
+def test_these_are_all_files():
+    assert {path.name for path in CONFIGS.iterdir()} == set(PROMISED)
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_accelerate_reads_what_the_file_promises(name):
+    config = load_config_from_file(str(CONFIGS / name))
+    assert (config.num_processes, config.num_machines, config.use_cpu, config.mixed_precision) == PROMISED[name]
+    # MULTI_CPU starts one process, in silence: several processes need the type that launches them.
+    assert config.distributed_type == ("MULTI_GPU" if config.num_processes > 1 else "NO")
+
+
+# --- launches for real
+
+
+def launch(run_script, name, *arguments, environment=None):
+    return run_script(
+        *("-m", "accelerate.commands.launch", "--config_file", CONFIGS / name, *arguments), environment=environment
+    )
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_two_accumulation_steps(run_script, tmp_path):
+    """SGD and LARS, float64, 11 steps: losses and the teacher's weights and history to 1e-9."""
+    paths = {}
+    for optimizer, rate in (("sgd", 0.1), ("lars", 1.0)):
+        for number in (1, 2):
+            settings = tiny(
+                tmp_path / f"{optimizer}-{number}",
+                optimizer=optimizer,
+                learning_rate_per_256=rate,
+                batch_size=128,
+                device_batch_size=64,
+                image_size=16,
+                epochs=1,
+                warmup_epochs=0.2,
+                evaluate_every=1,
+            )
+            path = tmp_path / f"{optimizer}-{number}.json"
+            path.write_text(json.dumps(settings))
+            paths[optimizer, number] = path
+    for number, name in ((1, "cpu.yaml"), (2, "cpu2.yaml")):
+        done = launch(run_script, name, "tests/train_in_float64.py", paths["sgd", number], paths["lars", number])
+        assert done.returncode == 0, done.stderr
+    for optimizer in ("sgd", "lars"):
+        one, two = tmp_path / f"{optimizer}-1", tmp_path / f"{optimizer}-2"
+        losses = [[row["loss"] for row in metrics(folder) if "loss" in row] for folder in (one, two)]
+        assert len(losses[0]) == len(losses[1]) == 11
+        assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-9
+        assert metrics(one)[-1]["knn_top1"] == metrics(two)[-1]["knn_top1"]
+        teacher = load_file(one / "teacher-0-of-1.safetensors")
+        assert any("running_var" in name for name in teacher)
+        for rank in (0, 1):
+            other = load_file(two / f"teacher-{rank}-of-2.safetensors")
+            assert other.keys() == teacher.keys()
+            for name, tensor in teacher.items():
+                torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+def test_more_processes_than_the_file_starts_is_an_error(run_script, tmp_path):
+    """`--num_processes 2` beside cpu.yaml starts one process, in silence."""
+    done = launch(
+        run_script, "cpu.yaml", "--num_processes", "2", "scripts/pretrain.py", "--output_dir", tmp_path / "run"
+    )
+    assert done.returncode != 0
+    assert "several processes were asked for but one was started" in done.stderr
+    assert "cpu2.yaml" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without GPUs")
+def test_the_8_gpu_file_without_gpus_is_an_error(run_script, tmp_path):
+    done = launch(
+        run_script,
+        "8gpu.yaml",
+        *("--num_processes", "2", "scripts/pretrain.py", "--batch_size", "64", "--device_batch_size", "32"),
+        *("--output_dir", tmp_path / "run"),
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("pretrain.py: error: 2 processes were started for GPUs, but this machine has none") == 1
+    assert "cpu2.yaml" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "num_devices", "message"),
+    [
+        ({}, 0, None),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, 0, None),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "-1,-1"}, 0, None),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}, 0, None),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, 8, None),
+        ({"WORLD_SIZE": "32", "LOCAL_WORLD_SIZE": "8"}, 8, None),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, 0, "this machine has none, and each would train alone: use"),
+        (
+            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"},
+            2,
+            r"with 2 GPUs: add --num_processes 2, or use accel.*1gpu\.yaml",
+        ),
+        ({"MASTER_PORT": "29500", "ACCELERATE_MIXED_PRECISION": "no"}, 0, r"one was started .*cpu2\.yaml"),
+    ],
+)
+def test_a_launch_is_what_was_promised(environment, num_devices, message):
+    if message is None:
+        check_launch(environment, num_devices)
+    else:
+        with pytest.raises(ConfigurationError, match=message):
+            check_launch(environment, num_devices)

@@ -1,0 +1,168 @@
+import pytest
+import torch
+from torch import nn
+
+from m2t_accel.momentum_norm import (
+    MomentumBatchNorm,
+    commit_statistics,
+    convert_batch_norm,
+    momentum_layers,
+    set_statistics_momentum,
+)
+
+SHAPES = [(6, 5), (6, 5, 7), (6, 5, 7, 3), (4, 5, 3, 2, 2)]
+
+
+def plain_statistics(batch):
+    """Mean and unbiased variance per channel, written out."""
+    values = batch.transpose(0, 1).flatten(1)
+    mean = values.sum(dim=1) / values.shape[1]
+    var = ((values - mean[:, None]) ** 2).sum(dim=1) / (values.shape[1] - 1)
+    return mean, var
+
+
+def normalised(layer, batch, mean, var):
+    shape = (1, -1) + (1,) * (batch.dim() - 2)
+    scaled = (batch - mean.view(shape)) / torch.sqrt(var.view(shape) + layer.eps)
+    return scaled * layer.weight.view(shape) + layer.bias.view(shape)
+
+
+def random_layer(num_features=5):
+    layer = MomentumBatchNorm(num_features, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.uniform_(0.5, 2)
+        layer.bias.normal_()
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2)
+    return layer.requires_grad_(False)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("alpha", [1.0, 0.3, 0.0])
+def test_two_lazy_steps_equal_the_formula(shape, alpha):
+    torch.manual_seed(0)
+    layer = random_layer()
+    history_mean, history_var = layer.running_mean.clone(), layer.running_var.clone()
+    for _ in range(2):
+        set_statistics_momentum([layer], alpha)
+        batches = [torch.randn(shape, dtype=torch.float64) * 3 + 1 for _ in range(3)]
+        statistics = [plain_statistics(batch) for batch in batches]
+        for batch, (mean, var) in zip(batches, statistics, strict=True):
+            expected = normalised(
+                layer, batch, alpha * mean + (1 - alpha) * history_mean, alpha * var + (1 - alpha) * history_var
+            )
+            torch.testing.assert_close(layer(batch), expected, rtol=0, atol=1e-12)
+        # Lazy: nothing has moved yet.
+        torch.testing.assert_close(layer.running_mean, history_mean, rtol=0, atol=1e-12)
+        commit_statistics([layer])
+        history_mean = alpha * torch.stack([m for m, _ in statistics]).mean(dim=0) + (1 - alpha) * history_mean
+        history_var = alpha * torch.stack([v for _, v in statistics]).mean(dim=0) + (1 - alpha) * history_var
+        torch.testing.assert_close(layer.running_mean, history_mean, rtol=0, atol=1e-12)
+        torch.testing.assert_close(layer.running_var, history_var, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_evaluation_is_plain_batch_norm_with_the_history(shape):
+    layer = random_layer().eval()
+    plain = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)](5).double().eval()
+    plain.load_state_dict(layer.state_dict(), strict=True)
+    batch = torch.randn(shape, dtype=torch.float64)
+    assert torch.equal(layer(batch), plain(batch))
+    layer.train()
+    layer(batch)
+    assert layer.eval()(batch).equal(plain(batch)), "a forward in training without a commit changed evaluation"
+
+
+def test_statistics_stay_float32_under_bfloat16_autocast():
+    torch.manual_seed(0)
+    module = convert_batch_norm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    seen = []
+    module[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        out = module(torch.randn(4, 3, 64, 64) + 10)
+    assert seen[0].dtype == out.dtype == torch.bfloat16
+    commit_statistics(momentum_layers(module))
+    assert module[1].running_mean.dtype == torch.float32
+    mean, var = plain_statistics(seen[0].double())
+    # Float32 sums over 15 376 values; statistics rounded to bfloat16 would be off by 4e-3 of themselves.
+    torch.testing.assert_close(module[1].running_mean.double(), mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(module[1].running_var.double(), var, rtol=1e-6, atol=1e-6)
+
+
+def test_a_layer_that_no_forward_used_keeps_its_history():
+    used, unused = random_layer(), random_layer()
+    before = {k: v.clone() for k, v in unused.state_dict().items() if "running" in k}
+    used(torch.randn(6, 5, dtype=torch.float64))
+    commit_statistics([used, unused])
+    assert all(torch.equal(unused.state_dict()[k], v) for k, v in before.items())
+
+
+def test_one_value_per_channel_is_refused():
+    with pytest.raises(ValueError, match=r"more than one value per channel.*\(1, 5\)"):
+        random_layer()(torch.randn(1, 5, dtype=torch.float64))
+
+
+def test_the_statistics_momentum_is_a_tensor_and_the_state_dict_is_that_of_batch_norm():
+    layer = MomentumBatchNorm(5)
+    assert isinstance(layer.statistics_momentum, torch.Tensor)
+    assert layer.state_dict().keys() == nn.BatchNorm2d(5).state_dict().keys()
+
+
+def test_a_new_statistics_momentum_does_not_recompile():
+    layer = random_layer()
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=count)
+    for alpha in (1.0, 0.9, 0.8, 0.7):
+        set_statistics_momentum([layer], alpha)
+        compiled(torch.randn(6, 5, 3, dtype=torch.float64))
+    assert len(graphs) == 1
+
+
+def test_every_batch_norm_of_a_module_is_converted_with_its_weights():
+    shared = nn.BatchNorm2d(4)
+    module = nn.ModuleDict(
+        {
+            "one": nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, eps=1e-3)),
+            "two": nn.Sequential(nn.Conv2d(3, 4, 1), shared),
+            "again": nn.Sequential(shared, nn.SyncBatchNorm(4), nn.BatchNorm3d(4, affine=False)),
+        }
+    )
+    with torch.no_grad():
+        shared.weight.fill_(2)
+        shared.running_var.fill_(3)
+    state = {k: v.clone() for k, v in module.state_dict().items()}
+    converted = convert_batch_norm(module)
+    assert len(momentum_layers(converted)) == 4
+    assert converted["two"][1] is converted["again"][0]
+    assert converted["one"][1].eps == 1e-3
+    assert converted["again"][2].weight is None
+    assert converted.state_dict().keys() == state.keys()
+    assert all(torch.equal(converted.state_dict()[k], v) for k, v in state.items())
+
+
+def test_a_batch_norm_itself_is_converted():
+    assert isinstance(convert_batch_norm(nn.BatchNorm2d(3)), MomentumBatchNorm)
+
+
+class WithActivation(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), "Sequential has no BatchNorm"),
+        (nn.Sequential(WithActivation(2)), r"Sequential\.0 is a WithActivation, which does more"),
+        (nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False)), r"Sequential\.0 keeps no running statistics"),
+    ],
+)
+def test_what_cannot_be_converted_is_named(module, message):
+    with pytest.raises(ValueError, match=message):
+        convert_batch_norm(module)
