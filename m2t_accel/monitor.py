@@ -141,7 +141,7 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
     peak = max(values, default=1.0)
     rates.plot(epochs, [value / peak for value in values], label=f"learning rate / {peak:.3g}")
     rates.set_title("schedules")
-    rates.legend(loc="center left")
+    rates.legend(loc="center right")
     for axes in (loss, knn, spread, rates):
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)

@@ -402,7 +402,8 @@ def finish(accelerator: Accelerator, config: PretrainConfig, data: ImageData, te
     encoder_dir = report.folder / "encoder"
     card = model_card(config, facts, accuracies, command())
     save_encoder(plain_encoder(teacher.encoder), config, card, encoder_dir)
-    draw_curves(report.folder / "metrics.jsonl", report.folder / "curves.png", f"{config.recipe} on {config.dataset}")
+    title = f"{config.encoder} on {config.dataset}, recipe {config.recipe}"
+    draw_curves(report.folder / "metrics.jsonl", report.folder / "curves.png", title)
     lines = [f"\nTrained in {duration(seconds)}: {images_seen:,} images, {images_seen / seconds:,.0f} a second."]
     if accuracies:
         first, last = 100 * accuracies[0], 100 * accuracies[-1]

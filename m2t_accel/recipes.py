@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import time
 import types
 import typing
@@ -54,7 +55,8 @@ ENCODERS: Mapping[str, Mapping[str, object]] = {
 def setting(default: object, help: str, **limits: object):
     """A field of PretrainConfig: its default, its line in `--help`, and its limits.
 
-    limits: `at_least`, `at_most`, `above`, `below` (numbers; of a tuple, each item) and `choices`.
+    limits: `at_least`, `at_most`, `above`, `below` (numbers; of a tuple, each item) and `choices`. A `heading`
+    begins a group in `--help`.
     """
     return field(default=default, metadata={"help": help, **limits})
 
@@ -67,7 +69,7 @@ class PretrainConfig:
         ConfigurationError: a value out of range, or values that do not fit one another.
     """
 
-    recipe: str = setting("digits", "name of a recipe; `list` prints them all")
+    recipe: str = setting("digits", "name of a recipe; `list` prints them all", heading="the run")
     dataset: str | None = setting(
         None, "`digits`, a folder of class folders or of images, a folder of parquet files, or a Hub id"
     )
@@ -75,7 +77,9 @@ class PretrainConfig:
     seed: int = setting(0, "seed of the weights, the order and the views", at_least=0)
 
     encoder: str = setting(
-        "resnet50", f"{', '.join(ENCODERS)}, a transformers config folder or a Hub id (weights start random)"
+        "resnet50",
+        f"{', '.join(ENCODERS)}, a transformers config folder or a Hub id (weights start random)",
+        heading="student and teacher",
     )
     hidden_size: int = setting(4096, "hidden width of projector and predictor", at_least=2)
     projection_size: int = setting(256, "output width of projector and predictor", at_least=2)
@@ -83,7 +87,7 @@ class PretrainConfig:
         0.99, "the teacher's weight momentum at step 0; rises to 1 by a cosine", at_least=0, at_most=1
     )
 
-    epochs: int = setting(100, "passes over the images", at_least=1)
+    epochs: int = setting(100, "passes over the images", at_least=1, heading="training")
     batch_size: int = setting(1024, "images per optimizer step, over all devices", at_least=2)
     device_batch_size: int | None = setting(
         None,
@@ -96,7 +100,7 @@ class PretrainConfig:
     weight_decay: float = setting(1e-4, "weight decay", at_least=0)
     optimizer_momentum: float = setting(0.9, "momentum of SGD or LARS", at_least=0, below=1)
 
-    image_size: int = setting(224, "side of a view, in pixels", at_least=8)
+    image_size: int = setting(224, "side of a view, in pixels", at_least=8, heading="views")
     crop_scale: tuple[float, float] = setting((0.08, 1.0), "area of a crop as a share of the image's", above=0)
     crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "width / height of a crop", above=0)
     rotation: float = setting(0.0, "crops are turned by up to this many degrees", at_least=0, at_most=180)
@@ -122,7 +126,7 @@ class PretrainConfig:
         0.875, "evaluation sees the centre: this share of the shorter side", above=0, at_most=1
     )
 
-    image_column: str | None = setting(None, "column of the images (default: found)")
+    image_column: str | None = setting(None, "column of the images (default: found)", heading="data")
     label_column: str | None = setting(None, "column of the labels (default: found)")
     validation_fraction: float = setting(
         0.1, "labelled images without a validation split: share held out for kNN", at_least=0, at_most=0.5
@@ -131,7 +135,7 @@ class PretrainConfig:
         None, "processes that decode images, per device (default: the spare cores, at most 8)", at_least=0
     )
 
-    log_every: int = setting(10, "steps between lines of metrics.jsonl", at_least=1)
+    log_every: int = setting(10, "steps between lines of metrics.jsonl", at_least=1, heading="reports")
     evaluate_every: int | None = setting(
         None,
         "epochs between kNN evaluations, 0 for never (default: ten in a run, where labels are)",
@@ -258,7 +262,8 @@ RECIPES: Mapping[str, Recipe] = {
             "encoder": "resnet10-quarter",
             "hidden_size": 512,
             "projection_size": 128,
-            "epochs": 40,
+            "weight_momentum": 0.95,  # 1320 steps are few: 0.99 follows too slowly for them
+            "epochs": 60,
             "batch_size": 64,
             "learning_rate_per_256": 0.4,
             "warmup_epochs": 2.0,
@@ -408,21 +413,28 @@ def parse_command_line(description: str, arguments: Sequence[str] | None = None)
         ConfigurationError: an unknown flag, key or recipe, or a value that is not allowed.
     """
     parser = OneLineParser(
+        usage="%(prog)s [--recipe NAME] [--dataset SOURCE] [--output_dir DIR] [--config FILE.yaml] [--SETTING VALUE ...]",
         description=description,
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
         epilog="Every setting may also stand in the --config file, as `name: value`; flags win.\n"
         "The defaults shown are those of the ImageNet recipes; a recipe sets its own.",
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="settings from a file, such as a run's config.yaml")
+    hints = typing.get_type_hints(PretrainConfig)
+    group = parser
     for item in dataclasses.fields(PretrainConfig):
-        default = item.default if not isinstance(item.default, tuple) else " ".join(f"{n:.3g}" for n in item.default)
-        shown = "" if item.default is None else f" (default: {default})"
-        length = len(item.default) if isinstance(item.default, tuple) else None
-        parser.add_argument(
+        if "heading" in item.metadata:
+            group = parser.add_argument_group(item.metadata["heading"])
+        is_tuple = isinstance(item.default, tuple)
+        default = " ".join(f"{n:.3g}" for n in item.default) if is_tuple else item.default
+        shown = "" if default is None else f" (default: {default})"
+        kind = typing.get_args(hints[item.name])[0] if typing.get_args(hints[item.name]) else hints[item.name]
+        letter = {int: "N", float: "X", str: "NAME"}[kind]
+        group.add_argument(
             f"--{item.name}",
-            nargs=length,
-            metavar=("N",) * length if length else "X",
+            nargs=len(item.default) if is_tuple else None,
+            metavar=(letter,) * len(item.default) if is_tuple else letter,
             default=argparse.SUPPRESS,
             help=(item.metadata["help"] + shown).replace("%", "%%"),
         )
@@ -488,6 +500,7 @@ def check_num_processes(config: PretrainConfig, num_processes: int) -> None:
     if devices % num_processes == 0:
         return
     counts = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
+    counts += " processes" if devices > 1 else " process"
     chunk = config.device_batch_size * num_processes
     below = config.batch_size // chunk * chunk
     batches = " or ".join(str(n) for n in (below, below + chunk) if n)
@@ -495,7 +508,7 @@ def check_num_processes(config: PretrainConfig, num_processes: int) -> None:
     fits = config.batch_size % num_processes == 0 and config.batch_size // num_processes >= 2
     raise ConfigurationError(
         f"{num_processes} processes cannot share --batch_size {config.batch_size} in sub-batches of "
-        f"--device_batch_size {config.device_batch_size}: use {counts} processes, "
+        f"--device_batch_size {config.device_batch_size}: use {counts}, "
         f"or --batch_size {batches}{smaller if fits else ''}"
     )
 
@@ -513,10 +526,13 @@ def check_output_dir(output_dir: str) -> None:
                 f"--output_dir {output_dir} holds another run ({name}): give another folder, or remove that one"
             )
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    try:
+        # A file without a name: it proves that writing works, whoever the user is, and leaves nothing behind.
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
         raise ConfigurationError(
-            f"--output_dir {output_dir} cannot be written: {parent} is not a folder that you may write to"
-        )
+            f"--output_dir {output_dir} cannot be written: {parent} takes no files ({error.strerror})"
+        ) from None
 
 
 @contextlib.contextmanager

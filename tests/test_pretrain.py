@@ -1,0 +1,305 @@
+"""The loop, in process, on runs of seconds."""
+
+import contextlib
+import io
+import json
+import math
+import re
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import tiny
+from torch import nn
+
+from m2t_accel import augment, data
+from m2t_accel.model import create_encoder, create_student, embed
+from m2t_accel.pretrain import duration, pretrain
+from m2t_accel.recipes import ConfigurationError, build_config
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_clock(rows):
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+# --- a second implementation of the whole method: slow, plain, sharing only the pixels and the random weights
+
+
+class PlainNorm(nn.Module):
+    """Momentum statistics as the paper writes them, on tensors of any shape (N, C, ...)."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.mean, self.var = torch.zeros(norm.num_features), torch.ones(norm.num_features)
+        self.alpha, self.seen = 1.0, []
+
+    def forward(self, x):
+        values = x.transpose(0, 1).flatten(1)
+        mean = values.mean(dim=1)
+        var = ((values - mean[:, None]) ** 2).sum(dim=1) / (values.shape[1] - 1)
+        self.seen.append((mean, var))
+        mean, var = self.alpha * mean + (1 - self.alpha) * self.mean, self.alpha * var + (1 - self.alpha) * self.var
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        scaled = (x - mean.view(shape)) / (var.view(shape) + self.eps).sqrt()
+        return scaled * self.weight.view(shape) + self.bias.view(shape)
+
+    def commit(self):
+        mean, var = (torch.stack(part).mean(dim=0) for part in zip(*self.seen, strict=True))
+        self.mean = self.alpha * mean + (1 - self.alpha) * self.mean
+        self.var = self.alpha * var + (1 - self.alpha) * self.var
+        self.seen = []
+
+
+def with_plain_norms(module):
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+            setattr(module, name, PlainNorm(child))
+        else:
+            with_plain_norms(child)
+    return module
+
+
+def losses_of_a_second_implementation(config, defect=None):
+    def build():
+        torch.manual_seed(config.seed)
+        encoder = create_encoder(config.encoder)
+        return create_student(encoder, config.image_size, config.hidden_size, config.projection_size)
+
+    student, teacher = build(), with_plain_norms(build()).requires_grad_(False)
+    del teacher.predictor
+    norms = [module for module in teacher.modules() if isinstance(module, PlainNorm)]
+    student.train()
+    images = data.load_images(config).train
+    views_of = data.TwoViews(images, config)
+    steps = len(images) // config.batch_size
+    total = steps * config.epochs
+    warmup = config.warmup_epochs * steps
+    buffers = [torch.zeros_like(p) for p in student.parameters()]
+    losses = []
+    for k in range(total):
+        epoch, place = divmod(k, steps)
+        batch = data.epoch_order(len(images), config.seed, epoch)[place * config.batch_size :][: config.batch_size]
+        rate = 1e-6 + (config.learning_rate - 1e-6) * k / warmup
+        if k > warmup:
+            rate = config.learning_rate * (1 + math.cos(math.pi * (k - warmup) / (total - warmup))) / 2
+        for norm in norms:
+            norm.alpha = (1 + math.cos(math.pi * k / total)) / 2
+        student.zero_grad()
+        loss_of_step = 0.0
+        sub_batches = batch.reshape(config.num_virtual_devices, -1)
+        for sub_batch in sub_batches:
+            crops, parameters, _ = views_of.__getitems__([(epoch, int(sample)) for sample in sub_batch])
+            one, two = augment.photometry(crops, parameters, config).double().chunk(2)
+            q = [student.predictor(student.projector(embed(student.encoder, view))) for view in (one, two)]
+            with torch.no_grad():
+                t = [teacher.projector(embed(teacher.encoder, view)) for view in (one, two)]
+            cosine = torch.nn.functional.cosine_similarity
+            loss = (4 - 2 * (cosine(q[0], t[1]) + cosine(q[1], t[0]))).mean() / len(sub_batches)
+            loss.backward()
+            loss_of_step += loss.item()
+        losses.append(loss_of_step)
+        with torch.no_grad():
+            for parameter, buffer in zip(student.parameters(), buffers, strict=True):
+                buffer.mul_(0.9).add_(parameter.grad + config.weight_decay * parameter)
+                parameter.sub_(rate * buffer)
+            m = 1 - (1 - config.weight_momentum) * (1 + math.cos(math.pi * (k + 1) / total)) / 2
+            if defect == "weight momentum of this step":
+                m = 1 - (1 - config.weight_momentum) * (1 + math.cos(math.pi * k / total)) / 2
+            theirs = dict(student.named_parameters())
+            for name, parameter in teacher.named_parameters():
+                parameter.copy_(m * parameter + (1 - m) * theirs[name])
+        for norm in norms:
+            norm.commit()
+    return losses
+
+
+@pytest.mark.slow
+def test_the_loop_equals_a_second_implementation(tmp_path, float64):
+    config = build_config(
+        tiny(
+            tmp_path / "run",
+            batch_size=128,
+            device_batch_size=64,
+            image_size=16,
+            epochs=1,
+            warmup_epochs=0.3,
+            weight_momentum=0.9,
+            weight_decay=1e-2,
+            evaluate_every=0,
+        )
+    )
+    pretrain(config)
+    ours = [row["loss"] for row in metrics(tmp_path / "run")]
+    expected = losses_of_a_second_implementation(config)
+    assert len(ours) == len(expected) == 11
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-9)
+    defective = losses_of_a_second_implementation(config, defect="weight momentum of this step")
+    assert np.abs(np.subtract(ours, defective)).max() > 1e-7, "the comparison cannot see a shifted schedule"
+
+
+# --- what a run leaves behind
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of digits, its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    config = build_config(tiny(folder))
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        pretrain(config)
+    return folder, config, shown.getvalue()
+
+
+def test_the_folder_of_a_run(run):
+    folder, _, _ = run
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "curves.png", "encoder", "metrics.jsonl"]
+    files = {path.name for path in (folder / "encoder").iterdir()}
+    assert files == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+
+
+def test_metrics_have_a_line_a_step_and_all_figures(run):
+    folder, config, _ = run
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == list(range(11))
+    assert list(rows[0]) == ["step", "epoch", "knn_top1", "seconds"]
+    figures = {"step", "epoch", "loss", "embedding_std", "images_per_second", "learning_rate", "statistics_momentum"}
+    figures |= {"weight_momentum", "seconds"}
+    for row in rows[1:]:
+        assert figures <= row.keys() <= figures | {"knn_top1"}
+        assert 0 < row["loss"] < 8
+        assert 0 < row["embedding_std"] < 1.1
+    assert [row["step"] for row in rows if "knn_top1" in row] == [0, 5, 10]
+    assert rows[1]["statistics_momentum"] == 1.0
+    assert rows[-1]["weight_momentum"] == 1.0
+    assert rows[-1]["learning_rate"] < config.learning_rate / 10
+
+
+def test_the_summary_says_where_things_are(run):
+    folder, _, shown = run
+    assert f"Encoder:  {folder / 'encoder'}" in shown
+    assert f'AutoModel.from_pretrained("{folder / "encoder"}")' in shown
+    assert re.search(r"Teacher kNN top-1: \d\d\.\d\d % with random weights, \d\d\.\d\d % now\.", shown)
+    assert "Next:" in shown
+
+
+def test_the_resolved_configuration_reproduces_the_run(run, tmp_path):
+    folder, _, _ = run
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    assert settings["evaluate_every"] == 1, "config.yaml holds what was used, not what was asked"
+    pretrain(build_config({**settings, "output_dir": str(tmp_path / "again")}))
+    assert without_clock(metrics(tmp_path / "again")) == without_clock(metrics(folder))
+
+
+def test_a_second_run_in_the_folder_is_refused(run):
+    folder, config, _ = run
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with pytest.raises(ConfigurationError, match="holds another run"):
+        pretrain(config)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_the_number_of_workers_does_not_change_the_run(run, tmp_path):
+    folder, _, _ = run
+    pretrain(build_config(tiny(tmp_path / "workers", num_workers=2)))
+    assert without_clock(metrics(tmp_path / "workers")) == without_clock(metrics(folder))
+
+
+def test_accumulation_of_the_environment_is_not_ours(run, tmp_path, monkeypatch):
+    """Accelerate lets this variable override a program's number; virtual devices would lose steps in silence."""
+    folder, _, _ = run
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "5")
+    pretrain(build_config(tiny(tmp_path / "run")))
+    assert without_clock(metrics(tmp_path / "run")) == without_clock(metrics(folder))
+
+
+def test_tensorboard_gets_the_metrics(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pretrain(build_config(tiny(tmp_path / "run", tracker="tensorboard")))
+    events = list((tmp_path / "run").rglob("events.out.tfevents*"))
+    accumulators = [EventAccumulator(str(path)) for path in events]
+    losses = []
+    for accumulator in accumulators:
+        accumulator.Reload()
+        if "loss" in accumulator.Tags()["scalars"]:
+            losses += [(event.step, event.value) for event in accumulator.Scalars("loss")]
+    expected = {row["step"]: row["loss"] for row in metrics(tmp_path / "run") if "loss" in row}
+    assert dict(losses) == pytest.approx(expected)
+
+
+# --- other images, other encoders
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_folder_of_photographs(tmp_path, labelled, capsys):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            for i in range(8):
+                path = tmp_path / "photos" / split / name / ("" if labelled else "deeper") / f"{i}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(path), rng.integers(0, 256, (40, 50, 3), np.uint8))
+    config = build_config(
+        {
+            "recipe": "8x2080Ti-b256-100ep",
+            "dataset": str(tmp_path / "photos"),
+            "output_dir": str(tmp_path / "run"),
+            "encoder": "resnet10-quarter",
+            "image_size": 32,
+            "batch_size": 8,
+            "device_batch_size": 4,
+            "epochs": 2,
+            "warmup_epochs": 0.5,
+            "hidden_size": 16,
+            "projection_size": 8,
+            "log_every": 1,
+        }
+    )
+    pretrain(config)
+    rows = metrics(tmp_path / "run")
+    assert rows[-1]["step"] == 4
+    assert any("knn_top1" in row for row in rows) == labelled
+    assert ("2 classes" in capsys.readouterr().out) == labelled
+    assert (tmp_path / "run" / "encoder" / "model.safetensors").exists()
+
+
+def test_evaluation_without_labels_is_refused_before_anything_is_written(tmp_path):
+    for i in range(4):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / "photos" / f"{i}.jpg"), np.zeros((40, 50, 3), np.uint8))
+    config = build_config(tiny(tmp_path / "run", dataset=str(tmp_path / "photos"), batch_size=2, device_batch_size=2))
+    with pytest.raises(ConfigurationError, match=r"--evaluate_every 1 needs labelled images.*has no labels"):
+        pretrain(build_config({**vars(config), "evaluate_every": 1}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_mixed_precision_trains(tmp_path, monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    teacher = pretrain(build_config(tiny(tmp_path / "run", epochs=1, warmup_epochs=0.5)))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert "bf16" in (tmp_path / "run" / "config.yaml").read_text().splitlines()[0]
+    assert {tensor.dtype for tensor in teacher.state_dict().values()} == {torch.float32, torch.int64}
+    assert all(0 < row["loss"] < 8 for row in metrics(tmp_path / "run") if "loss" in row)
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(45.4, "45 s"), (723, "12 min 3 s"), (18720, "5 h 12 min")])
+def test_duration_in_words(seconds, words):
+    assert duration(seconds) == words

@@ -1,0 +1,242 @@
+import dataclasses
+import sys
+
+import pytest
+import yaml
+
+from m2t_accel import recipes
+from m2t_accel.recipes import (
+    RECIPES,
+    ConfigurationError,
+    build_config,
+    check_num_processes,
+    check_output_dir,
+    parse_command_line,
+)
+
+
+def parse(*arguments):
+    return parse_command_line("test", [str(argument) for argument in arguments])
+
+
+# --- the table. Source: arXiv 2101.07525; name, batch, per device, optimizer, rate, decay, epochs, top-1, hours
+
+PUBLISHED = [
+    ("8xV100-b1024-100ep", 1024, 128, "sgd", 0.05, 1e-4, 100, 70.7, 1.8 * 24),
+    ("8xV100-b1024-200ep", 1024, 128, "sgd", 0.05, 1e-4, 200, 72.7, 3.6 * 24),
+    ("8xV100-b1024-300ep", 1024, 128, "sgd", 0.05, 1e-4, 300, 73.8, 5.5 * 24),
+    ("8x2080Ti-b256-100ep", 256, 32, "sgd", 0.05, 1e-4, 100, 70.4, 2.5 * 24),
+    ("8x2080Ti-b256-200ep", 256, 32, "sgd", 0.05, 1e-4, 200, 72.3, 5 * 24),
+    ("8x2080Ti-b256-300ep", 256, 32, "sgd", 0.05, 1e-4, 300, 72.9, 7.5 * 24),
+    ("32xV100-b4096-100ep", 4096, 128, "lars", 0.45, 1e-6, 100, 70.3, 11),
+    ("32xV100-b4096-200ep", 4096, 128, "lars", 0.45, 1e-6, 200, 72.5, 22),
+    ("32xV100-b4096-300ep", 4096, 128, "lars", 0.3, 1e-6, 300, 73.7, 33),
+    ("128x2080Ti-b4096-100ep", 4096, 32, "lars", 0.45, 1e-6, 100, 69.0, 5),
+    ("128x2080Ti-b4096-200ep", 4096, 32, "lars", 0.45, 1e-6, 200, 71.5, 10),
+    ("128x2080Ti-b4096-300ep", 4096, 32, "lars", 0.3, 1e-6, 300, 72.3, 15),
+]
+
+
+def test_these_are_all_recipes():
+    assert list(RECIPES) == [row[0] for row in PUBLISHED] + ["digits", "cifar10"]
+
+
+@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row[0])
+def test_published_recipes(row):
+    name, batch, per_device, optimizer, rate, decay, epochs, top1, hours = row
+    config = build_config({"recipe": name, "dataset": "digits"})
+    assert (config.batch_size, config.device_batch_size, config.optimizer) == (batch, per_device, optimizer)
+    assert (config.learning_rate_per_256, config.weight_decay, config.epochs) == (rate, decay, epochs)
+    assert config.learning_rate == pytest.approx(rate * batch / 256)
+    assert config.num_virtual_devices == int(name.split("x")[0])
+    assert (RECIPES[name].top1, RECIPES[name].hours) == (top1, pytest.approx(hours))
+    assert (config.encoder, config.image_size, config.weight_momentum, config.warmup_epochs) == (
+        "resnet50",
+        224,
+        0.99,
+        10,
+    )
+    assert (config.hidden_size, config.projection_size, config.optimizer_momentum) == (4096, 256, 0.9)
+
+
+def test_recipe_list_has_a_line_for_each(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse("--recipe", "list")
+    assert caught.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "8xV100-b1024-300ep" in lines[3]
+    assert "8 V100" in lines[3]
+    assert "132" in lines[3]
+    assert "73.8" in lines[3]
+    assert sum(line.startswith(tuple(RECIPES)) for line in lines) == len(RECIPES)
+
+
+# --- where values come from
+
+
+def test_without_arguments_it_trains_digits():
+    config = parse()
+    assert (config.recipe, config.dataset, config.output_dir) == ("digits", "digits", "runs/digits")
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("recipe: 8x2080Ti-b256-100ep\ndataset: digits\nepochs: 50\nlearning_rate_per_256: 1e-3\nseed: 3\n")
+    config = parse("--config", path, "--epochs", 20)
+    assert (config.epochs, config.learning_rate_per_256, config.seed, config.batch_size) == (20, 1e-3, 3, 256)
+
+
+def test_every_setting_is_a_flag_and_a_key():
+    changed = {
+        "recipe": "cifar10",
+        "dataset": "digits",
+        "output_dir": "elsewhere",
+        "encoder": "resnet34",
+        "optimizer": "lars",
+        "device_batch_size": 64,
+        "batch_size": 128,
+        "crop_scale": (0.3, 0.9),
+        "crop_ratio": (0.8, 1.2),
+        "blur_probability": (0.3, 0.4),
+        "blur_sigma": (0.2, 1.5),
+        "solarize_probability": (0.1, 0.3),
+        "image_mean": (0.1, 0.2, 0.3),
+        "image_std": (0.4, 0.5, 0.6),
+        "image_column": "picture",
+        "label_column": "kind",
+        "tracker": "tensorboard",
+    }
+    numbers = {"weight_momentum": 0.5, "optimizer_momentum": 0.5, "validation_fraction": 0.25, "evaluation_crop": 0.5}
+    numbers |= {"num_workers": 3, "evaluate_every": 7, "hue": 0.25}
+    flags, expected = [], {}
+    for item in dataclasses.fields(recipes.PretrainConfig):
+        value = changed.get(item.name, numbers.get(item.name))
+        if value is None:
+            kind = type(item.default)
+            value = kind(0.5) if item.name.endswith("probability") else kind(item.default + 1 if kind is int else 0.75)
+        expected[item.name] = value
+        flags += [f"--{item.name}", *(value if isinstance(value, tuple) else (value,))]
+    by_flags = parse(*flags)
+    assert dataclasses.asdict(by_flags) == expected
+    by_yaml = build_config(yaml.safe_load(by_flags.to_yaml()))
+    assert by_yaml == by_flags
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_resolved_configuration_reads_back_as_itself(name, tmp_path):
+    config = build_config({"recipe": name, "dataset": "digits"})
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert parse("--config", tmp_path / "config.yaml") == config
+
+
+# --- what is refused, and how
+
+BAD = [
+    (["--recipe", "8xv100-b1024-100"], "--recipe 8xv100-b1024-100: unknown, did you mean 8xV100-b1024-100ep?"),
+    (["--recipe", "zzz"], "--recipe zzz: unknown; `--recipe list` prints them all"),
+    (["--epoch", 3], "unknown flag --epoch, did you mean --epochs?"),
+    (["--epochs"], "argument --epochs: expected one argument"),
+    (["stray"], "unknown flag stray"),
+    (["--epochs", "ten"], "--epochs ten: a whole number is needed"),
+    (["--epochs", "1.5"], "--epochs 1.5: a whole number is needed"),
+    (["--learning_rate_per_256", "fast"], "--learning_rate_per_256 fast: a number is needed"),
+    (["--learning_rate_per_256", "nan"], "--learning_rate_per_256 nan: not a finite number"),
+    (["--epochs", 0], "--epochs 0 is out of range: at least 1 is allowed"),
+    (["--learning_rate_per_256", -0.1], "--learning_rate_per_256 -0.1 is out of range: more than 0 is allowed"),
+    (["--weight_decay", -1], "--weight_decay -1 is out of range: at least 0 is allowed"),
+    (["--weight_momentum", 1.1], "--weight_momentum 1.1 is out of range: at most 1 is allowed"),
+    (["--weight_momentum", -0.1], "--weight_momentum -0.1 is out of range: at least 0 is allowed"),
+    (["--optimizer_momentum", 1], "--optimizer_momentum 1 is out of range: less than 1 is allowed"),
+    (["--flip_probability", 2], "--flip_probability 2 is out of range: at most 1 is allowed"),
+    (["--blur_probability", 0.5, -1], "--blur_probability -1 is out of range: at least 0 is allowed"),
+    (["--crop_scale", 0.9, 0.2], "--crop_scale 0.9 0.2: the first must not exceed the second"),
+    (["--optimizer", "adam"], "--optimizer adam: unknown; one of sgd, lars"),
+    (["--tracker", "tensorbord"], "--tracker tensorbord: unknown, did you mean tensorboard?; one of none, tensorboard"),
+    (["--epochs", 2], "--warmup_epochs 2 must be less than --epochs 2: add --warmup_epochs 0.2"),
+    (
+        ["--batch_size", 100, "--device_batch_size", 32],
+        "--batch_size 100 is not a multiple of --device_batch_size 32: use --batch_size 96 or 128, "
+        "or --device_batch_size 25",
+    ),
+    (["--recipe", "8x2080Ti-b256-100ep"], "recipe 8x2080Ti-b256-100ep needs --dataset: a folder of class folders"),
+    (["--dataset", "/no/such/folder"], "--dataset /no/such/folder: no such file or folder; give `digits`"),
+    (["--dataset", "imagenet"], "--dataset imagenet: no such file or folder"),
+    (["--encoder", "resnet51"], "--encoder resnet51: unknown, did you mean resnet50?; give one of resnet18"),
+    (["--config", "/no/such.yaml"], "--config /no/such.yaml: cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: str(value)[:50])
+def test_bad_flags(arguments, message):
+    with pytest.raises(ConfigurationError) as caught:
+        parse(*arguments)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochz: 3", "unknown setting epochz, did you mean epochs?"),
+        ("epochs: many", "--epochs many: a whole number is needed"),
+        ("epochs: true", "--epochs True: a whole number is needed"),
+        ("epochs: 2.5", "--epochs 2.5: a whole number is needed"),
+        ("epochs: [1, 2]", "--epochs [1, 2]: one int is needed"),
+        ("epochs:", "--epochs None: one int is needed"),
+        ("crop_scale: 0.5", "--crop_scale 0.5: 2 numbers are needed"),
+        ("crop_scale: [0.5]", "--crop_scale 0.5: 2 numbers are needed"),
+        ("image_mean: [1, 2, x]", "--image_mean x: a number is needed"),
+        ("- epochs", "needs lines `name: value`"),
+        ("epochs: [", "not YAML"),
+        ("recipe: cifar10\nepochs: 5", "--recipe digits meets `recipe: cifar10`"),
+    ],
+)
+def test_bad_yaml(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    arguments = ["--recipe", "digits"] if "recipe" in text else []
+    with pytest.raises(ConfigurationError) as caught:
+        parse("--config", path, *arguments)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_processes_that_do_not_divide_the_batch():
+    config = build_config({"recipe": "8x2080Ti-b256-100ep", "dataset": "digits"})
+    for number in (1, 2, 4, 8):
+        check_num_processes(config, number)
+    with pytest.raises(ConfigurationError) as caught:
+        check_num_processes(config, 3)
+    assert str(caught.value) == (
+        "3 processes cannot share --batch_size 256 in sub-batches of --device_batch_size 32: use 1, 2, 4, 8 "
+        "processes, or --batch_size 192 or 288"
+    )
+    with pytest.raises(ConfigurationError, match=r"or --batch_size 512, or --device_batch_size 16$"):
+        check_num_processes(config, 16)
+
+
+def test_an_output_folder_that_holds_a_run_or_cannot_be(tmp_path):
+    check_output_dir(str(tmp_path / "new" / "deep"))
+    (tmp_path / "notes.txt").write_text("not of a run")
+    check_output_dir(str(tmp_path))
+    with pytest.raises(ConfigurationError, match=r"cannot be written: .*notes\.txt takes no files"):
+        check_output_dir(str(tmp_path / "notes.txt" / "run"))
+    with pytest.raises(ConfigurationError, match="cannot be written"):
+        check_output_dir("/proc/run")
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ConfigurationError, match=r"holds another run \(config\.yaml\): give another folder"):
+        check_output_dir(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "notes.txt"]
+
+
+def test_an_error_is_one_line_and_status_2(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scripts/pretrain.py"])
+    with pytest.raises(SystemExit) as caught, recipes.errors_in_one_line():
+        raise ConfigurationError("what was given, what is allowed")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "pretrain.py: error: what was given, what is allowed\n"
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ValueError, match="a defect"), recipes.errors_in_one_line():
+        raise ValueError("a defect")

@@ -1,0 +1,44 @@
+"""The house: each module imports only from those before it, and what must be quick imports nothing heavy."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+# From the foundation up. recipes comes first: it imports nothing of the house, and everyone may say what a
+# user did wrong.
+ROOMS = (
+    *("recipes", "schedules", "momentum_norm", "model", "optim", "augment", "data", "checkpoint", "monitor", "hub"),
+    *("pretrain", "probe"),
+)
+
+
+def imported_rooms(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("m2t_accel"):
+            names = [node.module.removeprefix("m2t_accel").lstrip(".")] if "." in node.module else []
+            yield from names or [alias.name for alias in node.names if alias.name in ROOMS]
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("m2t_accel."):
+                    yield alias.name.removeprefix("m2t_accel.")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "m2t_accel").glob("*.py")), ids=lambda path: path.stem)
+def test_imports_go_downward(path):
+    if path.stem == "__init__":
+        assert list(imported_rooms(path)) == []
+        return
+    below = ROOMS[: ROOMS.index(path.stem)]
+    assert [room for room in imported_rooms(path) if room not in below] == []
+
+
+def test_there_is_a_test_file_for_each_module():
+    for path in (ROOT / "m2t_accel").glob("[!_]*.py"):
+        assert (ROOT / "tests" / f"test_{path.stem}.py").exists(), path.stem
+
+
+def test_recipes_and_scripts_import_nothing_heavy(run_script):
+    heavy = "{'torch', 'transformers', 'datasets', 'numpy'}"
+    done = run_script("-c", f"import sys; import m2t_accel.recipes; print(sorted({heavy} & set(sys.modules)))")
+    assert done.stdout.strip() == "[]", done.stderr

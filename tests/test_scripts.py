@@ -1,0 +1,104 @@
+"""The scripts as a user types them: help, recipes, mistakes."""
+
+import ast
+import json
+import runpy
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from m2t_accel.recipes import PretrainConfig
+
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_is_a_docstring_with_the_command_and_a_main(path):
+    tree = ast.parse(path.read_text())
+    assert f"scripts/{path.name}" in ast.get_docstring(tree)
+    assert [node.name for node in tree.body if isinstance(node, ast.FunctionDef)] == ["main"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--help"], 0, "--learning_rate_per_256"),
+        (["--recipe", "list"], 0, "128x2080Ti-b4096-300ep"),
+        (["--epoch", "3"], 2, "unknown flag --epoch, did you mean --epochs?"),
+    ],
+)
+def test_quick_answers(run_script, arguments, status, words):
+    """In under a second, on the better of three tries: the machine may be busy, but torch takes 2.5 s at its best."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = run_script("scripts/pretrain.py", *arguments)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == status
+        assert words in done.stdout + done.stderr
+    assert min(seconds) < 1.0, seconds
+
+
+def test_help_names_every_setting_and_explains_it(run_script):
+    text = run_script("scripts/pretrain.py", "--help").stdout
+    for name in PretrainConfig.__dataclass_fields__:
+        assert f"--{name}" in text
+
+
+# A mistake of each kind, through the script's main: one line, status 2, nothing written.
+MISTAKES = [
+    (["--recipe", "digit"], "did you mean digits?"),
+    (["--epoch", "3"], "did you mean --epochs?"),
+    (["--epochs", "ten"], "a whole number is needed"),
+    (["--epochs", "0"], "out of range"),
+    (["--batch_size", "100", "--device_batch_size", "32"], "use --batch_size 96 or 128"),
+    (["--dataset", "/no/such/folder"], "no such file or folder"),
+    (["--dataset", "EMPTY"], "holds no image: looked for *.parquet and"),
+    (["--dataset", "UNLABELLED"], "fewer than one batch: use --batch_size 2"),
+    (
+        ["--dataset", "UNLABELLED", "--batch_size", "2", "--evaluate_every", "1"],
+        "has no labels (labels are class folders, or a column named by --label_column)",
+    ),
+    (["--encoder", "CONVNEXT"], "ConvNextModel has no BatchNorm"),
+    (["--output_dir", "/proc/run"], "cannot be written"),
+]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name in ("EMPTY", "UNLABELLED", "CONVNEXT"):
+        (tmp_path / name).mkdir()
+    for i in range(4):
+        cv2.imwrite(str(tmp_path / "UNLABELLED" / f"{i}.png"), np.zeros((8, 8, 3), np.uint8))
+    config = {"model_type": "convnext", "depths": [1, 1], "hidden_sizes": [8, 8], "num_stages": 2}
+    (tmp_path / "CONVNEXT" / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=lambda value: str(value)[:50])
+def test_a_mistake_is_one_line(folders, monkeypatch, capfd, arguments, words):
+    arguments = [str(folders / word) if word.isupper() else word for word in arguments]
+    script = ROOT / "scripts" / "pretrain.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--output_dir", str(folders / "run"), *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(script), run_name="__main__")
+    assert caught.value.code == 2
+    error = capfd.readouterr().err
+    assert error.startswith("pretrain.py: error: ")
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (folders / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_mistake_that_only_the_data_shows_is_one_line_in_a_process_of_its_own(folders, run_script):
+    """No warning of a library, no traceback: the whole of standard error is the line."""
+    done = run_script("scripts/pretrain.py", "--output_dir", folders / "run", "--dataset", folders / "EMPTY")
+    assert done.returncode == 2
+    assert done.stderr.startswith("pretrain.py: error: --dataset ")
+    assert done.stderr.count("\n") == 1
+    assert not (folders / "run").exists()
