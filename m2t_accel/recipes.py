@@ -413,7 +413,7 @@ def parse_command_line(description: str, arguments: Sequence[str] | None = None)
         ConfigurationError: an unknown flag, key or recipe, or a value that is not allowed.
     """
     parser = OneLineParser(
-        usage="%(prog)s [--recipe NAME] [--dataset SOURCE] [--output_dir DIR] [--config FILE.yaml] [--SETTING VALUE ...]",
+        usage="%(prog)s [--recipe NAME] [--dataset SOURCE] [--output_dir DIR] [--config FILE.yaml] [--SETTING VALUE]",
         description=description,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
