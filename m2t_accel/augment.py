@@ -8,6 +8,7 @@ Source of the views: BYOL (arXiv 2006.07733), appendix B, as arXiv 2101.07525 us
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -173,9 +174,14 @@ def evaluation_view(crops: Tensor, config: PretrainConfig) -> Tensor:
 
 
 def normalise(images: Tensor, config: PretrainConfig) -> Tensor:
-    mean = images.new_tensor(config.image_mean).view(3, 1, 1)
-    std = images.new_tensor(config.image_std).view(3, 1, 1)
+    mean, std = (per_channel(values, images.device) for values in (config.image_mean, config.image_std))
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache
+def per_channel(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """(3, 1, 1) on the device; kept, because a copy to a GPU waits for all that the GPU has yet to do."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
 
 
 def per_image(values: Tensor) -> Tensor:
@@ -185,7 +191,7 @@ def per_image(values: Tensor) -> Tensor:
 
 def gray(images: Tensor) -> Tensor:
     """(N, 3, H, W) in, luma (N, 1, H, W) out."""
-    return (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(dim=1, keepdim=True)
+    return (images * per_channel(LUMA, images.device)).sum(dim=1, keepdim=True)
 
 
 def color_jitter(images: Tensor, factors: Tensor, order: Tensor, with_hue: bool) -> Tensor:

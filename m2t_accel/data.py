@@ -70,11 +70,14 @@ def load_images(config: PretrainConfig) -> ImageData:
         splits = load_folder(Path(config.dataset))
     else:
         splits = load_hub(config.dataset)
-    splits = {name: standard_columns(split, config) for name, split in splits.items()}
-    train = splits.get("train", next(iter(splits.values())))
-    validation = next((splits[name] for name in VALIDATION_NAMES if name in splits), None)
-    if validation is train:
-        validation = None
+    splits = {name: split for name, split in splits.items() if len(split)}
+    if not splits:
+        raise ConfigurationError(f"--dataset {config.dataset} holds no image: its files have no rows")
+    train_name = "train" if "train" in splits else next(iter(splits))
+    validation_name = next((name for name in VALIDATION_NAMES if name in splits and name != train_name), None)
+    wanted = [train_name] + ([validation_name] if validation_name else [])
+    splits = standard_columns({name: splits[name] for name in wanted}, config)
+    train, validation = splits[train_name], splits.get(validation_name)
     class_names = train.features["label"].names if "label" in train.features else None
     origin = "its own validation split"
     if class_names is None or (validation is not None and "label" not in validation.features):
@@ -219,11 +222,15 @@ def call_datasets(shown: object, *arguments: object, **options: object) -> dict[
         ) from error
 
 
-def standard_columns(split: Dataset, config: PretrainConfig) -> Dataset:
-    """The split with a column `image`, undecoded, and a ClassLabel column `label` where it has labels."""
-    columns = list(split.features)
+def standard_columns(splits: dict[str, Dataset], config: PretrainConfig) -> dict[str, Dataset]:
+    """The splits with a column `image`, undecoded, and a ClassLabel column `label` where they have labels.
+
+    The first split says what the columns are and which classes there are.
+    """
+    features = next(iter(splits.values())).features
+    columns = list(features)
     image = config.image_column or next(
-        (name for name, feature in split.features.items() if isinstance(feature, Image)),
+        (name for name, feature in features.items() if isinstance(feature, Image)),
         next((name for name in IMAGE_COLUMNS if name in columns), None),
     )
     label = config.label_column or next((name for name in LABEL_COLUMNS if name in columns), None)
@@ -236,27 +243,59 @@ def standard_columns(split: Dataset, config: PretrainConfig) -> Dataset:
         raise ConfigurationError(
             f"--dataset {config.dataset} has no column of images; name one of {', '.join(columns)} with --image_column"
         )
-    wanted = {image: "image"} | ({label: "label"} if label is not None else {})
-    split = split.select_columns(list(wanted)).rename_columns({k: v for k, v in wanted.items() if k != v})
-    if split.features["image"] != Image(decode=False):
-        try:
-            split = split.cast_column("image", Image(decode=False))
-        except (TypeError, ValueError, pyarrow.ArrowException):
-            raise ConfigurationError(
-                f"--image_column {image}: not a column of images but {split.features['image']}"
-            ) from None
-    if label is not None and not isinstance(split.features["label"], ClassLabel):
-        feature = split.features["label"]
-        if isinstance(feature, Value) and feature.dtype in ("string", "large_string", "bool"):
-            split = split.class_encode_column("label")
-        elif isinstance(feature, Value) and feature.dtype.startswith(("int", "uint")):
-            names = [str(n) for n in range(int(np.max(split.with_format("numpy")["label"][:])) + 1)]
-            split = split.cast_column("label", ClassLabel(names=names))
-        elif config.label_column:
-            raise ConfigurationError(f"--label_column {label}: not class labels but {feature}")
-        else:
+    standard = {}
+    for name, split in splits.items():
+        wanted = {image: "image"} | ({label: "label"} if label in split.features else {})
+        split = split.select_columns(list(wanted)).rename_columns({k: v for k, v in wanted.items() if k != v})
+        if split.features["image"] != Image(decode=False):
+            try:
+                split = split.cast_column("image", Image(decode=False))
+            except (TypeError, ValueError, pyarrow.ArrowException):
+                raise ConfigurationError(
+                    f"--image_column {image}: not a column of images but {split.features['image']}"
+                ) from None
+        standard[name] = split
+    return standard if label is None else with_class_labels(standard, label, required=config.label_column is not None)
+
+
+def with_class_labels(splits: dict[str, Dataset], column: str, required: bool) -> dict[str, Dataset]:
+    """The splits with `label` as one ClassLabel: of class labels, whole numbers from 0, words or booleans.
+
+    A split whose labels are missing or negative (the Hub's way to withhold them) loses the column, and so do
+    all where the labels are no classes, unless they are `required`.
+    """
+    first = next(iter(splits.values()))
+    feature = first.features["label"]
+    values = {
+        name: np.asarray(split.with_format("numpy")["label"][:])
+        for name, split in splits.items()
+        if "label" in split.features
+    }
+    dtype = feature.dtype if isinstance(feature, Value) else ""
+    if isinstance(feature, ClassLabel):
+        names = feature.names
+    elif dtype in ("string", "large_string", "bool"):
+        names = sorted({str(value) for value in values[next(iter(splits))]})
+        index = {name: i for i, name in enumerate(names)}
+        unknown = sorted({str(value) for part in values.values() for value in part} - index.keys())
+        if unknown:
+            raise ConfigurationError(f"the label {unknown[0]} of a validation split is not among the training labels")
+        values = {name: np.array([index[str(value)] for value in part]) for name, part in values.items()}
+    elif dtype.startswith(("int", "uint")) and max(part.max() for part in values.values()) < len(first):
+        names = [str(i) for i in range(max(part.max() for part in values.values()) + 1)]
+    elif required:
+        raise ConfigurationError(f"--label_column {column}: not class labels but {feature}")
+    else:
+        values = {}
+    labelled = {}
+    for name, split in splits.items():
+        has_labels = name in values and values[name].min() >= 0  # false also for missing labels, which are NaN
+        if "label" in split.features and not (has_labels and isinstance(feature, ClassLabel)):
             split = split.remove_columns("label")
-    return split
+            if has_labels:
+                split = split.add_column("label", values[name].astype(np.int64), feature=ClassLabel(names=names))
+        labelled[name] = split
+    return labelled
 
 
 def decode_image(image: dict[str, object]) -> np.ndarray:
@@ -365,13 +404,18 @@ class CentralViews:
 
 
 def create_loader(
-    dataset: TwoViews | CentralViews, batches, num_workers: int, pin_memory: bool = False, persistent: bool = False
+    dataset: TwoViews | CentralViews,
+    batches,
+    config: PretrainConfig,
+    pin_memory: bool = False,
+    persistent: bool = False,
 ) -> DataLoader:
     """A DataLoader of whole batches, in the order of `batches` (an iterable of lists of keys).
 
     It is not given to `accelerator.prepare`, which would split the batches a second time: `batches` holds
     this process's own.
     """
+    num_workers = default_num_workers() if config.num_workers is None else config.num_workers
     cv2.setNumThreads(0)  # the workers are the parallelism; OpenCV's threads would fight over the cores
     return DataLoader(
         dataset,
@@ -395,6 +439,7 @@ def quiet_worker(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def default_num_workers(num_local_processes: int) -> int:
+def default_num_workers() -> int:
     """Cores that training leaves free, shared by the processes of this machine; at most 8 each."""
+    num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     return max(0, min(8, len(os.sched_getaffinity(0)) // num_local_processes - 1))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from m2t_accel.augment import evaluation_view
-from m2t_accel.data import CentralViews, ImageData, create_loader, default_num_workers
+from m2t_accel.data import CentralViews, ImageData, create_loader
 from m2t_accel.model import embed
 from m2t_accel.recipes import PretrainConfig
 
@@ -87,10 +87,7 @@ def embed_images(encoder: nn.Module, images: Dataset, config: PretrainConfig, ac
     share = math.ceil(len(images) / accelerator.num_processes)
     mine = [min(share * accelerator.process_index + i, len(images) - 1) for i in range(share)]
     batches = [mine[start : start + EVALUATION_BATCH_SIZE] for start in range(0, share, EVALUATION_BATCH_SIZE)]
-    num_workers = config.num_workers
-    if num_workers is None:
-        num_workers = default_num_workers(accelerator.num_processes)
-    loader = create_loader(CentralViews(images, config), batches, num_workers)
+    loader = create_loader(CentralViews(images, config), batches, config)
     parameter = next(encoder.parameters())
     was_training = encoder.training
     encoder.eval()

@@ -30,7 +30,6 @@ from m2t_accel.data import (
     TwoViews,
     ViewBatch,
     create_loader,
-    default_num_workers,
     load_images,
     steps_per_epoch,
 )
@@ -84,16 +83,8 @@ def pretrain(config: PretrainConfig) -> Teacher:
     teacher.train()
 
     batches = DeviceBatches(len(data.train), config, accelerator.num_processes, accelerator.process_index)
-    num_workers = config.num_workers
-    if num_workers is None:
-        num_workers = default_num_workers(local_world_size())
-    loader = create_loader(
-        TwoViews(data.train, config),
-        batches,
-        num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        persistent=True,
-    )
+    on_gpu = accelerator.device.type == "cuda"
+    loader = create_loader(TwoViews(data.train, config), batches, config, pin_memory=on_gpu, persistent=True)
     steps_an_epoch = steps_per_epoch(len(data.train), config.batch_size)
     total_steps = config.epochs * steps_an_epoch
     report = Report(config, data, accelerator, total_steps, unwrapped_student)
@@ -196,11 +187,6 @@ def wants_cpu(environment: dict[str, str]) -> bool:
     """Whether the launch asks for CPUs: `use_cpu` of one process, or all GPUs hidden (cpu2.yaml's `gpu_ids: -1,-1`)."""
     hidden = set(environment.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")) == {"-1"}
     return hidden or environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-
-
-def local_world_size() -> int:
-    """Processes of this launch on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 
 
 def check_launch(environment: dict[str, str], num_devices: int) -> None:

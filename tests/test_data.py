@@ -148,7 +148,42 @@ def test_parquet(tmp_path, kind, monkeypatch):
 def test_columns_that_are_not_there_or_not_right(columns, given, message):
     split = Dataset.from_dict({name: [value] * 8 for name, value in columns.items()})
     with pytest.raises(ConfigurationError, match=message):
-        data.standard_columns(split, settings("digits", **given))
+        data.standard_columns({"train": split}, settings("digits", **given))
+
+
+def labelled_splits(train, validation, feature=None):
+    feature = feature or Value("string" if isinstance(train[0], str) else "int64")
+    return {
+        name: Dataset.from_dict(
+            {"image": encoded(len(labels)), "label": labels}, features=Features({"image": Image(), "label": feature})
+        )
+        for name, labels in (("train", train), ("test", validation))
+    }
+
+
+def test_words_mean_the_same_class_in_every_split():
+    splits = data.standard_columns(labelled_splits(["b", "c", "a", "c"], ["c", "b"]), settings("digits"))
+    assert splits["train"].features["label"].names == splits["test"].features["label"].names == ["a", "b", "c"]
+    assert (splits["train"]["label"][:], splits["test"]["label"][:]) == ([1, 2, 0, 2], [2, 1])
+
+
+def test_a_word_that_only_validation_has_is_an_error():
+    with pytest.raises(ConfigurationError, match="the label z of a validation split is not among"):
+        data.standard_columns(labelled_splits(["a", "b"], ["z"]), settings("digits"))
+
+
+@pytest.mark.parametrize("withheld", [[-1, -1], [None, None]])
+def test_withheld_labels_are_no_labels(withheld):
+    splits = data.standard_columns(
+        labelled_splits([0, 1, 0], withheld, ClassLabel(names=["a", "b"])), settings("digits")
+    )
+    assert "label" in splits["train"].features
+    assert "label" not in splits["test"].features
+
+
+def test_numbers_that_are_no_classes_are_no_labels():
+    splits = data.standard_columns(labelled_splits([20_000_001, 7, 9], [5]), settings("digits"))
+    assert list(splits["train"].features) == ["image"]
 
 
 def test_errors_of_folders(tmp_path):
@@ -245,7 +280,9 @@ def batches_of(config, num_workers, process=0, num_processes=1):
     images = data.load_images(config).train
     batches = data.DeviceBatches(len(images), config, num_processes, process)
     batches.epoch = 1
-    loader = data.create_loader(data.TwoViews(images, config), batches, num_workers)
+    loader = data.create_loader(
+        data.TwoViews(images, config), batches, dataclasses.replace(config, num_workers=num_workers)
+    )
     found = {}
     for batch in loader:
         crops = batch.crops.view(2, -1, *batch.crops.shape[1:])
