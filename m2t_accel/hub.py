@@ -58,7 +58,6 @@ def model_card(config: PretrainConfig, facts: dict[str, str], accuracies: list[f
         ]
     data = ModelCardData(
         model_name=name,
-        license="apache-2.0",
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
         tags=["self-supervised-learning", "momentum2-teacher", "byol"],

@@ -65,16 +65,18 @@ class MomentumBatchNorm(_BatchNorm):
 
 @torch.no_grad()
 def batch_statistics(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance per channel of (N, C, ...), each (C,), in `dtype` whatever the input's.
-
-    The operator reads a bfloat16 input once and adds up in float32, with no copy of it in float32.
-    """
-    if input.numel() <= input.shape[1]:
+    """Mean and unbiased variance per channel of (N, C, ...), each (C,), in `dtype` whatever the input's."""
+    num_values = input.numel() // input.shape[1]
+    if num_values < 2:
         raise ValueError(f"expected more than one value per channel in training, got shape {tuple(input.shape)}")
-    mean = torch.zeros(input.shape[1], dtype=dtype, device=input.device)
-    var = torch.zeros_like(mean)
-    torch.ops.aten.batch_norm_update_stats(input, mean, var, 1.0)  # momentum 1: both become the batch's
-    return mean, var
+    if torch.compiler.is_compiling():  # a compiler fuses the cast into the sums
+        var, mean = torch.var_mean(input.to(dtype), dim=[d for d in range(input.dim()) if d != 1])
+        return mean, var
+    # This operator reads a bfloat16 input once and adds up in float32, without a float32 copy of it: the type of
+    # the running statistics says so. What it writes into them is lost to a compiler, so only its results count.
+    running = torch.zeros(2, input.shape[1], dtype=dtype, device=input.device)
+    mean, biased_var = torch.ops.aten.batch_norm_update_stats(input, running[0], running[1], 0.0)
+    return mean, biased_var * (num_values / (num_values - 1))
 
 
 def convert_batch_norm(module: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -352,7 +353,14 @@ def hardware(accelerator: Accelerator) -> str:
 
 
 def command() -> str:
-    """The command line of this process, as one would type it."""
+    """The command line that started this run, with its launcher where there is one, as one would type it."""
+    parent = psutil.Process().parent()
+    words = parent.cmdline() if parent is not None else []
+    for i, word in enumerate(words[:-1]):
+        if Path(word).name == "accelerate" and words[i + 1] == "launch":
+            return shlex.join(["accelerate", *words[i + 1 :]])
+        if word == "accelerate.commands.launch":
+            return shlex.join(["accelerate", "launch", *words[i + 1 :]])
     return shlex.join(["python", *sys.argv])
 
 

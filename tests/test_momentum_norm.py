@@ -1,6 +1,9 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 
 from m2t_accel.momentum_norm import (
     MomentumBatchNorm,
@@ -108,19 +111,30 @@ def test_the_statistics_momentum_is_a_tensor_and_the_state_dict_is_that_of_batch
     assert layer.state_dict().keys() == nn.BatchNorm2d(5).state_dict().keys()
 
 
-def test_a_new_statistics_momentum_does_not_recompile():
-    layer = random_layer()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_it_does_the_same_and_compiles_once(dtype):
+    """As α is a tensor. aot_eager takes the compiler's whole way but for the code it writes."""
+    torch.manual_seed(0)
+    layer = convert_batch_norm(nn.Sequential(nn.BatchNorm2d(5)))
     graphs = []
 
-    def count(graph, _):
+    def count(graph, inputs):
         graphs.append(graph)
-        return graph.forward
+        return aot_eager(graph, inputs)
 
     torch._dynamo.reset()
-    compiled = torch.compile(layer, backend=count)
+    compiled = torch.compile(copy.deepcopy(layer), backend=count)
     for alpha in (1.0, 0.9, 0.8, 0.7):
-        set_statistics_momentum([layer], alpha)
-        compiled(torch.randn(6, 5, 3, dtype=torch.float64))
+        batches = [3 * torch.randn(6, 5, 7, 3, dtype=dtype) + 1 for _ in range(2)]
+        for module in (layer, compiled):
+            set_statistics_momentum(momentum_layers(module), alpha)
+        for batch in batches:
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(batch), layer(batch))
+        for module in (layer, compiled):
+            commit_statistics(momentum_layers(module))
+        torch.testing.assert_close(momentum_layers(compiled)[0].running_var, layer[0].running_var)
+    assert layer[0].running_var.mean() > 4
     assert len(graphs) == 1
 
 
