@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,9 +216,11 @@ def call_datasets(shown: object, *arguments: object, **options: object) -> dict[
     try:
         return dict(datasets.load_dataset(*arguments, **options))
     except Exception as error:  # of datasets, huggingface_hub, pyarrow, fsspec, httpx: no common ancestor
-        lines = (str(error.__cause__ or error)).strip().splitlines() or [type(error).__name__]
+        if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+            error = error.__cause__  # what the wrapper says is only that something went wrong
+        reason = textwrap.shorten(str(error), 240, placeholder=" …").rstrip(".")
         raise ConfigurationError(
-            f"--dataset {shown} cannot be loaded ({type(error).__name__}: {lines[0]}); give a folder that exists, "
+            f"--dataset {shown} cannot be loaded ({type(error).__name__}: {reason}); give a folder that exists, "
             "or a Hub id that you can reach (`hf auth login` for a gated one)"
         ) from error
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from loopback_hub import loopback_hub
 from PIL import Image as PILImage
 
 from m2t_accel import data
@@ -203,6 +204,36 @@ def test_errors_of_folders(tmp_path):
 def test_fewer_images_than_one_batch(image_net):
     with pytest.raises(ConfigurationError, match="has 12 images to train on, fewer than one batch: use --batch_size 6"):
         data.load_images(settings(image_net, batch_size=64))
+
+
+@pytest.mark.slow
+def test_a_dataset_of_the_hub_over_http(tmp_path, run_script):
+    """In processes of their own, because the endpoint must be set before the libraries are imported."""
+    folder = tmp_path / "hub" / "someone" / "pictures" / "data"
+    folder.mkdir(parents=True)
+    (tmp_path / "hub" / "someone" / "gated-pictures").mkdir()
+    features = Features({"img": Image(), "label": ClassLabel(names=["a", "b"])})
+    for name, number in (("train", 8), ("test", 4)):
+        rows = {"img": encoded(number), "label": [i % 2 for i in range(number)]}
+        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{name}-00000-of-00001.parquet")
+    load = (
+        "import sys\nfrom m2t_accel import data, recipes\nwith recipes.errors_in_one_line():\n"
+        "    config = recipes.build_config({'dataset': sys.argv[1], 'batch_size': 4})\n"
+        "    images = data.load_images(config)\n"
+        "    print(images.note, [data.decode_image(row)[0, 0, 0] for row in images.train['image']])"
+    )
+    with loopback_hub(tmp_path / "hub") as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        environment |= {"HF_HUB_DISABLE_XET": "1"}
+        found = run_script("-c", load, "someone/pictures", environment=environment)
+        assert found.returncode == 0, found.stderr
+        assert "someone/pictures: 8 images of 2 classes; kNN is measured on 4 others" in found.stdout
+        for name, reason in (("gated-pictures", "hf auth login"), ("no-pictures", "Repository Not Found")):
+            refused = run_script("-c", load, f"someone/{name}", environment=environment)
+            line = refused.stderr.splitlines()[-1]
+            assert refused.returncode == 2, refused.stderr
+            assert f"error: --dataset someone/{name} cannot be loaded" in line
+            assert reason in line
 
 
 def test_no_hub(monkeypatch):
