@@ -408,5 +408,9 @@ def finish(accelerator: Accelerator, config: PretrainConfig, data: ImageData, te
         f'Load it:  from transformers import AutoModel; AutoModel.from_pretrained("{encoder_dir}")',
     ]
     if config.recipe == "digits":
-        lines.append("Next:     your own images: --recipe 8x2080Ti-b256-100ep --dataset FOLDER --output_dir runs/mine")
+        lines += [
+            "Next:     your own images (no labels needed), on one GPU:",
+            "          accelerate launch --config_file accelerate_configs/1gpu.yaml scripts/pretrain.py \\",
+            "              --recipe 8x2080Ti-b256-100ep --dataset FOLDER --output_dir runs/mine",
+        ]
     print("\n".join(lines), flush=True)
