@@ -538,7 +538,7 @@ def check_output_dir(output_dir: str) -> None:
 
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Print a ConfigurationError as one line and exit with status 2; other errors keep their traceback.
+    """Print a ConfigurationError as one line and exit with status 2 (Ctrl-C: 130); other errors keep their traceback.
 
     Of several processes on a machine, the first speaks; the others wait before they leave, because a
     launcher kills all that are left when one leaves.
@@ -551,3 +551,6 @@ def errors_in_one_line() -> Iterator[None]:
         else:
             time.sleep(3)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None

@@ -237,6 +237,14 @@ def test_an_error_is_one_line_and_status_2(capsys, monkeypatch):
     assert capsys.readouterr().err == "pretrain.py: error: what was given, what is allowed\n"
 
 
+def test_an_interruption_is_one_line_and_status_130(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scripts/pretrain.py"])
+    with pytest.raises(SystemExit) as caught, recipes.errors_in_one_line():
+        raise KeyboardInterrupt
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "pretrain.py: interrupted\n"
+
+
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ValueError, match="a defect"), recipes.errors_in_one_line():
         raise ValueError("a defect")
