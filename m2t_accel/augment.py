@@ -20,6 +20,8 @@ from torch.nn import functional
 
 from m2t_accel.recipes import PretrainConfig
 
+VIEW_STREAM = 1  # apart from the stream of the epoch's order in m2t_accel.data
+
 # Where each random number stands among the uniforms of a view. New ones go to the end: the rest stay as they are.
 CROP_ATTEMPTS = 10
 SCALE = slice(0, CROP_ATTEMPTS)
@@ -46,7 +48,7 @@ class Photometry(NamedTuple):
 
 def draw_uniforms(seed: int, epoch: int, sample: int, view: int) -> np.ndarray:
     """All random numbers of one view, uniform in [0, 1): (NUM_UNIFORMS,) float64."""
-    return np.random.default_rng((seed, epoch, sample, view)).random(NUM_UNIFORMS)
+    return np.random.default_rng((VIEW_STREAM, seed, epoch, sample, view)).random(NUM_UNIFORMS)
 
 
 class Crop(NamedTuple):
@@ -60,15 +62,14 @@ class Crop(NamedTuple):
 
 
 def draw_crop(uniforms: np.ndarray, height: int, width: int, config: PretrainConfig) -> Crop:
-    """A random resized crop of an image of that size.
+    """A random resized crop of an image of that size, in whole pixels, as torchvision's RandomResizedCrop.
 
-    As torchvision's RandomResizedCrop: ten attempts at an area and a ratio that fit, else the largest central
-    box of a permitted ratio. With `rotation`, or a scale over 1, the first attempt stands and the box may
-    reach over the edge.
+    Ten attempts at an area and a ratio that fit, else the largest central box of a permitted ratio. With
+    `is_turned(config)` the first attempt stands, is turned, may reach over the edge, and is not rounded.
     """
     areas = height * width * between(uniforms[SCALE], *config.crop_scale)
     ratios = np.exp(between(uniforms[RATIO], *np.log(config.crop_ratio)))
-    if config.rotation or config.crop_scale[1] > 1:
+    if is_turned(config):
         crop_width, crop_height = math.sqrt(areas[0] * ratios[0]), math.sqrt(areas[0] / ratios[0])
         top, left = uniforms[TOP] * (height - crop_height), uniforms[LEFT] * (width - crop_width)
         return Crop(top, left, crop_height, crop_width, between(uniforms[ANGLE], -config.rotation, config.rotation))
@@ -87,15 +88,36 @@ def draw_crop(uniforms: np.ndarray, height: int, width: int, config: PretrainCon
     return Crop(top, left, crop_height, crop_width, 0.0)
 
 
+def is_turned(config: PretrainConfig) -> bool:
+    """Whether crops are turned or reach over the edge, so that whole pixels do not do."""
+    return config.rotation > 0 or config.crop_scale[1] > 1
+
+
+def view_crop(image: np.ndarray, uniforms: np.ndarray, config: PretrainConfig) -> np.ndarray:
+    """A random crop of an image (H, W, 3) uint8, as a view (size, size, 3) uint8."""
+    crop = draw_crop(uniforms, *image.shape[:2], config)
+    return (cut_turned if is_turned(config) else cut)(image, crop, config.image_size)
+
+
 def cut(image: np.ndarray, crop: Crop, size: int) -> np.ndarray:
-    """The crop of an image (H, W, 3) uint8, resized to (size, size, 3) uint8."""
-    if isinstance(crop.top, int):
-        return resize(image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width], size, size)
+    """A crop in whole pixels of an image (H, W, 3) uint8, resized to (size, size, 3) uint8."""
+    return resize(image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width], size, size)
+
+
+def cut_turned(image: np.ndarray, crop: Crop, size: int) -> np.ndarray:
+    """A turned crop of an image (H, W, 3) uint8 as (size, size, 3) uint8; beyond its edge, the edge's pixels."""
+    height, width = image.shape[:2]
+    if min(crop.height, crop.width) > size:  # the warp below takes four pixels for one and would alias
+        shrink = size / min(crop.height, crop.width)
+        image = resize(image, max(1, round(height * shrink)), max(1, round(width * shrink)))
+    # What the crop's pixels are in the image as it is now.
+    scale_y, scale_x = image.shape[0] / height, image.shape[1] / width
+    crop_height, crop_width = crop.height * scale_y, crop.width * scale_x
     # Pixel centres of the view, about its centre, to pixel centres of the image.
     cosine, sine = math.cos(math.radians(crop.angle)), math.sin(math.radians(crop.angle))
-    scale_x, scale_y = crop.width / size, crop.height / size
-    matrix = np.array([[cosine * scale_x, -sine * scale_y, 0.0], [sine * scale_x, cosine * scale_y, 0.0]])
-    centre = np.array([crop.left + crop.width / 2 - 0.5, crop.top + crop.height / 2 - 0.5])
+    step_x, step_y = crop_width / size, crop_height / size
+    matrix = np.array([[cosine * step_x, -sine * step_y, 0.0], [sine * step_x, cosine * step_y, 0.0]])
+    centre = np.array([crop.left * scale_x + crop_width / 2 - 0.5, crop.top * scale_y + crop_height / 2 - 0.5])
     matrix[:, 2] = centre - matrix[:, :2] @ np.array([(size - 1) / 2, (size - 1) / 2])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(image, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
@@ -121,7 +143,7 @@ def central_view(image: np.ndarray, size: int, share: float) -> np.ndarray:
     target = (shorter, longer) if height <= width else (longer, shorter)
     if target != (height, width):
         image = resize(image, *target)
-    top, left = round((target[0] - size) / 2), round((target[1] - size) / 2)
+    top, left = (target[0] - size) // 2, (target[1] - size) // 2
     return image[top : top + size, left : left + size]
 
 

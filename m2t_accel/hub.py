@@ -5,19 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import ConvNextImageProcessor, PreTrainedModel
+from transformers import BitImageProcessor, PreTrainedModel
 
 from m2t_accel.recipes import RECIPES, PretrainConfig
 
 
-def image_processor(config: PretrainConfig) -> ConvNextImageProcessor:
-    """The processor that makes of any image what evaluation sees: shorter side resized, centre cropped, normalised."""
-    return ConvNextImageProcessor(
-        size={"shortest_edge": config.image_size},
-        crop_pct=config.evaluation_crop,
+def image_processor(config: PretrainConfig) -> BitImageProcessor:
+    """The processor that makes of any image what evaluation sees: shorter side resized, centre cropped, normalised.
+
+    BitImageProcessor states both sizes; ConvNextImageProcessor would drop the crop from 384 pixels on.
+    """
+    return BitImageProcessor(
+        size={"shortest_edge": int(config.image_size / config.evaluation_crop)},
+        crop_size={"height": config.image_size, "width": config.image_size},
         resample=2,  # bilinear
         image_mean=list(config.image_mean),
         image_std=list(config.image_std),
+        do_convert_rgb=True,
     )
 
 
@@ -43,8 +47,9 @@ def model_card(config: PretrainConfig, facts: dict[str, str], accuracies: list[f
     knn = "It was not measured: the images have no labels."
     if accuracies:
         knn = (
-            f"Weighted kNN top-1 (k = 20, T = 0.07, features of the teacher's encoder, centre crop) on held-out "
-            f"images: **{100 * accuracies[-1]:.2f} %**, from {100 * accuracies[0]:.2f} % with random weights."
+            f"Weighted kNN top-1 (k = 20, T = 0.07, features of the teacher's encoder, centre crop) of at most 10 000 "
+            f"held-out images by at most 50 000 training images: **{100 * accuracies[-1]:.2f} %**, from "
+            f"{100 * accuracies[0]:.2f} % with random weights."
         )
         results = [
             EvalResult(

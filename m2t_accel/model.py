@@ -16,7 +16,7 @@ from m2t_accel.momentum_norm import (
     momentum_layers,
     set_statistics_momentum,
 )
-from m2t_accel.recipes import ENCODERS, ConfigurationError
+from m2t_accel.recipes import ENCODERS, ConfigurationError, in_short
 
 
 def create_encoder(name: str) -> PreTrainedModel:
@@ -31,13 +31,14 @@ def create_encoder(name: str) -> PreTrainedModel:
         raise ConfigurationError(f"--encoder {name}: the folder has no config.json of a transformers model")
     try:
         # Never remote code: a configuration from the Hub is data.
-        encoder = AutoModel.from_config(AutoConfig.from_pretrained(name, trust_remote_code=False))
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config.dtype = torch.get_default_dtype()  # many say float16, for inference
+        encoder = AutoModel.from_config(config)
+    except Exception as error:  # a configuration can be wrong in any way that a model's code can trip over
         raise ConfigurationError(
-            f"--encoder {name}: no transformers model ({reason}); give one of {', '.join(ENCODERS)}, "
+            f"--encoder {name}: no transformers model ({in_short(error)}); give one of {', '.join(ENCODERS)}, "
             "a folder with a transformers config.json, or a Hub id"
-        ) from None
+        ) from error
     try:
         convert_batch_norm(copy.deepcopy(encoder))
     except ValueError as error:
@@ -131,10 +132,10 @@ def create_student(
     try:
         with torch.no_grad():
             feature_size = embed(encoder, torch.zeros(1, 3, image_size, image_size)).shape[1]
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # as above: the model is any
         raise ConfigurationError(
-            f"--encoder {name}: no pooled features from images of {image_size} pixels ({str(error).splitlines()[0]})"
-        ) from None
+            f"--encoder {name}: no pooled features from images of {image_size} pixels ({in_short(error)})"
+        ) from error
     encoder.train()
     return Student(encoder, feature_size, hidden_size, projection_size)
 

@@ -147,10 +147,12 @@ def commit_statistics(layers: list[MomentumBatchNorm]) -> None:
         parts = flat.split([tensor.numel() for tensor in pending])
         torch._foreach_copy_(pending, [part.view_as(p) for part, p in zip(parts, pending, strict=True)])
     for layer in layers:
-        # A layer that no forward used keeps its history.
-        weight = layer.statistics_momentum * (layer.num_pending > 0)
-        num_forwards = layer.num_pending.clamp(min=1)
-        layer.running_mean.lerp_(layer.pending_mean / num_forwards, weight)
-        layer.running_var.lerp_(layer.pending_var / num_forwards, weight)
+        mean, var = layer.pending_mean / layer.num_pending, layer.pending_var / layer.num_pending
+        # History is for good: it takes no average that is not finite, such as that of a step which float16
+        # overflowed and the gradient scaler skips, or 0 / 0 of a layer that no forward used.
+        finite = mean.isfinite() & var.isfinite()
+        mean, var = torch.where(finite, mean, layer.running_mean), torch.where(finite, var, layer.running_var)
+        layer.running_mean.lerp_(mean, layer.statistics_momentum)
+        layer.running_var.lerp_(var, layer.statistics_momentum)
         layer.num_batches_tracked.add_(1)
     torch._foreach_zero_(pending)

@@ -1,9 +1,11 @@
-"""How a run is doing, measured as it goes: kNN accuracy of the teacher, spread of its embeddings, curves."""
+"""How a run is doing, measured and told as it goes: kNN of the teacher, spread of its embeddings, report, curves."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +15,13 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm import tqdm
 
 from m2t_accel.augment import evaluation_view
-from m2t_accel.data import CentralViews, ImageData, create_loader
+from m2t_accel.data import CentralViews, create_loader
 from m2t_accel.model import embed
-from m2t_accel.recipes import PretrainConfig
+from m2t_accel.recipes import ConfigurationError, PretrainConfig
+from m2t_accel.sources import ImageData
 
 # kNN during training is a sign of health, not a result: on large sets an even sample is enough for it.
 MAX_KNN_BANK = 50_000
@@ -56,7 +60,7 @@ def knn_accuracy(
 
 
 class KnnMonitor:
-    """kNN accuracy of an encoder on the held-out images; the loaders stay for all evaluations of a run."""
+    """kNN accuracy of an encoder on the held-out images."""
 
     def __init__(self, data: ImageData, config: PretrainConfig, accelerator: Accelerator) -> None:
         self.config = config
@@ -143,3 +147,89 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
     figure.savefig(picture, dpi=110)
+
+
+class Report:
+    """What a run shows and writes while it trains: a progress bar, metrics.jsonl and a tracker.
+
+    `add` and `tick` cost the device nothing; `averages` waits for it and is a collective call.
+    """
+
+    def __init__(self, config: PretrainConfig, accelerator: Accelerator, total_steps: int) -> None:
+        self.accelerator = accelerator
+        self.config = config
+        self.metrics = Path(config.output_dir) / "metrics.jsonl"
+        self.num_steps = 0
+        self.sums: list[Tensor] = []
+        self.started = self.last = time.perf_counter()
+        self.bar = None
+        if config.tracker != "none":
+            settings = {k: str(v) if isinstance(v, tuple) or v is None else v for k, v in vars(config).items()}
+            accelerator.init_trackers("tracker", config=settings)
+        if accelerator.is_main_process:
+            # A log file gets a line every half minute, a terminal a bar that moves.
+            interval = 0.5 if sys.stderr.isatty() else 30.0
+            self.bar = tqdm(total=total_steps, unit="step", mininterval=interval, dynamic_ncols=True)
+
+    def add(self, loss: Tensor, spread: Tensor) -> None:
+        """Take in a sub-batch."""
+        self.sums.append(torch.stack([loss, spread]))
+
+    def tick(self) -> None:
+        """Count an optimizer step."""
+        self.num_steps += 1
+        if self.bar is not None:
+            self.bar.update()
+
+    def averages(self) -> dict[str, float]:
+        """Loss and spread averaged over all sub-batches of all processes since the last call, and the speed.
+
+        Raises:
+            ConfigurationError: the loss is not finite; the same on every process.
+        """
+        mean = torch.stack(self.sums).mean(dim=0)
+        loss, spread = self.accelerator.reduce(mean, reduction="mean").tolist()
+        if not math.isfinite(loss):
+            raise ConfigurationError(
+                f"the loss is {loss} in the last {self.num_steps} steps, and no encoder is written: try a "
+                f"--learning_rate_per_256 below {self.config.learning_rate_per_256:g}, or more --warmup_epochs"
+            )
+        speed = self.num_steps * self.config.batch_size / (time.perf_counter() - self.last)
+        self.sums.clear()
+        self.num_steps = 0
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} images/s", refresh=False)
+        return {"loss": loss, "embedding_std": spread, "images_per_second": speed}
+
+    def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        """Write one line of metrics; the clock of the speed starts again, so evaluations do not count."""
+        if self.accelerator.is_main_process:
+            line = {"step": step, "epoch": round(epoch, 6), **values, "seconds": round(self.seconds(), 3)}
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            if "knn_top1" in values:
+                self.bar.write(f"epoch {epoch:g}: teacher kNN top-1 {100 * values['knn_top1']:.2f} %")
+        if self.config.tracker != "none":
+            self.accelerator.log({"epoch": epoch, **values}, step=step)
+        self.last = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds since the report was opened."""
+        return time.perf_counter() - self.started
+
+    def close(self) -> None:
+        """End the bar and the tracker, whether the run ended well or not."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.config.tracker != "none":
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+
+
+def duration(seconds: float) -> str:
+    """Such as 45 s, 12 min 3 s, 5 h 12 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

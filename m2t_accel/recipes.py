@@ -9,11 +9,13 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import math
 import os
 import re
 import sys
 import tempfile
+import textwrap
 import time
 import types
 import typing
@@ -74,7 +76,7 @@ class PretrainConfig:
         None, "`digits`, a folder of class folders or of images, a folder of parquet files, or a Hub id"
     )
     output_dir: str | None = setting(None, "folder of the run (default: runs/RECIPE)")
-    seed: int = setting(0, "seed of the weights, the order and the views", at_least=0)
+    seed: int = setting(0, "seed of the weights, the order and the views", at_least=0, at_most=2**32 - 1)
 
     encoder: str = setting(
         "resnet50",
@@ -88,7 +90,7 @@ class PretrainConfig:
     )
 
     epochs: int = setting(100, "passes over the images", at_least=1, heading="training")
-    batch_size: int = setting(1024, "images per optimizer step, over all devices", at_least=2)
+    batch_size: int = setting(1024, "images per optimizer step, over all devices", at_least=2, at_most=2**20)
     device_batch_size: int | None = setting(
         None,
         "images that one BatchNorm sees; batch_size / device_batch_size virtual devices (default: batch_size)",
@@ -118,7 +120,9 @@ class PretrainConfig:
     solarize_probability: tuple[float, float] = setting(
         (0.0, 0.2), "chance of solarization, view 1 and view 2", at_least=0, at_most=1
     )
-    image_mean: tuple[float, float, float] = setting((0.485, 0.456, 0.406), "mean per channel, of 0 to 1")
+    image_mean: tuple[float, float, float] = setting(
+        (0.485, 0.456, 0.406), "mean per channel, 0 to 1", at_least=0, at_most=1
+    )
     image_std: tuple[float, float, float] = setting(
         (0.229, 0.224, 0.225), "standard deviation per channel, of 0 to 1", above=0
     )
@@ -138,7 +142,7 @@ class PretrainConfig:
     log_every: int = setting(10, "steps between lines of metrics.jsonl", at_least=1, heading="reports")
     evaluate_every: int | None = setting(
         None,
-        "epochs between kNN evaluations, 0 for never (default: ten in a run, where labels are)",
+        "epochs between kNN evaluations, 0 for never (default: about ten in a run, where labels are)",
         at_least=0,
     )
     tracker: str = setting("none", "none or tensorboard", choices=("none", "tensorboard"))
@@ -173,15 +177,9 @@ class PretrainConfig:
                 f"recipe {self.recipe} needs --dataset: a folder of class folders (train/ and val/ in it, or "
                 "not), of images or of parquet files, or a Hub id such as ILSVRC/imagenet-1k"
             )
-        if self.dataset != "digits" and not Path(self.dataset).exists() and not is_hub_id(self.dataset):
+        if self.image_column is not None and self.image_column == self.label_column:
             raise ConfigurationError(
-                f"--dataset {self.dataset}: no such file or folder; "
-                "give `digits`, a folder that exists, or a Hub id USER/NAME"
-            )
-        if self.encoder not in ENCODERS and not Path(self.encoder).exists() and not is_hub_id(self.encoder):
-            raise ConfigurationError(
-                f"--encoder {self.encoder}: unknown{did_you_mean(self.encoder, ENCODERS)}; give one of "
-                f"{', '.join(ENCODERS)}, a folder with a transformers config.json, or a Hub id USER/NAME"
+                f"--image_column and --label_column are both {self.image_column}: they must differ"
             )
 
     @property
@@ -339,19 +337,19 @@ def convert(name: str, kind: object, value: object) -> object:
         kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)
-        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(kinds):
-            shown = value if isinstance(value, str) or not isinstance(value, Sequence) else " ".join(map(str, value))
+        if not isinstance(value, list | tuple) or len(value) != len(kinds):
+            shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
             raise ConfigurationError(f"--{name} {shown}: {len(kinds)} numbers are needed")
         return tuple(convert(name, k, v) for k, v in zip(kinds, value, strict=True))
-    if (isinstance(value, Sequence) and not isinstance(value, str)) or isinstance(value, Mapping) or value is None:
-        raise ConfigurationError(f"--{name} {value}: one {kind.__name__} is needed")
+    words = {int: "a whole number", float: "a number", str: "a word"}[kind]
+    if not isinstance(value, str | int | float):
+        raise ConfigurationError(f"--{name} {value}: {words} is needed")
+    if kind is str and (not str(value) or "\0" in str(value)):
+        raise ConfigurationError(f"--{name} is empty: leave it out, or give it a value")
     try:
-        if kind is str:
-            return str(value)
         return kind(str(value))  # str first: int(1.5) and int(True) would pass in silence
     except ValueError:
-        article = "a whole number" if kind is int else "a number"
-        raise ConfigurationError(f"--{name} {value}: {article} is needed") from None
+        raise ConfigurationError(f"--{name} {value}: {words} is needed") from None
 
 
 def did_you_mean(word: object, words: typing.Iterable[str]) -> str:
@@ -359,6 +357,11 @@ def did_you_mean(word: object, words: typing.Iterable[str]) -> str:
     by_lower = {w.lower(): w for w in words}
     near = difflib.get_close_matches(str(word).lower(), by_lower, n=1, cutoff=0.5)
     return f", did you mean {by_lower[near[0]]}?" if near else ""
+
+
+def in_short(error: Exception) -> str:
+    """A library's error as part of a line: its type and the beginning of what it says."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" …").rstrip(".")
 
 
 def is_hub_id(text: str) -> bool:
@@ -385,6 +388,11 @@ def build_config(given: Mapping[str, object]) -> PretrainConfig:
         raise ConfigurationError(
             f"--recipe {recipe}: unknown{did_you_mean(recipe, RECIPES)}; `--recipe list` prints them all"
         )
+    if converted.get("dataset", "digits") != "digits" and "recipe" not in converted:
+        raise ConfigurationError(
+            f"--dataset {converted['dataset']} needs a --recipe, such as 8x2080Ti-b256-100ep (`--recipe list` prints "
+            "them all): without one it would be trained as digits are"
+        )
     return PretrainConfig(**{**RECIPES[recipe].settings, **converted})
 
 
@@ -398,7 +406,7 @@ def read_yaml(path: str) -> dict[str, object]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"--config {path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist, endless brackets
         raise ConfigurationError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigurationError(f"--config {path}: needs lines `name: value`, with the names of --help")
@@ -449,7 +457,7 @@ def parse_command_line(description: str, arguments: Sequence[str] | None = None)
         print(recipe_table())
         raise SystemExit(0)
     path = flags.pop("config")
-    from_file = read_yaml(path) if path else {}
+    from_file = {} if path is None else read_yaml(path)
     if {"recipe"} <= flags.keys() & from_file.keys() and flags["recipe"] != from_file["recipe"]:
         raise ConfigurationError(
             f"--recipe {flags['recipe']} meets `recipe: {from_file['recipe']}` of {path}: give one of them"
@@ -491,6 +499,29 @@ def recipe_table() -> str:
 # --- checks of the machine that need nothing heavy
 
 
+def check_inputs(config: PretrainConfig) -> None:
+    """Check that the dataset and the encoder can be found, and that the tracker is installed.
+
+    Raises:
+        ConfigurationError: one of them is not.
+    """
+    if config.dataset != "digits" and not os.path.exists(config.dataset) and not is_hub_id(config.dataset):
+        raise ConfigurationError(
+            f"--dataset {config.dataset}: no such file or folder; "
+            "give `digits`, a folder that exists, or a Hub id USER/NAME"
+        )
+    if config.encoder not in ENCODERS and not os.path.exists(config.encoder) and not is_hub_id(config.encoder):
+        raise ConfigurationError(
+            f"--encoder {config.encoder}: unknown{did_you_mean(config.encoder, ENCODERS)}; give one of "
+            f"{', '.join(ENCODERS)}, a folder with a transformers config.json, or a Hub id USER/NAME"
+        )
+    # Accelerate leaves out a tracker that is not installed, in silence.
+    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
+        raise ConfigurationError(
+            f"--tracker {config.tracker} is not installed: type `pip install {config.tracker}`, or leave the flag out"
+        )
+
+
 def check_num_processes(config: PretrainConfig, num_processes: int) -> None:
     """Check that the processes share the virtual devices evenly.
 
@@ -520,13 +551,15 @@ def check_output_dir(output_dir: str) -> None:
     Raises:
         ConfigurationError: it cannot, or it does.
     """
-    folder = Path(output_dir)
+    folder = os.path.abspath(output_dir)
     for name in ("config.yaml", "metrics.jsonl", "encoder", "checkpoints"):
-        if (folder / name).exists():
+        if os.path.exists(os.path.join(folder, name)):
             raise ConfigurationError(
                 f"--output_dir {output_dir} holds another run ({name}): give another folder, or remove that one"
             )
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    parent = folder
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
     try:
         # A file without a name: it proves that writing works, whoever the user is, and leaves nothing behind.
         tempfile.TemporaryFile(dir=parent).close()
@@ -534,6 +567,8 @@ def check_output_dir(output_dir: str) -> None:
         raise ConfigurationError(
             f"--output_dir {output_dir} cannot be written: {parent} takes no files ({error.strerror})"
         ) from None
+    if max(len(part.encode()) for part in folder.split(os.sep)) > 255:
+        raise ConfigurationError(f"--output_dir {output_dir}: a name in it is longer than 255 bytes")
 
 
 @contextlib.contextmanager
@@ -547,7 +582,8 @@ def errors_in_one_line() -> Iterator[None]:
         yield
     except ConfigurationError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+            line = " ".join(str(error).split())  # a value that was given may hold line breaks
+            print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
         else:
             time.sleep(3)
         raise SystemExit(2) from None

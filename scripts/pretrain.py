@@ -7,14 +7,22 @@ accelerate launch --config_file accelerate_configs/8gpu.yaml scripts/pretrain.py
 
 import os
 
-from m2t_accel.recipes import check_num_processes, check_output_dir, errors_in_one_line, parse_command_line
+from m2t_accel.recipes import (
+    check_inputs,
+    check_num_processes,
+    check_output_dir,
+    errors_in_one_line,
+    parse_command_line,
+)
 
 
 def main() -> None:
     with errors_in_one_line():
         config = parse_command_line(__doc__)
-        check_num_processes(config, int(os.environ.get("WORLD_SIZE", "1")))
-        if os.environ.get("RANK", "0") == "0":
+        num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+        check_inputs(config)
+        check_num_processes(config, num_processes)
+        if num_processes == 1:  # of several, one may have begun to write before another looks
             check_output_dir(config.output_dir)
         from m2t_accel.pretrain import pretrain  # late: torch and transformers take seconds to import
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ["ACCELERATE_USE_CPU"] = "true"  # the runs of the tests are compared bit for bit, so also where GPUs are
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network; a look-up that fails should fail at once
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

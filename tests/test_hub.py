@@ -76,8 +76,13 @@ def test_running_statistics_are_the_teachers_history(run):
     assert loaded["embedder.embedder.normalization.running_mean"].abs().max() > 0.01
 
 
-@pytest.mark.parametrize("settings", [{"recipe": "digits"}, {"recipe": "8x2080Ti-b256-100ep", "dataset": "digits"}])
-@pytest.mark.parametrize("shape", [(8, 8), (375, 500), (500, 333), (224, 224), (301, 299)])
+IMAGENET = {"recipe": "8x2080Ti-b256-100ep", "dataset": "digits"}
+
+
+@pytest.mark.parametrize("settings", [{"recipe": "digits"}, IMAGENET, {**IMAGENET, "image_size": 384}])
+@pytest.mark.parametrize(
+    "shape", [(8, 8), (375, 500), (500, 333), (224, 224), (301, 299), (472, 403), (340, 303), (331, 428)]
+)
 def test_the_processor_makes_what_evaluation_sees(settings, shape):
     config = build_config(settings)
     rng = np.random.default_rng(0)
@@ -96,7 +101,7 @@ def test_the_processor_is_written_out(run):
     folder, config, _ = run
     processor = AutoImageProcessor.from_pretrained(folder / "encoder")
     assert processor.size == {"shortest_edge": 32}
-    assert processor.crop_pct == 1.0
+    assert processor.crop_size == {"height": 32, "width": 32}
     assert tuple(processor.image_mean) == config.image_mean
 
 

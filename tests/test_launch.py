@@ -8,7 +8,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, tiny
 from safetensors.torch import load_file
 
-from m2t_accel.pretrain import check_launch
+from m2t_accel.launch import Promise, check_launch, read_promise
 from m2t_accel.recipes import ConfigurationError
 
 CONFIGS = ROOT / "accelerate_configs"
@@ -95,7 +95,7 @@ def test_more_processes_than_the_file_starts_is_an_error(run_script, tmp_path):
         run_script, "cpu.yaml", "--num_processes", "2", "scripts/pretrain.py", "--output_dir", tmp_path / "run"
     )
     assert done.returncode != 0
-    assert "several processes were asked for but one was started" in done.stderr
+    assert "2 processes were asked for but one was started" in done.stderr
     assert "cpu2.yaml" in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -115,27 +115,62 @@ def test_the_8_gpu_file_without_gpus_is_an_error(run_script, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_a_mistake_in_the_data_is_one_line_of_two_processes(run_script, tmp_path):
+    """Each finds it; one says it, and none is left in a collective call."""
+    (tmp_path / "empty").mkdir()
+    done = launch(
+        run_script,
+        "cpu2.yaml",
+        *("scripts/pretrain.py", "--recipe", "digits", "--device_batch_size", "32", "--dataset", tmp_path / "empty"),
+        *("--output_dir", tmp_path / "run"),
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("pretrain.py: error: ") == 1
+    assert "holds no image" in done.stderr
+    assert "[rank" not in done.stderr, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+TWO, EIGHT = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}
+
+
 @pytest.mark.parametrize(
-    ("environment", "num_devices", "message"),
+    ("environment", "num_devices", "promise", "message"),
     [
-        ({}, 0, None),
-        ({"ACCELERATE_MIXED_PRECISION": "no"}, 0, None),
-        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "-1,-1"}, 0, None),
-        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}, 0, None),
-        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, 8, None),
-        ({"WORLD_SIZE": "32", "LOCAL_WORLD_SIZE": "8"}, 8, None),
-        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, 0, "this machine has none, and each would train alone: use"),
-        (
-            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"},
-            2,
-            r"with 2 GPUs: add --num_processes 2, or use accel.*1gpu\.yaml",
-        ),
-        ({"MASTER_PORT": "29500", "ACCELERATE_MIXED_PRECISION": "no"}, 0, r"one was started .*cpu2\.yaml"),
+        ({}, 0, Promise(), None),
+        ({"MASTER_PORT": "29500"}, 0, Promise(), None),  # as clusters export it
+        ({}, 1, Promise(on_gpu=True), None),
+        ({**TWO, "CUDA_VISIBLE_DEVICES": "-1,-1"}, 0, Promise(2), None),
+        ({**TWO, "ACCELERATE_USE_CPU": "true"}, 0, Promise(2), None),
+        (EIGHT, 8, Promise(8, on_gpu=True), None),
+        ({"WORLD_SIZE": "32", "LOCAL_WORLD_SIZE": "8"}, 8, Promise(32, on_gpu=True), None),
+        (EIGHT, 0, Promise(8, on_gpu=True), "8 processes were started for GPUs, but this machine has none: use"),
+        ({}, 0, Promise(on_gpu=True), r"1 process was started for GPUs, but this machine has none: use .*cpu\.yaml"),
+        (EIGHT, 2, Promise(8, on_gpu=True), r"with 2 GPUs: add --num_processes 2, or use accel.*1gpu\.yaml"),
+        ({}, 0, Promise(2), r"2 processes were asked for but one was started .*cpu2\.yaml"),
     ],
 )
-def test_a_launch_is_what_was_promised(environment, num_devices, message):
+def test_a_launch_is_what_was_promised(environment, num_devices, promise, message):
     if message is None:
-        check_launch(environment, num_devices)
+        check_launch(environment, num_devices, promise)
     else:
         with pytest.raises(ConfigurationError, match=message):
-            check_launch(environment, num_devices)
+            check_launch(environment, num_devices, promise)
+
+
+@pytest.mark.parametrize(
+    ("words", "promise"),
+    [
+        (None, Promise()),
+        (["train.py", "--epochs", "3"], Promise()),
+        (["--num_processes", "4", "train.py"], Promise(4)),
+        (["--config_file", str(CONFIGS / "cpu.yaml"), "train.py"], Promise(1)),
+        (["--config_file", str(CONFIGS / "cpu.yaml"), "--num_processes", "2", "train.py"], Promise(2)),
+        (["--config_file", str(CONFIGS / "cpu2.yaml"), "train.py"], Promise(2)),
+        (["--config_file", str(CONFIGS / "4x8gpu.yaml"), "train.py"], Promise(32, on_gpu=True)),
+        (["--config_file", "/no/such/file.yaml", "train.py"], Promise()),
+    ],
+)
+def test_what_a_launch_command_promises(words, promise):
+    assert read_promise(words) == promise

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from torch.nn import functional
-from transformers import ConvNextConfig, RegNetConfig, ResNetModel
+from transformers import ConvNextConfig, RegNetConfig, ResNetConfig, ResNetModel
 
 from m2t_accel.model import (
     Student,
@@ -124,6 +124,33 @@ def test_an_encoder_without_batch_norm_is_refused(tmp_path):
     ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16]).save_pretrained(tmp_path)
     with pytest.raises(ConfigurationError, match="ConvNextModel has no BatchNorm"):
         create_encoder(str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_type_of_a_published_configuration_is_not_ours(tmp_path, dtype):
+    ResNetConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16], embedding_size=8, dtype=dtype).save_pretrained(
+        tmp_path
+    )
+    assert dtype in (tmp_path / "config.json").read_text()
+    student = create_student(create_encoder(str(tmp_path)), image_size=32, hidden_size=16, projection_size=8)
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"depths": "x"}, {"layer_type": "zzz"}, {"hidden_act": "nope"}, {"hidden_sizes": [-8, 8, 16, 16]}]
+)
+def test_a_configuration_that_makes_no_model_is_one_line(tmp_path, wrong):
+    config = {
+        "model_type": "resnet",
+        "depths": [1, 1, 1, 1],
+        "hidden_sizes": [8, 8, 16, 16],
+        "embedding_size": 8,
+        **wrong,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigurationError, match="no transformers model") as caught:
+        create_encoder(str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_that_is_no_encoder_is_refused(tmp_path):

@@ -100,6 +100,21 @@ def test_a_layer_that_no_forward_used_keeps_its_history():
     assert all(torch.equal(unused.state_dict()[k], v) for k, v in before.items())
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_forward_that_is_not_finite_does_not_reach_the_history(value):
+    layer = random_layer()
+    before = layer.running_mean.clone(), layer.running_var.clone()
+    set_statistics_momentum([layer], 0.5)
+    batch = torch.randn(6, 5, dtype=torch.float64)
+    batch[2, 3] = value
+    layer(batch)
+    commit_statistics([layer])
+    assert torch.equal(layer.running_mean[3], before[0][3])
+    assert torch.equal(layer.running_var[3], before[1][3])
+    assert not torch.equal(layer.running_mean[0], before[0][0])
+    assert layer.pending_mean.eq(0).all()
+
+
 def test_one_value_per_channel_is_refused():
     with pytest.raises(ValueError, match=r"more than one value per channel.*\(1, 5\)"):
         random_layer()(torch.randn(1, 5, dtype=torch.float64))

@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from conftest import tiny
 from torch import nn
 
 from m2t_accel import augment, data
 from m2t_accel.model import create_encoder, create_student, embed
-from m2t_accel.pretrain import duration, pretrain
+from m2t_accel.momentum_norm import MomentumBatchNorm
+from m2t_accel.monitor import duration
+from m2t_accel.pretrain import pretrain
 from m2t_accel.recipes import ConfigurationError, build_config
+from m2t_accel.sources import load_images
 
 
 def metrics(folder):
@@ -83,7 +87,7 @@ def losses_of_a_second_implementation(config, defect=None):
     del teacher.predictor
     norms = [module for module in teacher.modules() if isinstance(module, PlainNorm)]
     student.train()
-    images = data.load_images(config).train
+    images = load_images(config).train
     views_of = data.TwoViews(images, config)
     steps = len(images) // config.batch_size
     total = steps * config.epochs
@@ -288,16 +292,51 @@ def test_evaluation_without_labels_is_refused_before_anything_is_written(tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_mixed_precision_trains(tmp_path, monkeypatch):
-    from accelerate.state import AcceleratorState
+@pytest.fixture
+def fresh_accelerator():
+    """Accelerate's settings are of the process: forget them before and after."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
-    AcceleratorState._reset_state(reset_partial_state=True)
+
+def test_mixed_precision_trains(tmp_path, monkeypatch, fresh_accelerator):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    seen = set()
+    forward = MomentumBatchNorm.forward
+
+    def watch(self, input):
+        if self.training:
+            seen.add((input.dtype, self.running_mean.dtype, self.pending_var.dtype))
+        return forward(self, input)
+
+    monkeypatch.setattr(MomentumBatchNorm, "forward", watch)
     teacher = pretrain(build_config(tiny(tmp_path / "run", epochs=1, warmup_epochs=0.5)))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    assert seen == {(torch.bfloat16, torch.float32, torch.float32)}
     assert "bf16" in (tmp_path / "run" / "config.yaml").read_text().splitlines()[0]
     assert {tensor.dtype for tensor in teacher.state_dict().values()} == {torch.float32, torch.int64}
     assert all(0 < row["loss"] < 8 for row in metrics(tmp_path / "run") if "loss" in row)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same_run(tmp_path, monkeypatch, fresh_accelerator, float64):
+    """aot_eager takes the compiler's whole way but for the code it writes."""
+    losses = []
+    for backend in ("NO", "AOT_EAGER"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+        settings = tiny(tmp_path / backend, image_size=16, batch_size=128, device_batch_size=64, evaluate_every=0)
+        pretrain(build_config({**settings, "epochs": 1, "warmup_epochs": 0.2}))
+        losses.append([row["loss"] for row in metrics(tmp_path / backend)])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=1e-9)
+
+
+def test_a_run_that_diverges_ends_with_a_line_and_no_encoder(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"the loss is nan .* try a --learning_rate_per_256 below 1e\+12"):
+        pretrain(build_config(tiny(tmp_path / "run", learning_rate_per_256=1e12)))
+    assert not (tmp_path / "run" / "encoder").exists()
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in metrics.jsonl"))
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(45.4, "45 s"), (723, "12 min 3 s"), (18720, "5 h 12 min")])

@@ -159,9 +159,13 @@ BAD = [
         "or --device_batch_size 25",
     ),
     (["--recipe", "8x2080Ti-b256-100ep"], "recipe 8x2080Ti-b256-100ep needs --dataset: a folder of class folders"),
-    (["--dataset", "/no/such/folder"], "--dataset /no/such/folder: no such file or folder; give `digits`"),
-    (["--dataset", "imagenet"], "--dataset imagenet: no such file or folder"),
-    (["--encoder", "resnet51"], "--encoder resnet51: unknown, did you mean resnet50?; give one of resnet18"),
+    (["--dataset", "/my/images"], "--dataset /my/images needs a --recipe, such as 8x2080Ti-b256-100ep"),
+    (["--dataset", ""], "--dataset is empty: leave it out, or give it a value"),
+    (["--config", ""], "--config : cannot be read"),
+    (["--seed", 2**32], "--seed 4.29497e+09 is out of range"),
+    (["--batch_size", 3000000001, "--device_batch_size", 64], "--batch_size 3e+09 is out of range"),
+    (["--image_mean", 123, 117, 104], "--image_mean 123 is out of range: at most 1 is allowed"),
+    (["--image_column", "x", "--label_column", "x"], "--image_column and --label_column are both x"),
     (["--config", "/no/such.yaml"], "--config /no/such.yaml: cannot be read"),
 ]
 
@@ -181,13 +185,17 @@ def test_bad_flags(arguments, message):
         ("epochs: many", "--epochs many: a whole number is needed"),
         ("epochs: true", "--epochs True: a whole number is needed"),
         ("epochs: 2.5", "--epochs 2.5: a whole number is needed"),
-        ("epochs: [1, 2]", "--epochs [1, 2]: one int is needed"),
-        ("epochs:", "--epochs None: one int is needed"),
+        ("epochs: [1, 2]", "--epochs [1, 2]: a whole number is needed"),
+        ("epochs:", "--epochs None: a whole number is needed"),
         ("crop_scale: 0.5", "--crop_scale 0.5: 2 numbers are needed"),
         ("crop_scale: [0.5]", "--crop_scale 0.5: 2 numbers are needed"),
         ("image_mean: [1, 2, x]", "--image_mean x: a number is needed"),
         ("- epochs", "needs lines `name: value`"),
         ("epochs: [", "not YAML"),
+        ("epochs: 2024-13-45", "not YAML"),
+        ("epochs: " + 3000 * "[", "not YAML"),
+        ("image_mean: !!binary aGVs", "3 numbers are needed"),
+        ('output_dir: "a\\0b"', "--output_dir is empty"),
         ("recipe: cifar10\nepochs: 5", "--recipe digits meets `recipe: cifar10`"),
     ],
 )
@@ -199,6 +207,30 @@ def test_bad_yaml(tmp_path, text, message):
         parse("--config", path, *arguments)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dataset": "/no/such/folder"}, "--dataset /no/such/folder: no such file or folder; give `digits`"),
+        ({"dataset": "imagenet"}, "--dataset imagenet: no such file or folder"),
+        ({"dataset": "x" * 300}, "no such file or folder"),
+        ({"encoder": "resnet51"}, "--encoder resnet51: unknown, did you mean resnet50?; give one of resnet18"),
+        ({"encoder": "x" * 300}, "unknown; give one of"),
+    ],
+)
+def test_inputs_that_are_not_there(settings, message):
+    with pytest.raises(ConfigurationError) as caught:
+        recipes.check_inputs(build_config({"recipe": "digits", **settings}))
+    assert message in str(caught.value)
+
+
+def test_a_tracker_that_is_not_installed(monkeypatch):
+    config = build_config({"tracker": "tensorboard"})
+    recipes.check_inputs(config)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match=r"tensorboard is not installed: type `pip install tensorboard`"):
+        recipes.check_inputs(config)
 
 
 def test_processes_that_do_not_divide_the_batch():
@@ -223,6 +255,8 @@ def test_an_output_folder_that_holds_a_run_or_cannot_be(tmp_path):
         check_output_dir(str(tmp_path / "notes.txt" / "run"))
     with pytest.raises(ConfigurationError, match="cannot be written"):
         check_output_dir("/proc/run")
+    with pytest.raises(ConfigurationError, match="longer than 255 bytes"):
+        check_output_dir(str(tmp_path / ("x" * 300)))
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(ConfigurationError, match=r"holds another run \(config\.yaml\): give another folder"):
         check_output_dir(str(tmp_path))
@@ -232,7 +266,7 @@ def test_an_output_folder_that_holds_a_run_or_cannot_be(tmp_path):
 def test_an_error_is_one_line_and_status_2(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["scripts/pretrain.py"])
     with pytest.raises(SystemExit) as caught, recipes.errors_in_one_line():
-        raise ConfigurationError("what was given, what is allowed")
+        raise ConfigurationError("what was given,\nwhat is allowed")
     assert caught.value.code == 2
     assert capsys.readouterr().err == "pretrain.py: error: what was given, what is allowed\n"
 

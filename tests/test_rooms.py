@@ -8,8 +8,8 @@ from conftest import ROOT
 # From the foundation up. recipes comes first: it imports nothing of the house, and everyone may say what a
 # user did wrong.
 ROOMS = (
-    *("recipes", "schedules", "momentum_norm", "model", "optim", "augment", "data", "checkpoint", "monitor", "hub"),
-    *("pretrain", "probe"),
+    *("recipes", "launch", "schedules", "momentum_norm", "model", "optim", "augment", "sources", "data", "checkpoint"),
+    *("monitor", "hub", "pretrain", "probe"),
 )
 
 
@@ -38,7 +38,14 @@ def test_there_is_a_test_file_for_each_module():
         assert (ROOT / "tests" / f"test_{path.stem}.py").exists(), path.stem
 
 
-def test_recipes_and_scripts_import_nothing_heavy(run_script):
-    heavy = "{'torch', 'transformers', 'datasets', 'numpy'}"
-    done = run_script("-c", f"import sys; import m2t_accel.recipes; print(sorted({heavy} & set(sys.modules)))")
-    assert done.stdout.strip() == "[]", done.stderr
+@pytest.mark.parametrize("arguments", [["--help"], ["--recipe", "list"], ["--epoch", "3"], ["--epochs", "0"]])
+def test_quick_answers_import_nothing_heavy(run_script, arguments):
+    script = (
+        "import runpy, sys\n"
+        f"sys.argv = ['scripts/pretrain.py', *{arguments!r}]\n"
+        "try:\n    runpy.run_path('scripts/pretrain.py', run_name='__main__')\n"
+        "except SystemExit:\n    pass\n"
+        "print('heavy:', sorted({'torch', 'transformers', 'datasets', 'numpy', 'accelerate'} & set(sys.modules)))"
+    )
+    done = run_script("-c", script)
+    assert done.stdout.splitlines()[-1] == "heavy: []", done.stderr

@@ -58,7 +58,7 @@ MISTAKES = [
     (["--batch_size", "100", "--device_batch_size", "32"], "use --batch_size 96 or 128"),
     (["--dataset", "/no/such/folder"], "no such file or folder"),
     (["--dataset", "EMPTY"], "holds no image: looked for *.parquet and"),
-    (["--dataset", "UNLABELLED"], "fewer than one batch: use --batch_size 2"),
+    (["--dataset", "UNLABELLED"], "fewer than one batch of 64: use --batch_size 4"),
     (
         ["--dataset", "UNLABELLED", "--batch_size", "2", "--evaluate_every", "1"],
         "has no labels (labels are class folders, or a column named by --label_column)",
@@ -83,7 +83,9 @@ def folders(tmp_path):
 def test_a_mistake_is_one_line(folders, monkeypatch, capfd, arguments, words):
     arguments = [str(folders / word) if word.isupper() else word for word in arguments]
     script = ROOT / "scripts" / "pretrain.py"
-    monkeypatch.setattr(sys, "argv", [str(script), "--output_dir", str(folders / "run"), *arguments])
+    monkeypatch.setattr(
+        sys, "argv", [str(script), "--recipe", "digits", "--output_dir", str(folders / "run"), *arguments]
+    )
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(script), run_name="__main__")
     assert caught.value.code == 2
@@ -97,7 +99,9 @@ def test_a_mistake_is_one_line(folders, monkeypatch, capfd, arguments, words):
 @pytest.mark.slow
 def test_a_mistake_that_only_the_data_shows_is_one_line_in_a_process_of_its_own(folders, run_script):
     """No warning of a library, no traceback: the whole of standard error is the line."""
-    done = run_script("scripts/pretrain.py", "--output_dir", folders / "run", "--dataset", folders / "EMPTY")
+    done = run_script(
+        "scripts/pretrain.py", *f"--recipe digits --output_dir {folders}/run --dataset {folders}/EMPTY".split()
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("pretrain.py: error: --dataset ")
     assert done.stderr.count("\n") == 1

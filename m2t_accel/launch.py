@@ -1,0 +1,175 @@
+"""A launch that is what its file promised: every process there, each with a device of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    gather_object,
+)
+
+from m2t_accel.recipes import ConfigurationError, PretrainConfig, check_num_processes
+
+FILES = (
+    "use accelerate_configs/cpu.yaml (1 process), cpu2.yaml (2), 1gpu.yaml or 8gpu.yaml, with --num_processes N "
+    "for another number of GPUs"
+)
+# The others wait while the first process of a machine downloads a dataset or measures kNN.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+
+Result = TypeVar("Result")
+
+
+def start_accelerator(config: PretrainConfig) -> Accelerator:
+    """The Accelerator of this launch, its gradient accumulation set for the virtual devices.
+
+    Raises:
+        ConfigurationError: the launch is not what its file promises, or the processes cannot share the batch.
+    """
+    num_devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    check_launch(os.environ, num_devices, read_promise(launcher_words()))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_num_processes(config, world_size)
+    accelerator = Accelerator(
+        cpu=wants_cpu(os.environ),
+        # As a plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS would override a number.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.num_virtual_devices // world_size, sync_with_dataloader=False
+        ),
+        kwargs_handlers=[
+            # The student's running statistics serve nothing; those of the teacher are averaged on commit.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+        ],
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=config.output_dir,
+    )
+    if accelerator.num_processes != world_size:
+        raise ConfigurationError(
+            f"{world_size} processes were launched but Accelerate joined {accelerator.num_processes}, and each would "
+            f"train alone: {FILES}"
+        )
+    return accelerator
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What the command `accelerate launch` and its file promise."""
+
+    num_processes: int = 1
+    on_gpu: bool = False
+
+
+def read_promise(words: list[str] | None) -> Promise:
+    """What `accelerate launch WORDS` promises; without a launcher, or without a file, one process on any device."""
+    if words is None:
+        return Promise()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            arguments, _ = launch_command_parser().parse_known_args(words)
+        file = load_config_from_file(arguments.config_file) if arguments.config_file else None
+    except (SystemExit, OSError, ValueError, KeyError):  # the launcher understood its command; its words may change
+        return Promise()
+    if file is None:
+        return Promise(arguments.num_processes or 1)
+    return Promise(arguments.num_processes or file.num_processes or 1, on_gpu=not (file.use_cpu or arguments.cpu))
+
+
+def check_launch(environment: Mapping[str, str], num_devices: int, promise: Promise) -> None:
+    """Check that the launch started the processes that it was asked for, each with a device of its own.
+
+    Accelerate starts in silence: one process for MULTI_CPU or for several processes of a one-process file, and
+    eight that know nothing of one another for an 8-GPU file on a machine without GPUs.
+
+    Raises:
+        ConfigurationError: it did not; the message says which file to use.
+    """
+    world_size = int(environment.get("WORLD_SIZE", "1"))
+    local_size = int(environment.get("LOCAL_WORLD_SIZE", world_size))
+    if world_size == 1 and promise.num_processes > 1:
+        raise ConfigurationError(
+            f"{promise.num_processes} processes were asked for but one was started (distributed_type NO and MULTI_CPU "
+            "start one): for two processes without GPUs use accelerate_configs/cpu2.yaml, for GPUs 8gpu.yaml with "
+            "--num_processes N"
+        )
+    if wants_cpu(environment):
+        return
+    if num_devices == 0 and (local_size > 1 or promise.on_gpu):
+        started = "1 process was" if local_size == 1 else f"{local_size} processes were"
+        raise ConfigurationError(f"{started} started for GPUs, but this machine has none: {FILES}")
+    if local_size > max(num_devices, 1):
+        raise ConfigurationError(
+            f"{local_size} processes were started on a machine with {num_devices} GPUs: add --num_processes "
+            f"{num_devices}, or {FILES}"
+        )
+
+
+def wants_cpu(environment: Mapping[str, str]) -> bool:
+    """Whether the launch asks for CPUs: `use_cpu` of one process, or all GPUs hidden (cpu2.yaml's `gpu_ids: -1,-1`)."""
+    hidden = set(environment.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")) == {"-1"}
+    return hidden or environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def on_all_processes(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
+    """The result of the action, done by the first process of each machine, then by the others.
+
+    A collective call. If it fails on one process, it fails on all: none is left waiting for it.
+
+    Raises:
+        ConfigurationError: of the first process on which the action raised it.
+    """
+    result, message = None, None
+    with accelerator.local_main_process_first():
+        try:
+            result = action()
+        except ConfigurationError as error:
+            message = str(error)
+    for other in gather_object([message]):
+        if other is not None:
+            raise ConfigurationError(other)
+    return result
+
+
+def launcher_words() -> list[str] | None:
+    """The words after `accelerate launch` of the process that started this one, or None."""
+    parent = psutil.Process().parent()
+    words = parent.cmdline() if parent is not None else []
+    for i, word in enumerate(words):
+        if Path(word).name == "accelerate" and words[i + 1 : i + 2] == ["launch"]:
+            return words[i + 2 :]
+        if word == "accelerate.commands.launch":
+            return words[i + 1 :]
+    return None
+
+
+def command() -> str:
+    """The command line that started this run, with its launcher where there is one, as one would type it."""
+    words = launcher_words()
+    return shlex.join(["python", *sys.argv] if words is None else ["accelerate", "launch", *words])
+
+
+def hardware(accelerator: Accelerator) -> str:
+    """The devices in words, such as `8 × NVIDIA H200, bf16`."""
+    if accelerator.device.type == "cuda":
+        name = torch.cuda.get_device_name(accelerator.device)
+    else:
+        name = f"{accelerator.device.type} ({torch.get_num_threads()} threads)"
+    precision = "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    return f"{accelerator.num_processes} × {name}, {precision}"

@@ -1,0 +1,314 @@
+"""From a dataset's name to its images and labels: folders, parquet files, the Hub, scikit-learn's digits."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import datasets
+import numpy as np
+import pyarrow
+from datasets import ClassLabel, Dataset, Features, Image, Value
+
+from m2t_accel.recipes import ConfigurationError, PretrainConfig, did_you_mean, in_short
+
+IMAGE_EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
+)
+TRAIN_NAMES = ("train", "training")
+VALIDATION_NAMES = ("val", "validation", "valid", "test", "testing")  # the first that can be used is
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "target")
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images to train on and, where there are labels, images held out for evaluation.
+
+    Both have a column `image` of undecoded {"bytes", "path"}, and `label` (int) where `class_names` is given.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    class_names: list[str] | None
+    note: str  # one line for people: what was found
+
+
+def load_images(config: PretrainConfig) -> ImageData:
+    """The images of `config.dataset`, and a validation split where there are labels.
+
+    Raises:
+        ConfigurationError: there are no images, no such column, or fewer images than one batch.
+    """
+    remarks: list[str] = []
+    if config.dataset == "digits":
+        splits = load_digits()
+    elif os.path.exists(config.dataset):
+        splits = load_folder(Path(config.dataset), remarks)
+    else:
+        splits = load_hub(config.dataset)
+    splits = {name: split for name, split in splits.items() if len(split)}
+    if not splits:
+        raise ConfigurationError(f"--dataset {config.dataset} holds no image: its files have no rows")
+    train_name = "train" if "train" in splits else next(iter(splits))
+    validation_name = next((name for name in VALIDATION_NAMES if name in splits and name != train_name), None)
+    wanted = [train_name] + ([validation_name] if validation_name else [])
+    splits = standard_columns({name: splits[name] for name in wanted}, config)
+    train, validation = splits[train_name], splits.get(validation_name)
+    class_names = train.features["label"].names if "label" in train.features else None
+    origin = "its own validation split"
+    if class_names is None or (validation is not None and "label" not in validation.features):
+        validation = None
+    if class_names is not None and validation is None and config.validation_fraction > 0:
+        num_held_out = max(1, round(config.validation_fraction * len(train)))
+        # Not the run's seed: the figure must not depend on a lucky split. Scattered: files come class by class.
+        order = np.random.default_rng(0).permutation(len(train))
+        validation = train.select(np.sort(order[:num_held_out]))
+        train = train.select(np.sort(order[num_held_out:]))
+        origin = "held out of the training images"
+    if len(train) < config.batch_size:
+        smaller = f"use --batch_size {len(train) // 2 * 2} --device_batch_size {len(train) // 2 * 2} or smaller"
+        raise ConfigurationError(
+            f"--dataset {config.dataset} has {len(train)} images to train on, fewer than one batch of "
+            f"{config.batch_size}: {smaller if len(train) >= 2 else 'two are the least'}"
+        )
+    note = f"{config.dataset}: {len(train):,} images"
+    if class_names is not None:
+        note += f" of {len(class_names)} classes"
+    if validation is not None:
+        note += f"; kNN is measured on {len(validation):,} others ({origin})"
+    return ImageData(train, validation, class_names, "; ".join([note, *remarks]))
+
+
+def load_digits() -> dict[str, Dataset]:
+    """scikit-learn's 1797 handwritten digits, 8x8 pixels, as PNG; every fifth is for evaluation."""
+    from sklearn.datasets import load_digits as load
+
+    digits = load()
+    images = []
+    for pixels in digits.images:  # 0 to 16 each
+        _, png = cv2.imencode(".png", np.rint(pixels * (255 / 16)).astype(np.uint8))
+        images.append({"bytes": png.tobytes(), "path": None})
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=[str(n) for n in range(10)])})
+    whole = Dataset.from_dict({"image": images, "label": digits.target}, features=features)
+    held_out = np.arange(len(whole)) % 5 == 0
+    return {"train": whole.select(np.flatnonzero(~held_out)), "val": whole.select(np.flatnonzero(held_out))}
+
+
+def load_folder(folder: Path, remarks: list[str]) -> dict[str, Dataset]:
+    """The splits of a folder of image files or, if it has none, of parquet files.
+
+    `train/` and `val/` (or validation, valid, test) in it are splits; without `train/` the folder is one.
+    """
+    if folder.is_file():
+        raise ConfigurationError(f"--dataset {folder} is a file: give the folder that it is in")
+    images, parquet = find_files(folder)
+    if not images:
+        if parquet:
+            return load_parquet(folder, parquet)
+        raise ConfigurationError(
+            f"--dataset {folder} holds no image: looked for *.parquet and, at any depth, for "
+            f"{' '.join(sorted(IMAGE_EXTENSIONS))}"
+        )
+    by_folder: dict[str, list[str]] = {}
+    for path in images:
+        top, _, rest = path.rpartition("/") if "/" not in path else path.partition("/")
+        by_folder.setdefault(top, []).append(rest)
+    named = {name.lower(): name for name in by_folder if name.lower() in (*TRAIN_NAMES, *VALIDATION_NAMES)}
+    train_name = next((named[name] for name in TRAIN_NAMES if name in named), None)
+    if train_name is None and len(by_folder) == len(named) == 1:
+        train_name = next(iter(by_folder))  # val/ alone
+    if train_name is None:
+        return {"train": images_to_dataset(folder, images, class_folders(images, remarks))}
+    class_names = class_folders(by_folder[train_name], remarks)
+    splits = {"train": images_to_dataset(folder / train_name, by_folder[train_name], class_names)}
+    if class_names is not None:
+        for name in (named[name] for name in VALIDATION_NAMES if name in named and named[name] != train_name):
+            if class_folders(by_folder[name], []) is not None:
+                splits["val"] = images_to_dataset(folder / name, by_folder[name], class_names)
+                break
+            remarks.append(f"{name}/ has no class folders, and is not used")
+    return splits
+
+
+def find_files(folder: Path) -> tuple[list[str], list[str]]:
+    """Image files and parquet files at any depth, relative, sorted; one scan, hidden entries left out.
+
+    Raises:
+        ConfigurationError: a folder cannot be read, or a name is not UTF-8.
+    """
+    images, parquet, pending, seen = [], [], [""], set()
+    try:
+        while pending:
+            below = pending.pop()
+            status = os.stat(folder / below)
+            if (status.st_dev, status.st_ino) in seen:  # a link back to a folder above
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder / below) as entries:
+                for entry in entries:
+                    path = f"{below}/{entry.name}" if below else entry.name
+                    extension = os.path.splitext(entry.name)[1].lower()
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir():
+                        pending.append(path)
+                    elif extension in IMAGE_EXTENSIONS and entry.is_file():
+                        images.append(path)
+                        path.encode()
+                    elif extension == ".parquet" and entry.is_file():
+                        parquet.append(path)
+    except OSError as error:
+        raise ConfigurationError(f"--dataset {folder}: {error.filename} cannot be read ({error.strerror})") from None
+    except UnicodeEncodeError as error:
+        name = error.object.encode(errors="backslashreplace").decode()
+        raise ConfigurationError(f"--dataset {folder}: the file name {name} is not UTF-8; rename it") from None
+    return sorted(images), sorted(parquet)
+
+
+def class_folders(paths: Sequence[str], remarks: list[str]) -> list[str] | None:
+    """The class names where every path is of a file in a folder at the top and there are several, else None."""
+    parts = [path.split("/") for path in paths]
+    names = sorted({part[0] for part in parts if len(part) > 1})
+    if len(names) < 2:
+        return None
+    stray = next(("/".join(part) for part in parts if len(part) != 2), None)
+    if stray is not None:
+        remarks.append(f"no labels, because {stray} is not directly in a class folder")
+        return None
+    return names
+
+
+def images_to_dataset(root: Path, paths: Sequence[str], class_names: list[str] | None) -> Dataset:
+    """A Dataset of paths below the root, labelled by their folder where class names are given."""
+    whole = pyarrow.array([f"{root}/{path}" for path in paths], pyarrow.string())
+    storage = pyarrow.StructArray.from_arrays([pyarrow.nulls(len(paths), pyarrow.binary()), whole], ["bytes", "path"])
+    columns, features = [storage], Features({"image": Image(decode=False)})
+    if class_names is not None:
+        index = {name: i for i, name in enumerate(class_names)}
+        folders = [path.split("/")[0] for path in paths]
+        unknown = sorted(set(folders) - index.keys())
+        if unknown:
+            raise ConfigurationError(
+                f"--dataset: {root} has the class folder {unknown[0]}, which the training split has not; "
+                "both need the same names"
+            )
+        columns.append(pyarrow.array([index[name] for name in folders], pyarrow.int64()))
+        features["label"] = ClassLabel(names=class_names)
+    return Dataset(pyarrow.Table.from_arrays(columns, schema=features.arrow_schema))
+
+
+def load_parquet(folder: Path, files: Sequence[str]) -> dict[str, Dataset]:
+    """The splits of a folder of parquet files, told by a word of their path, such as `train-00000-of-00002.parquet`."""
+    by_split: dict[str, list[str]] = {}
+    for path in files:
+        words = set(re.split(r"[-_./]", path.lower()))
+        name = next((name for name in VALIDATION_NAMES if name in words), "train")
+        by_split.setdefault(name, []).append(str(folder / path))
+    return call_datasets(folder, "parquet", data_files=by_split)
+
+
+def load_hub(dataset_id: str) -> dict[str, Dataset]:
+    """The splits of a dataset on the Hub, downloaded to the cache."""
+    return call_datasets(dataset_id, dataset_id)
+
+
+def call_datasets(shown: object, *arguments: object, **options: object) -> dict[str, Dataset]:
+    """`datasets.load_dataset`, its many ways to fail as one line."""
+    try:
+        return dict(datasets.load_dataset(*arguments, **options))
+    except Exception as error:  # of datasets, huggingface_hub, pyarrow, fsspec, httpx: no common ancestor
+        if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+            error = error.__cause__  # what the wrapper says is only that something went wrong
+        raise ConfigurationError(
+            f"--dataset {shown} cannot be loaded ({in_short(error)}); give a folder that exists, "
+            "or a Hub id that you can reach (`hf auth login` for a gated one)"
+        ) from error
+
+
+def standard_columns(splits: dict[str, Dataset], config: PretrainConfig) -> dict[str, Dataset]:
+    """The splits with a column `image`, undecoded, and a ClassLabel column `label` where they have labels.
+
+    The first split says what the columns are and which classes there are.
+    """
+    features = next(iter(splits.values())).features
+    columns = list(features)
+    image = config.image_column or next(
+        (name for name, feature in features.items() if isinstance(feature, Image)),
+        next((name for name in IMAGE_COLUMNS if name in columns), None),
+    )
+    label = config.label_column or next((name for name in LABEL_COLUMNS if name in columns), None)
+    for flag, name in (("image_column", image), ("label_column", label)):
+        if name is not None and name not in columns:
+            raise ConfigurationError(
+                f"--{flag} {name}: no such column{did_you_mean(name, columns)}; there are {', '.join(columns)}"
+            )
+    if image is None:
+        raise ConfigurationError(
+            f"--dataset {config.dataset} has no column of images; name one of {', '.join(columns)} with --image_column"
+        )
+    standard = {}
+    for name, split in splits.items():
+        wanted = {image: "image"} | ({label: "label"} if label in split.features else {})
+        split = split.select_columns(list(wanted)).rename_columns({k: v for k, v in wanted.items() if k != v})
+        if split.features["image"] != Image(decode=False):
+            try:
+                split = split.cast_column("image", Image(decode=False))
+            except (TypeError, ValueError, pyarrow.ArrowException):
+                raise ConfigurationError(
+                    f"--image_column {image}: not a column of images but {split.features['image']}"
+                ) from None
+        standard[name] = split
+    return standard if label is None else with_class_labels(standard, label, config)
+
+
+def with_class_labels(splits: dict[str, Dataset], column: str, config: PretrainConfig) -> dict[str, Dataset]:
+    """The splits with `label` as one ClassLabel: of class labels, whole numbers from 0, words or booleans.
+
+    A split of which a label is missing or negative (the Hub's way to withhold them) loses the column, and so
+    do all where the labels are no classes.
+
+    Raises:
+        ConfigurationError: labels that `--label_column` asks for are missing or no classes, or a validation
+            split has others than the training split.
+    """
+    first = next(iter(splits.values()))
+    feature = first.features["label"]
+    values = {
+        name: np.asarray(split.with_format("numpy")["label"][:])
+        for name, split in splits.items()
+        if "label" in split.features
+    }
+    dtype = feature.dtype if isinstance(feature, Value) else ""
+    names = None
+    if isinstance(feature, ClassLabel):
+        names = feature.names
+    elif dtype in ("string", "large_string", "bool"):
+        names = sorted({str(value) for value in values[next(iter(splits))] if value is not None})
+        index = {name: i for i, name in enumerate(names)} | {"None": -1}
+        unknown = sorted({str(value) for part in values.values() for value in part} - index.keys())
+        if unknown:
+            raise ConfigurationError(
+                f"--dataset {config.dataset}: the label {unknown[0]} of the validation split is not among the "
+                f"training labels of the column {column}; choose another with --label_column"
+            )
+        values = {name: np.array([index[str(value)] for value in part]) for name, part in values.items()}
+    elif dtype.startswith(("int", "uint")) and max(part.max() for part in values.values()) < len(first):
+        names = [str(i) for i in range(int(max(part.max() for part in values.values())) + 1)]
+    # Also false for missing labels, which are NaN.
+    complete = {name for name, part in values.items() if names and part.min() >= 0}
+    if config.label_column is not None and next(iter(splits)) not in complete:
+        reason = "some are missing or negative" if names else f"they are {feature}"
+        raise ConfigurationError(f"--label_column {column}: not class labels for all images ({reason})")
+    labelled = {}
+    for name, split in splits.items():
+        if "label" in split.features and not (name in complete and isinstance(feature, ClassLabel)):
+            split = split.remove_columns("label")
+            if name in complete:
+                split = split.add_column("label", values[name].astype(np.int64), feature=ClassLabel(names=names))
+        labelled[name] = split
+    return labelled

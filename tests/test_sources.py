@@ -1,0 +1,321 @@
+import os
+
+import cv2
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from loopback_hub import loopback_hub
+
+from m2t_accel import data, sources
+from m2t_accel.recipes import ConfigurationError, build_config
+
+
+def settings(dataset, **others):
+    return build_config(
+        {"recipe": "digits", "dataset": str(dataset), "batch_size": 4, "epochs": 3, "warmup_epochs": 1, **others}
+    )
+
+
+def write_image(path, value=0, size=(12, 10)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.full((*size, 3), value, np.uint8)
+    pixels[2:5, 2:5] = 255 - value
+    cv2.imwrite(str(path), pixels)
+
+
+@pytest.fixture
+def image_net(tmp_path):
+    """ImageNet's layout in small: 2 classes of 6 and 3 images."""
+    for split, number in (("train", 6), ("val", 3)):
+        for index, name in enumerate(("n01", "n02")):
+            for i in range(number):
+                write_image(tmp_path / split / name / f"{name}_{i}.JPEG", value=100 * index + i)
+    (tmp_path / "train" / "n01" / "notes.txt").write_text("no image")
+    (tmp_path / "train" / ".cache").mkdir()
+    write_image(tmp_path / "train" / ".cache" / "hidden.jpg")
+    return tmp_path
+
+
+def test_digits():
+    images = sources.load_images(build_config({"recipe": "digits"}))
+    assert (len(images.train), len(images.validation), len(images.class_names)) == (1437, 360, 10)
+    assert data.decode_image(images.train[0]["image"]).shape == (8, 8, 3)
+
+
+def test_class_folders_with_train_and_val(image_net):
+    images = sources.load_images(settings(image_net))
+    assert images.class_names == ["n01", "n02"]
+    assert images.train["label"] == [0] * 6 + [1] * 6
+    assert images.validation["label"] == [0] * 3 + [1] * 3
+    assert [os.path.basename(row["path"]) for row in images.train["image"]][:2] == ["n01_0.JPEG", "n01_1.JPEG"]
+
+
+@pytest.mark.parametrize("alone", ["train", "val"])
+def test_one_split_alone_holds_out_a_part_that_no_seed_changes(image_net, alone):
+    found = []
+    for seed in (0, 1):
+        images = sources.load_images(settings(image_net / alone, validation_fraction=0.34, seed=seed, batch_size=2))
+        paths = [[row["path"] for row in part["image"]] for part in (images.train, images.validation)]
+        assert not set(paths[0]) & set(paths[1])
+        number = {"train": 12, "val": 6}[alone]
+        assert len(paths[0]) + len(paths[1]) == number
+        assert len(paths[1]) == round(0.34 * number)
+        found.append(paths)
+    assert found[0] == found[1]
+
+
+def test_nothing_is_held_out_when_not_wanted(image_net):
+    images = sources.load_images(settings(image_net / "train", validation_fraction=0))
+    assert images.validation is None
+    assert len(images.train) == 12
+
+
+def test_a_folder_with_only_a_val_folder_in_it_is_that_folder(image_net):
+    for path in sorted((image_net / "train").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    (image_net / "train").rmdir()
+    assert sources.load_images(settings(image_net, batch_size=2)).class_names == ["n01", "n02"]
+
+
+def test_images_at_any_depth_have_no_labels(tmp_path):
+    for name in ("a.jpg", "deep/b.png", "deep/deeper/c.WEBP", "deep/deeper/d.bmp", "e.tiff"):
+        write_image(tmp_path / name)
+    images = sources.load_images(settings(tmp_path))
+    assert (len(images.train), images.validation, images.class_names) == (5, None, None)
+    assert list(images.train.features) == ["image"]
+
+
+def test_imagenet_as_it_is_downloaded_has_a_flat_test_folder(image_net):
+    write_image(image_net / "test" / "ILSVRC_test_0.JPEG")
+    images = sources.load_images(settings(image_net))
+    assert len(images.validation) == 6
+
+
+def test_a_flat_val_folder_is_not_used_and_the_note_says_so(image_net):
+    for path in sorted((image_net / "val").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    write_image(image_net / "val" / "ILSVRC_val_0.JPEG")
+    images = sources.load_images(settings(image_net))
+    assert "val/ has no class folders, and is not used" in images.note
+    assert "held out of the training images" in images.note
+
+
+def test_split_folders_in_other_spellings(image_net):
+    (image_net / "train").rename(image_net / "Training")
+    (image_net / "val").rename(image_net / "Test")
+    images = sources.load_images(settings(image_net))
+    assert (len(images.train), len(images.validation)) == (12, 6)
+
+
+def test_a_stray_image_takes_the_labels_and_the_note_says_so(image_net):
+    write_image(image_net / "train" / "logo.png")
+    images = sources.load_images(settings(image_net))
+    assert images.class_names is None
+    assert "no labels, because logo.png is not directly in a class folder" in images.note
+
+
+def test_links_and_folders_that_only_look_like_images(image_net):
+    (image_net / "train" / "n01" / "loop").symlink_to(image_net / "train", target_is_directory=True)
+    (image_net / "train" / "n01" / "broken.jpg").symlink_to(image_net / "nowhere.jpg")
+    (image_net / "train" / "n01" / "folder.png").mkdir()
+    (image_net / "train" / "metadata.parquet").write_bytes(b"not read, because there are images")
+    assert len(sources.load_images(settings(image_net)).train) == 12
+
+
+def test_a_file_name_that_is_not_utf_8(tmp_path):
+    write_image(tmp_path / "a.jpg")
+    os.rename(tmp_path / "a.jpg", os.fsencode(tmp_path) + b"/caf\xe9.jpg")
+    with pytest.raises(ConfigurationError, match=r"the file name caf.*\.jpg is not UTF-8; rename it"):
+        sources.load_images(settings(tmp_path))
+
+
+def test_a_folder_that_cannot_be_read(image_net, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ConfigurationError, match=r"--dataset .* cannot be read \(Permission denied\)"):
+        sources.load_images(settings(image_net))
+
+
+@pytest.mark.parametrize("joint", ["-", "_", "."])
+def test_parquet_splits_by_the_words_of_their_names(tmp_path, joint, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    for name, number in (("train", 8), ("validation", 4)):
+        rows = {"image": encoded(number), "label": [i % 2 for i in range(number)]}
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / f"{name}{joint}00.parquet")
+    images = sources.load_images(settings(tmp_path / "set"))
+    assert (len(images.train), len(images.validation)) == (8, 4)
+
+
+def test_one_image_is_too_few_for_any_batch(tmp_path):
+    write_image(tmp_path / "a.jpg")
+    with pytest.raises(
+        ConfigurationError, match="has 1 images to train on, fewer than one batch of 4: two are the least"
+    ):
+        sources.load_images(settings(tmp_path))
+
+
+def test_a_class_that_only_validation_has_is_an_error(image_net):
+    write_image(image_net / "val" / "n99" / "x.jpg")
+    with pytest.raises(ConfigurationError, match="n99, which the training split has not"):
+        sources.load_images(settings(image_net))
+
+
+def encoded(number, values=None):
+    return [
+        {"bytes": cv2.imencode(".png", np.full((9, 9, 3), i, np.uint8))[1].tobytes(), "path": None}
+        for i in range(number)
+    ]
+
+
+PARQUET_COLUMNS = {
+    "hub": (Features({"img": Image(), "fine_label": ClassLabel(names=["a", "b"])}), lambda i: i % 2, ["a", "b"]),
+    "numbers": (Features({"image": Image(), "label": Value("int64")}), lambda i: i % 3, ["0", "1", "2"]),
+    "words": (Features({"photo": Image(), "label": Value("string")}), lambda i: "xy"[i % 2], ["x", "y"]),
+    "bare": (
+        Features({"image": {"bytes": Value("binary"), "path": Value("string")}, "label": Value("int64")}),
+        lambda i: i % 2,
+        ["0", "1"],
+    ),
+    "unlabelled": (Features({"image": Image()}), None, None),
+}
+
+
+@pytest.mark.parametrize("kind", PARQUET_COLUMNS)
+def test_parquet(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    features, label, class_names = PARQUET_COLUMNS[kind]
+    names = list(features)
+    for split, number in (("train-00000-of-00001", 8), ("test-00000-of-00001", 4)):
+        columns = {names[0]: encoded(number)}
+        if label:
+            columns[names[1]] = [label(i) for i in range(number)]
+        folder = tmp_path / "set" / "data"
+        folder.mkdir(parents=True, exist_ok=True)
+        Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
+    images = sources.load_images(settings(tmp_path / "set"))
+    assert len(images.train) == 8
+    assert images.class_names == class_names
+    assert (images.validation is None) == (label is None)
+    assert data.decode_image(images.train[5]["image"])[0, 0].tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("columns", "given", "message"),
+    [
+        ({"image": "x"}, {"image_column": "imgae"}, "--image_column imgae: no such column, did you mean image"),
+        ({"image": "x"}, {"label_column": "kind"}, "--label_column kind: no such column; there are image"),
+        ({"words": "x"}, {}, "no column of images; name one of words with --image_column"),
+        ({"words": 3}, {"image_column": "words"}, "--image_column words: not a column of images"),
+        ({"image": "x", "label": 0.5}, {"label_column": "label"}, "--label_column label: not class labels"),
+    ],
+)
+def test_columns_that_are_not_there_or_not_right(columns, given, message):
+    split = Dataset.from_dict({name: [value] * 8 for name, value in columns.items()})
+    with pytest.raises(ConfigurationError, match=message):
+        sources.standard_columns({"train": split}, settings("digits", **given))
+
+
+def labelled_splits(train, validation, feature=None):
+    feature = feature or Value("string" if isinstance(train[0], str) else "int64")
+    return {
+        name: Dataset.from_dict(
+            {"image": encoded(len(labels)), "label": labels}, features=Features({"image": Image(), "label": feature})
+        )
+        for name, labels in (("train", train), ("test", validation))
+    }
+
+
+def test_words_mean_the_same_class_in_every_split():
+    splits = sources.standard_columns(labelled_splits(["b", "c", "a", "c"], ["c", "b"]), settings("digits"))
+    assert splits["train"].features["label"].names == splits["test"].features["label"].names == ["a", "b", "c"]
+    assert (splits["train"]["label"][:], splits["test"]["label"][:]) == ([1, 2, 0, 2], [2, 1])
+
+
+def test_a_word_that_only_validation_has_is_an_error():
+    with pytest.raises(ConfigurationError, match="the label z of the validation split is not among"):
+        sources.standard_columns(labelled_splits(["a", "b"], ["z"]), settings("digits"))
+
+
+@pytest.mark.parametrize("withheld", [[-1, -1], [None, None]])
+def test_withheld_labels_are_no_labels(withheld):
+    splits = sources.standard_columns(
+        labelled_splits([0, 1, 0], withheld, ClassLabel(names=["a", "b"])), settings("digits")
+    )
+    assert "label" in splits["train"].features
+    assert "label" not in splits["test"].features
+
+
+def test_missing_words_are_no_class():
+    splits = labelled_splits(["b", None, "a"], ["a"])
+    assert "label" not in sources.standard_columns(splits, settings("digits"))["train"].features
+    with pytest.raises(
+        ConfigurationError, match=r"--label_column label: not class labels for all images \(some are miss"
+    ):
+        sources.standard_columns(splits, settings("digits", label_column="label"))
+
+
+def test_numbers_that_are_no_classes_are_no_labels():
+    splits = sources.standard_columns(labelled_splits([20_000_001, 7, 9], [5]), settings("digits"))
+    assert list(splits["train"].features) == ["image"]
+
+
+def test_errors_of_folders(tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(
+        ConfigurationError, match=r"holds no image: looked for \*\.parquet and, at any depth, for .*\.jpg"
+    ):
+        sources.load_images(settings(tmp_path))
+    with pytest.raises(ConfigurationError, match="is a file: give the folder"):
+        sources.load_images(settings(tmp_path / "notes.txt"))
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 but not really")
+    with pytest.raises(ConfigurationError, match="cannot be loaded") as caught:
+        sources.load_images(settings(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_fewer_images_than_one_batch(image_net):
+    with pytest.raises(
+        ConfigurationError, match="has 12 images to train on, fewer than one batch of 64: use --batch_size 12 "
+    ):
+        sources.load_images(settings(image_net, batch_size=64))
+
+
+@pytest.mark.slow
+def test_a_dataset_of_the_hub_over_http(tmp_path, run_script):
+    """In processes of their own, because the endpoint must be set before the libraries are imported."""
+    folder = tmp_path / "hub" / "someone" / "pictures" / "data"
+    folder.mkdir(parents=True)
+    (tmp_path / "hub" / "someone" / "gated-pictures").mkdir()
+    features = Features({"img": Image(), "label": ClassLabel(names=["a", "b"])})
+    for name, number in (("train", 8), ("test", 4)):
+        rows = {"img": encoded(number), "label": [i % 2 for i in range(number)]}
+        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{name}-00000-of-00001.parquet")
+    load = (
+        "import sys\nfrom m2t_accel import data, recipes, sources\nwith recipes.errors_in_one_line():\n"
+        "    config = recipes.build_config({'recipe': 'digits', 'dataset': sys.argv[1], 'batch_size': 4})\n"
+        "    images = sources.load_images(config)\n"
+        "    print(images.note, [data.decode_image(row)[0, 0, 0] for row in images.train['image']])"
+    )
+    with loopback_hub(tmp_path / "hub") as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        environment |= {"HF_HUB_DISABLE_XET": "1"}
+        found = run_script("-c", load, "someone/pictures", environment=environment)
+        assert found.returncode == 0, found.stderr
+        assert "someone/pictures: 8 images of 2 classes; kNN is measured on 4 others" in found.stdout
+        for name, reason in (("gated-pictures", "hf auth login"), ("no-pictures", "Repository Not Found")):
+            refused = run_script("-c", load, f"someone/{name}", environment=environment)
+            line = refused.stderr.splitlines()[-1]
+            assert refused.returncode == 2, refused.stderr
+            assert f"error: --dataset someone/{name} cannot be loaded" in line
+            assert reason in line
+
+
+def test_no_hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigurationError, match=r"--dataset nobody/nothing-at-all cannot be loaded") as caught:
+        sources.load_images(settings("nobody/nothing-at-all"))
+    assert "\n" not in str(caught.value)
