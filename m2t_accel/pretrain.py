@@ -50,9 +50,8 @@ def pretrain(config: PretrainConfig) -> Teacher:
     config = settle_evaluation(config, data)
 
     set_seed(config.seed)
-    student = create_student(
-        create_encoder(config.encoder), config.image_size, config.hidden_size, config.projection_size, config.encoder
-    )
+    encoder = on_all_processes(accelerator, lambda: create_encoder(config.encoder))
+    student = create_student(encoder, config.image_size, config.hidden_size, config.projection_size, config.encoder)
     teacher = Teacher(student)
     optimizer = create_optimizer(
         student, config.optimizer, config.learning_rate, config.optimizer_momentum, config.weight_decay

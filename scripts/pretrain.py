@@ -7,13 +7,8 @@ accelerate launch --config_file accelerate_configs/8gpu.yaml scripts/pretrain.py
 
 import os
 
-from m2t_accel.recipes import (
-    check_inputs,
-    check_num_processes,
-    check_output_dir,
-    errors_in_one_line,
-    parse_command_line,
-)
+from m2t_accel.command_line import errors_in_one_line, parse_command_line
+from m2t_accel.recipes import check_inputs, check_num_processes, check_output_dir
 
 
 def main() -> None:
@@ -24,9 +19,12 @@ def main() -> None:
         check_num_processes(config, num_processes)
         if num_processes == 1:  # of several, one may have begun to write before another looks
             check_output_dir(config.output_dir)
-        from m2t_accel.pretrain import pretrain  # late: torch and transformers take seconds to import
+        from accelerate import PartialState  # late: torch and transformers take seconds to import
+
+        from m2t_accel.pretrain import pretrain
 
         pretrain(config)
+        PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

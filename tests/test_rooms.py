@@ -8,8 +8,8 @@ from conftest import ROOT
 # From the foundation up. recipes comes first: it imports nothing of the house, and everyone may say what a
 # user did wrong.
 ROOMS = (
-    *("recipes", "launch", "schedules", "momentum_norm", "model", "optim", "augment", "sources", "data", "checkpoint"),
-    *("monitor", "hub", "pretrain", "probe"),
+    *("recipes", "command_line", "launch", "schedules", "momentum_norm", "model", "optim"),
+    *("augment", "sources", "data", "checkpoint", "monitor", "hub", "pretrain", "probe"),
 )
 
 

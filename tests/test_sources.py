@@ -295,7 +295,8 @@ def test_a_dataset_of_the_hub_over_http(tmp_path, run_script):
         rows = {"img": encoded(number), "label": [i % 2 for i in range(number)]}
         Dataset.from_dict(rows, features=features).to_parquet(folder / f"{name}-00000-of-00001.parquet")
     load = (
-        "import sys\nfrom m2t_accel import data, recipes, sources\nwith recipes.errors_in_one_line():\n"
+        "import sys\nfrom m2t_accel import command_line, data, recipes, sources\n"
+        "with command_line.errors_in_one_line():\n"
         "    config = recipes.build_config({'recipe': 'digits', 'dataset': sys.argv[1], 'batch_size': 4})\n"
         "    images = sources.load_images(config)\n"
         "    print(images.note, [data.decode_image(row)[0, 0, 0] for row in images.train['image']])"

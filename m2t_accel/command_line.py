@@ -1,0 +1,141 @@
+"""What a user types, flags and YAML, as a configuration; what was wrong with it, as one line.
+
+This module imports no torch, so that `--help`, `--recipe list` and a wrong flag answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+import time
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+from m2t_accel.recipes import RECIPES, ConfigurationError, PretrainConfig, build_config, did_you_mean
+
+
+def read_yaml(path: str) -> dict[str, object]:
+    """The settings in a YAML file.
+
+    Raises:
+        ConfigurationError: there is no such file, or it does not hold `name: value` lines.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--config {path}: cannot be read ({error})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist, endless brackets
+        raise ConfigurationError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigurationError(f"--config {path}: needs lines `name: value`, with the names of --help")
+    return content
+
+
+def parse_command_line(description: str, arguments: Sequence[str] | None = None) -> PretrainConfig:
+    """The configuration that the command line asks for: recipe, then `--config` file, then flags; later wins.
+
+    `--help` and `--recipe list` print and exit.
+
+    Raises:
+        ConfigurationError: an unknown flag, key or recipe, or a value that is not allowed.
+    """
+    parser = OneLineParser(
+        usage="%(prog)s [--recipe NAME] [--dataset SOURCE] [--output_dir DIR] [--config FILE.yaml] [--SETTING VALUE]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
+        epilog="Every setting may also stand in the --config file, as `name: value`; flags win.\n"
+        "The defaults shown are those of the ImageNet recipes; a recipe sets its own.",
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings from a file, such as a run's config.yaml")
+    hints = typing.get_type_hints(PretrainConfig)
+    group = parser
+    for item in dataclasses.fields(PretrainConfig):
+        if "heading" in item.metadata:
+            group = parser.add_argument_group(item.metadata["heading"])
+        is_tuple = isinstance(item.default, tuple)
+        default = " ".join(f"{n:.3g}" for n in item.default) if is_tuple else item.default
+        shown = "" if default is None else f" (default: {default})"
+        kind = typing.get_args(hints[item.name])[0] if typing.get_args(hints[item.name]) else hints[item.name]
+        letter = {int: "N", float: "X", str: "NAME"}[kind]
+        group.add_argument(
+            f"--{item.name}",
+            nargs=len(item.default) if is_tuple else None,
+            metavar=(letter,) * len(item.default) if is_tuple else letter,
+            default=argparse.SUPPRESS,
+            help=(item.metadata["help"] + shown).replace("%", "%%"),
+        )
+    known, unknown = parser.parse_known_args(arguments)
+    flags = vars(known)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        names = [f"--{item.name}" for item in dataclasses.fields(PretrainConfig)]
+        raise ConfigurationError(f"unknown flag {flag}{did_you_mean(flag, names)}; --help lists them all")
+    if flags.get("recipe") == "list":
+        print(recipe_table())
+        raise SystemExit(0)
+    path = flags.pop("config")
+    from_file = {} if path is None else read_yaml(path)
+    if {"recipe"} <= flags.keys() & from_file.keys() and flags["recipe"] != from_file["recipe"]:
+        raise ConfigurationError(
+            f"--recipe {flags['recipe']} meets `recipe: {from_file['recipe']}` of {path}: give one of them"
+        )
+    return build_config({**from_file, **flags})
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, its complaints as our one line instead of a page of usage."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigurationError(f"{message}; --help lists all flags")
+
+
+def recipe_table() -> str:
+    """The recipes as a table of text, with the published hardware, hours and result."""
+    rows = [("recipe", "batch", "per device", "optimizer", "lr/256", "epochs", "hardware", "hours", "top-1 %")]
+    for name, recipe in RECIPES.items():
+        config = build_config({"recipe": name, "dataset": recipe.settings.get("dataset", "digits")})
+        rows.append(
+            (
+                name,
+                str(config.batch_size),
+                str(config.device_batch_size),
+                config.optimizer,
+                f"{config.learning_rate_per_256:g}",
+                str(config.epochs),
+                recipe.hardware,
+                f"{recipe.hours:g}" if recipe.hours else "-",
+                f"{recipe.top1:.1f}" if recipe.top1 else "-",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    note = "Hardware, hours and linear top-1 are those published for ImageNet, ResNet-50 (arXiv 2101.07525)."
+    return "\n".join([*lines, "", note])
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Print a ConfigurationError as one line and exit with status 2 (Ctrl-C: 130); other errors keep their traceback.
+
+    Of several processes on a machine, the first speaks; the others wait before they leave, because a
+    launcher kills all that are left when one leaves.
+    """
+    try:
+        yield
+    except ConfigurationError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            line = " ".join(str(error).split())  # a value that was given may hold line breaks
+            print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
