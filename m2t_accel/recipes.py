@@ -252,11 +252,11 @@ RECIPES: Mapping[str, Recipe] = {
             "encoder": "resnet10-quarter",
             "hidden_size": 512,
             "projection_size": 128,
-            "weight_momentum": 0.95,  # 1320 steps are few: 0.99 follows too slowly for them
-            "epochs": 60,
+            "weight_momentum": 0.95,  # 1760 steps are few: 0.99 follows too slowly for them
+            "epochs": 80,
             "batch_size": 64,
             "learning_rate_per_256": 0.4,
-            "warmup_epochs": 6.0,
+            "warmup_epochs": 8.0,
             "weight_decay": 5e-4,
             "image_size": 32,
             "crop_scale": (0.4, 1.2),

@@ -106,7 +106,7 @@ BAD = [
     (["--crop_scale", 0.9, 0.2], "--crop_scale 0.9 0.2: the first must not exceed the second"),
     (["--optimizer", "adam"], "--optimizer adam: unknown; one of sgd, lars"),
     (["--tracker", "tensorbord"], "--tracker tensorbord: unknown, did you mean tensorboard?; one of none, tensorboard"),
-    (["--epochs", 2], "--warmup_epochs 6 must be less than --epochs 2: add --warmup_epochs 0.2"),
+    (["--epochs", 2], "--warmup_epochs 8 must be less than --epochs 2: add --warmup_epochs 0.2"),
     (
         ["--batch_size", 100, "--device_batch_size", 32],
         "--batch_size 100 is not a multiple of --device_batch_size 32: use --batch_size 96 or 128, "
