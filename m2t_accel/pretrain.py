@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shlex
+import warnings
 from pathlib import Path
 
 import torch
@@ -58,7 +59,10 @@ def pretrain(config: PretrainConfig) -> Teacher:
     )
     student.to(memory_format=torch.channels_last)
     teacher.to(memory_format=torch.channels_last)
-    student, optimizer = accelerator.prepare(student, optimizer)
+    with warnings.catch_warnings():
+        # The name that broadcast_buffers will have one day is not yet known to the older torch that we allow.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        student, optimizer = accelerator.prepare(student, optimizer)
     teacher = accelerator.prepare_model(teacher, evaluation_mode=True)  # no gradient, so nothing to synchronise
     # Without keep_torch_compile=False a compiled student would lose its DistributedDataParallel, and no_sync with it.
     unwrapped_student: Student = accelerator.unwrap_model(student, keep_torch_compile=False)

@@ -70,6 +70,7 @@ def test_two_processes_equal_one_with_two_accumulation_steps(run_script, tmp_pat
     for number, name in ((1, "cpu.yaml"), (2, "cpu2.yaml")):
         done = launch(run_script, name, "tests/train_in_float64.py", paths["sgd", number], paths["lars", number])
         assert done.returncode == 0, done.stderr
+        assert "Warning" not in done.stderr, done.stderr
         assert f"# accelerate launch --config_file {CONFIGS / name} tests/" in (
             (tmp_path / f"sgd-{number}" / "config.yaml").read_text()
         )
