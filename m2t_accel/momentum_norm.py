@@ -42,7 +42,8 @@ class MomentumBatchNorm(_BatchNorm):
         self.register_buffer("statistics_momentum", torch.ones_like(self.running_mean[0]), persistent=False)
         self.register_buffer("pending_mean", torch.zeros_like(self.running_mean), persistent=False)
         self.register_buffer("pending_var", torch.zeros_like(self.running_var), persistent=False)
-        self.register_buffer("num_pending", torch.zeros_like(self.running_mean[0]), persistent=False)
+        # Of one dimension: compiled by torch 2.11, additions to a 0-dimensional buffer were lost, in silence.
+        self.register_buffer("num_pending", torch.zeros_like(self.running_mean[:1]), persistent=False)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
