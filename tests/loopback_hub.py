@@ -1,4 +1,4 @@
-"""A Hub on this machine's loopback that serves datasets from a folder: enough of its HTTP for `load_dataset`.
+"""A Hub on this machine's loopback that serves datasets, and files of models, from a folder: enough for loading.
 
 A repository whose name begins with `gated` asks for a login.
 """
@@ -39,9 +39,10 @@ class Handler(BaseHTTPRequestHandler):
         parts = unquote(urlparse(self.path).path).strip("/").split("/")
         if parts[:2] == ["api", "datasets"] and len(parts) >= 4:
             self.api(self.server.folder / parts[2] / parts[3], parts[4:])
-        elif parts[0] == "datasets" and "resolve" in parts:
-            folder = self.server.folder / parts[1] / parts[2]
-            self.file(folder.joinpath(*parts[parts.index("resolve") + 2 :]))
+        elif "resolve" in parts:
+            owner = parts.index("resolve") - 2  # datasets/USER/NAME/resolve/…, or USER/NAME/resolve/… of a model
+            folder = self.server.folder / parts[owner] / parts[owner + 1]
+            self.file(folder.joinpath(*parts[owner + 4 :]))
         else:
             self.missing("RepoNotFound")
 
@@ -112,7 +113,7 @@ def etag(path: Path) -> str:
 
 @contextlib.contextmanager
 def loopback_hub(folder: Path) -> Iterator[ThreadingHTTPServer]:
-    """Serve `folder / USER / NAME` as datasets; `.url` is the endpoint, `.requests` what was asked."""
+    """Serve `folder / USER / NAME` as datasets and models; `.url` is the endpoint, `.requests` what was asked."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.folder, server.requests = folder, []
     server.url = f"http://127.0.0.1:{server.server_address[1]}"

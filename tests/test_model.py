@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from loopback_hub import loopback_hub
 from torch.nn import functional
 from transformers import ConvNextConfig, RegNetConfig, ResNetConfig, ResNetModel
 
@@ -118,6 +119,17 @@ def test_an_encoder_from_a_transformers_config_folder(tmp_path):
     student = create_student(create_encoder(str(tmp_path)), image_size=32, hidden_size=16, projection_size=8)
     assert isinstance(student, Student)
     assert student.projector[0].in_features == 16
+
+
+@pytest.mark.slow
+def test_an_encoder_by_hub_id_over_http(tmp_path, run_script):
+    config = RegNetConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16], embedding_size=8, groups_width=8)
+    config.save_pretrained(tmp_path / "hub" / "someone" / "regnet")
+    code = "from m2t_accel.model import create_encoder; print(create_encoder('someone/regnet').config.hidden_sizes)"
+    with loopback_hub(tmp_path / "hub") as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        done = run_script("-c", code, environment=environment)
+    assert done.stdout.strip() == "[8, 8, 16, 16]", done.stderr
 
 
 def test_an_encoder_without_batch_norm_is_refused(tmp_path):
