@@ -178,13 +178,20 @@ def create_run(config: PretrainConfig, accelerator: Accelerator) -> None:
 def introduction(
     config: PretrainConfig, data: ImageData, student: Student, total_steps: int, accelerator: Accelerator
 ) -> str:
-    """What will be trained, on what: two lines."""
+    """What will be trained, on what: a few lines."""
     size = sum(parameter.numel() for parameter in student.encoder.parameters()) / 1e6
-    return (
-        f"{data.note}\n{config.encoder} ({size:.1f} M parameters), {config.epochs} epochs, {total_steps} steps of "
+    lines = [
+        data.note,
+        f"{config.encoder} ({size:.1f} M parameters), {config.epochs} epochs, {total_steps} steps of "
         f"{config.batch_size} images ({config.num_virtual_devices} × {config.device_batch_size}), on "
-        f"{hardware(accelerator)}"
-    )
+        f"{hardware(accelerator)}",
+    ]
+    if config.recipe == "digits" and config.dataset != "digits":
+        lines.append(
+            f"Note: recipe digits is for 8-pixel digits (views of {config.image_size} pixels, no flip, no colour); "
+            "for photographs give --recipe 8x2080Ti-b256-100ep or another of --recipe list"
+        )
+    return "\n".join(lines)
 
 
 # --- the end

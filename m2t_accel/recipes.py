@@ -380,11 +380,6 @@ def build_config(given: Mapping[str, object]) -> PretrainConfig:
         raise ConfigurationError(
             f"--recipe {recipe}: unknown{did_you_mean(recipe, RECIPES)}; `--recipe list` prints them all"
         )
-    if converted.get("dataset", "digits") != "digits" and "recipe" not in converted:
-        raise ConfigurationError(
-            f"--dataset {converted['dataset']} needs a --recipe, such as 8x2080Ti-b256-100ep (`--recipe list` prints "
-            "them all): without one it would be trained as digits are"
-        )
     return PretrainConfig(**{**RECIPES[recipe].settings, **converted})
 
 

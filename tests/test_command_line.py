@@ -113,7 +113,6 @@ BAD = [
         "or --device_batch_size 25",
     ),
     (["--recipe", "8x2080Ti-b256-100ep"], "recipe 8x2080Ti-b256-100ep needs --dataset: a folder of class folders"),
-    (["--dataset", "/my/images"], "--dataset /my/images needs a --recipe, such as 8x2080Ti-b256-100ep"),
     (["--dataset", ""], "--dataset is empty: leave it out, or give it a value"),
     (["--config", ""], "--config : cannot be read"),
     (["--seed", 2**32], "--seed 4.29497e+09 is out of range"),

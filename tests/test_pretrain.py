@@ -282,6 +282,14 @@ def test_a_folder_of_photographs(tmp_path, labelled, capsys):
     assert (tmp_path / "run" / "encoder" / "model.safetensors").exists()
 
 
+def test_photographs_in_the_recipe_of_digits_get_a_word_of_advice(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    for i in range(4):
+        cv2.imwrite(str(tmp_path / "photos" / f"{i}.jpg"), np.full((40, 50, 3), 60 * i, np.uint8))
+    pretrain(build_config(tiny(tmp_path / "run", dataset=str(tmp_path / "photos"), batch_size=4, device_batch_size=4)))
+    assert "for photographs give --recipe 8x2080Ti-b256-100ep" in capsys.readouterr().out
+
+
 def test_evaluation_without_labels_is_refused_before_anything_is_written(tmp_path):
     for i in range(4):
         (tmp_path / "photos").mkdir(exist_ok=True)
