@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from m2t_accel.augment import evaluation_view
 from m2t_accel.data import CentralViews, create_loader
 from m2t_accel.model import embed
+from m2t_accel.photometry import evaluation_view
 from m2t_accel.recipes import ConfigurationError, PretrainConfig
 from m2t_accel.sources import ImageData
 

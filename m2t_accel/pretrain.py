@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from m2t_accel import __version__
-from m2t_accel.augment import photometry
 from m2t_accel.data import DeviceBatches, TwoViews, ViewBatch, create_loader, steps_per_epoch
 from m2t_accel.hub import model_card, save_encoder
 from m2t_accel.launch import command, hardware, on_all_processes, start_accelerator
@@ -29,6 +28,7 @@ from m2t_accel.model import (
 )
 from m2t_accel.monitor import KnnMonitor, Report, draw_curves, duration, embedding_std, read_metrics
 from m2t_accel.optim import create_optimizer, set_learning_rate
+from m2t_accel.photometry import photometry
 from m2t_accel.recipes import ConfigurationError, PretrainConfig, check_inputs, check_output_dir
 from m2t_accel.schedules import schedule
 from m2t_accel.sources import ImageData, load_images

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # the runs of the tests are compared bit for bit, so also where GPUs are
@@ -34,6 +36,14 @@ def tiny(output_dir, **settings):
         "log_every": 1,
         **settings,
     }
+
+
+def natural_image(height, width, seed=0):
+    """Smooth colours, edges and noise: a stand-in for a photograph, (H, W, 3) uint8."""
+    rng = np.random.default_rng(seed)
+    image = cv2.resize(rng.integers(0, 256, (7, 9, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+    cv2.circle(image, (width // 3, height // 2), min(height, width) // 4, (250, 30, 60), -1)
+    return np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8)
 
 
 @pytest.fixture

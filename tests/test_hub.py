@@ -9,9 +9,10 @@ from conftest import tiny
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-from m2t_accel.augment import central_view, evaluation_view
+from m2t_accel.augment import central_view
 from m2t_accel.hub import image_processor
 from m2t_accel.model import embed
+from m2t_accel.photometry import evaluation_view
 from m2t_accel.pretrain import pretrain
 from m2t_accel.recipes import build_config
 

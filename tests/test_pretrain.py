@@ -15,10 +15,11 @@ from accelerate.state import AcceleratorState
 from conftest import tiny
 from torch import nn
 
-from m2t_accel import augment, data
+from m2t_accel import data
 from m2t_accel.model import create_encoder, create_student, embed
 from m2t_accel.momentum_norm import MomentumBatchNorm
 from m2t_accel.monitor import duration
+from m2t_accel.photometry import photometry
 from m2t_accel.pretrain import pretrain
 from m2t_accel.recipes import ConfigurationError, build_config
 from m2t_accel.sources import load_images
@@ -107,7 +108,7 @@ def losses_of_a_second_implementation(config, defect=None):
         sub_batches = batch.reshape(config.num_virtual_devices, -1)
         for sub_batch in sub_batches:
             crops, parameters, _ = views_of.__getitems__([(epoch, int(sample)) for sample in sub_batch])
-            one, two = augment.photometry(crops, parameters, config).double().chunk(2)
+            one, two = photometry(crops, parameters, config).double().chunk(2)
             q = [student.predictor(student.projector(embed(student.encoder, view))) for view in (one, two)]
             with torch.no_grad():
                 t = [teacher.projector(embed(teacher.encoder, view)) for view in (one, two)]

@@ -9,7 +9,7 @@ from conftest import ROOT
 # user did wrong.
 ROOMS = (
     *("recipes", "command_line", "launch", "schedules", "momentum_norm", "model", "optim"),
-    *("augment", "sources", "data", "checkpoint", "monitor", "hub", "pretrain", "probe"),
+    *("augment", "photometry", "sources", "data", "checkpoint", "monitor", "hub", "pretrain", "probe"),
 )
 
 
