@@ -66,11 +66,11 @@ def draw_crop(uniforms: np.ndarray, height: int, width: int, config: PretrainCon
     """
     area = height * width
     low, high = (math.log(ratio) for ratio in config.crop_ratio)
-    attempts = zip(uniforms[SCALE].tolist(), uniforms[RATIO].tolist(), strict=True)
-    for scale, log_ratio in attempts:
+    turned = is_turned(config)
+    for scale, log_ratio in zip(uniforms[SCALE].tolist(), uniforms[RATIO].tolist(), strict=True):
         target, ratio = area * between(scale, *config.crop_scale), math.exp(between(log_ratio, low, high))
         crop_width, crop_height = math.sqrt(target * ratio), math.sqrt(target / ratio)
-        if is_turned(config):
+        if turned:
             top, left = uniforms[TOP] * (height - crop_height), uniforms[LEFT] * (width - crop_width)
             return Crop(top, left, crop_height, crop_width, between(uniforms[ANGLE], -config.rotation, config.rotation))
         crop_width, crop_height = round(crop_width), round(crop_height)
@@ -89,23 +89,28 @@ def is_turned(config: PretrainConfig) -> bool:
     return config.rotation > 0 or config.crop_scale[1] > 1
 
 
-def view_crop(image: np.ndarray, uniforms: np.ndarray, config: PretrainConfig) -> np.ndarray:
-    """A random crop of an image (H, W, 3) uint8, as a view (size, size, 3) uint8."""
+def view_crop(
+    image: np.ndarray, uniforms: np.ndarray, config: PretrainConfig, out: np.ndarray | None = None
+) -> np.ndarray:
+    """A random crop of an image (H, W, 3) uint8, as a view (size, size, 3) uint8, written to `out` if given."""
     crop = draw_crop(uniforms, *image.shape[:2], config)
-    return (cut_turned if is_turned(config) else cut)(image, crop, config.image_size)
+    if out is None:
+        out = np.empty((config.image_size, config.image_size, 3), np.uint8)
+    return (cut_turned if is_turned(config) else cut)(image, crop, out)
 
 
-def cut(image: np.ndarray, crop: Crop, size: int) -> np.ndarray:
-    """A crop in whole pixels of an image (H, W, 3) uint8, resized to (size, size, 3) uint8."""
-    return resize(image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width], size, size)
+def cut(image: np.ndarray, crop: Crop, out: np.ndarray) -> np.ndarray:
+    """A crop in whole pixels of an image (H, W, 3) uint8, resized to fill `out` (size, size, 3) uint8."""
+    return resize(image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width], out)
 
 
-def cut_turned(image: np.ndarray, crop: Crop, size: int) -> np.ndarray:
-    """A turned crop of an image (H, W, 3) uint8 as (size, size, 3) uint8; beyond its edge, the edge's pixels."""
+def cut_turned(image: np.ndarray, crop: Crop, out: np.ndarray) -> np.ndarray:
+    """A turned crop of an image (H, W, 3) uint8, filling `out` (size, size, 3); beyond its edge, the edge's pixels."""
     height, width = image.shape[:2]
+    size = len(out)
     if min(crop.height, crop.width) > size:  # the warp below takes four pixels for one and would alias
         shrink = size / min(crop.height, crop.width)
-        image = resize(image, max(1, round(height * shrink)), max(1, round(width * shrink)))
+        image = resize(image, np.empty((max(1, round(height * shrink)), max(1, round(width * shrink)), 3), np.uint8))
     # What the crop's pixels are in the image as it is now.
     scale_y, scale_x = image.shape[0] / height, image.shape[1] / width
     crop_height, crop_width = crop.height * scale_y, crop.width * scale_x
@@ -116,22 +121,20 @@ def cut_turned(image: np.ndarray, crop: Crop, size: int) -> np.ndarray:
     centre = np.array([crop.left * scale_x + crop_width / 2 - 0.5, crop.top * scale_y + crop_height / 2 - 0.5])
     matrix[:, 2] = centre - matrix[:, :2] @ np.array([(size - 1) / 2, (size - 1) / 2])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(image, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.warpAffine(image, matrix, (size, size), dst=out, flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) uint8 in, (height, width, 3) uint8 out: torch's antialiased bilinear resize, bit for bit torchvision's.
+def resize(image: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 to fill `out` (h, w, 3) uint8: torch's antialiased bilinear resize, bit for bit torchvision's.
 
     Two 224-pixel crops of an ImageNet photograph take 0.17 ms so on one core; cv2.resize takes 0.7 with
     INTER_AREA, 0.12 with INTER_LINEAR, which aliases; PIL 1.0.
     """
-    resized = np.empty((height, width, 3), np.uint8)
     # Given its output it keeps the pixels' channels together; what torch would allocate has them apart, and to
     # bring them together again takes as long as the resize.
-    torch.ops.aten._upsample_bilinear2d_aa.out(
-        channels_first(image), (height, width), False, None, None, out=channels_first(resized)
-    )
-    return resized
+    size = out.shape[:2]
+    torch.ops.aten._upsample_bilinear2d_aa.out(channels_first(image), size, False, None, None, out=channels_first(out))
+    return out
 
 
 def channels_first(image: np.ndarray) -> Tensor:
@@ -146,7 +149,7 @@ def central_view(image: np.ndarray, size: int, share: float) -> np.ndarray:
     longer = int(shorter * max(height, width) / min(height, width))
     target = (shorter, longer) if height <= width else (longer, shorter)
     if target != (height, width):
-        image = resize(image, *target)
+        image = resize(image, np.empty((*target, 3), np.uint8))
     top, left = (target[0] - size) // 2, (target[1] - size) // 2
     return image[top : top + size, left : left + size]
 

@@ -45,8 +45,24 @@ def parse_command_line(description: str, arguments: Sequence[str] | None = None)
     Raises:
         ConfigurationError: an unknown flag, key or recipe, or a value that is not allowed.
     """
+    return parse_with_options(description, argparse.ArgumentParser(add_help=False), "digits", arguments)[0]
+
+
+def parse_with_options(
+    description: str, options: argparse.ArgumentParser, recipe: str, arguments: Sequence[str] | None = None
+) -> tuple[PretrainConfig, argparse.Namespace]:
+    """As parse_command_line, of a script with options of its own, which come back beside the configuration.
+
+    `recipe` is the one where none is given.
+    """
+    own = " ".join(
+        action.dest if not action.option_strings else f"[{action.option_strings[0]} {action.metavar}]"
+        for action in options._actions
+    )
     parser = OneLineParser(
-        usage="%(prog)s [--recipe NAME] [--dataset SOURCE] [--output_dir DIR] [--config FILE.yaml] [--SETTING VALUE]",
+        parents=[options],
+        usage=f"%(prog)s {own} [--recipe NAME] [--dataset SOURCE] [--output_dir DIR] [--config FILE.yaml] "
+        "[--SETTING VALUE]",
         description=description,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
@@ -63,10 +79,11 @@ def parse_command_line(description: str, arguments: Sequence[str] | None = None)
         default = " ".join(f"{n:.3g}" for n in item.default) if is_tuple else item.default
         shown = "" if default is None else f" (default: {default})"
         kind = typing.get_args(hints[item.name])[0] if typing.get_args(hints[item.name]) else hints[item.name]
-        letter = {int: "N", float: "X", str: "NAME"}[kind]
+        letter = {int: "N", float: "X", str: "NAME", bool: "true|false"}[kind]
         group.add_argument(
             f"--{item.name}",
-            nargs=len(item.default) if is_tuple else None,
+            nargs=len(item.default) if is_tuple else "?" if kind is bool else None,
+            **({"const": True} if kind is bool else {}),  # the flag alone
             metavar=(letter,) * len(item.default) if is_tuple else letter,
             default=argparse.SUPPRESS,
             help=(item.metadata["help"] + shown).replace("%", "%%"),
@@ -75,18 +92,20 @@ def parse_command_line(description: str, arguments: Sequence[str] | None = None)
     flags = vars(known)
     if unknown:
         flag = unknown[0].split("=")[0]
-        names = [f"--{item.name}" for item in dataclasses.fields(PretrainConfig)]
+        names = [name for action in parser._actions for name in action.option_strings]
         raise ConfigurationError(f"unknown flag {flag}{did_you_mean(flag, names)}; --help lists them all")
     if flags.get("recipe") == "list":
         print(recipe_table())
         raise SystemExit(0)
+    settings = {item.name for item in dataclasses.fields(PretrainConfig)}
+    given = argparse.Namespace(**{name: flags.pop(name) for name in flags.keys() - settings - {"config"}})
     path = flags.pop("config")
     from_file = {} if path is None else read_yaml(path)
     if {"recipe"} <= flags.keys() & from_file.keys() and flags["recipe"] != from_file["recipe"]:
         raise ConfigurationError(
             f"--recipe {flags['recipe']} meets `recipe: {from_file['recipe']}` of {path}: give one of them"
         )
-    return build_config({**from_file, **flags})
+    return build_config({"recipe": recipe, **from_file, **flags}), given
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -124,17 +143,16 @@ def recipe_table() -> str:
 def errors_in_one_line() -> Iterator[None]:
     """Print a ConfigurationError as one line and exit with status 2 (Ctrl-C: 130); other errors keep their traceback.
 
-    Of several processes on a machine, the first speaks; the others wait before they leave, because a
-    launcher kills all that are left when one leaves.
+    Of several processes on a machine, the first speaks at once. The others wait: if the mistake is theirs too, their
+    launcher ends them meanwhile; if it is not the first one's, they speak.
     """
     try:
         yield
     except ConfigurationError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            line = " ".join(str(error).split())  # a value that was given may hold line breaks
-            print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
-        else:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(3)
+        line = " ".join(str(error).split())  # a value that was given may hold line breaks
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)

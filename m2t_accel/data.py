@@ -1,22 +1,22 @@
-"""Who reads which image, and when: the order of an epoch, the two crops of an image, and batches of them.
+"""Batches of views: which process reads what is m2t_accel.order's; here it is read, decoded, cut and handed over.
 
 Workers decode an image once and cut both of its crops (uint8); the photometric parameters travel beside them
-and are applied on the training device (`m2t_accel.augment`).
+and are applied on the training device (`m2t_accel.photometry`).
 """
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import re
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from datasets import Dataset
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -28,58 +28,28 @@ from m2t_accel.augment import (
     photometry_parameters,
     view_crop,
 )
-from m2t_accel.recipes import PretrainConfig
+from m2t_accel.decode import DecodeError, decode_image
+from m2t_accel.order import PooledOrder, ShuffledOrder, steps_per_epoch
+from m2t_accel.recipes import ConfigurationError, PretrainConfig
+from m2t_accel.shards import Shards
 
-ORDER_STREAM = 0  # apart from the stream of the views in m2t_accel.augment
-
-
-def epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of one epoch: a permutation of range(num_images), (num_images,) int64."""
-    return np.random.default_rng((ORDER_STREAM, seed, epoch)).permutation(num_images)
+MAX_READERS = 16  # threads of a process that read pieces ahead; each waits for a disk or a network
 
 
-def steps_per_epoch(num_images: int, batch_size: int) -> int:
-    """Optimizer steps of one epoch; the last, partial batch is dropped."""
-    return num_images // batch_size
+class Request(NamedTuple):
+    """What a worker is asked for: the views of some samples in an epoch."""
+
+    epoch: int
+    samples: np.ndarray  # (N,) int64
+    images: list[Mapping[str, object]] | None  # N undecoded images, where the main process has read them
 
 
-class DeviceBatches:
-    """The sub-batches that one process reads in an epoch, as lists of (epoch, sample).
+class BadImage(NamedTuple):
+    """An image that cannot be decoded."""
 
-    Global batch k is the k-th slice of the epoch's order, cut into sub-batches of `device_batch_size`, one for
-    each virtual device; the processes take them in turn. So what a global batch holds, and what each
-    BatchNorm sees, does not depend on the number of processes. Set `epoch` before each pass.
-    """
-
-    def __init__(self, num_images: int, config: PretrainConfig, num_processes: int, process_index: int) -> None:
-        self.num_images = num_images
-        self.config = config
-        self.num_processes = num_processes
-        self.process_index = process_index
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        steps = steps_per_epoch(self.num_images, self.config.batch_size)
-        return steps * self.config.num_virtual_devices // self.num_processes
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = epoch_order(self.num_images, self.config.seed, self.epoch)
-        size = self.config.device_batch_size
-        num_sub_batches = len(self) * self.num_processes
-        for sub_batch in range(self.process_index, num_sub_batches, self.num_processes):
-            samples = order[sub_batch * size : (sub_batch + 1) * size]
-            yield [(self.epoch, int(sample)) for sample in samples]
-
-
-def decode_image(image: dict[str, object]) -> np.ndarray:
-    """An undecoded {"bytes", "path"} as (H, W, 3) uint8 RGB, turned upright by its EXIF orientation."""
-    content = image["bytes"]
-    if content is None:
-        content = Path(image["path"]).read_bytes()
-    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB) if content else None
-    if pixels is None:  # formats that OpenCV was built without
-        pixels = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
-    return pixels
+    sample: int
+    path: str
+    reason: str
 
 
 class ViewBatch(NamedTuple):
@@ -87,61 +57,204 @@ class ViewBatch(NamedTuple):
 
     crops: Tensor  # (2 N, H, W, 3) uint8
     photometry: Photometry  # of 2 N views
-    samples: Tensor  # (N,) int64
+    samples: Tensor  # (N,) int64: whose views they are
+    bad: tuple[BadImage, ...] = ()  # those in whose place others are shown
+
+
+# --- which sub-batches, and their bytes
+
+
+class DeviceBatches:
+    """The requests of one process, from an optimizer step of the run to its end, one for each sub-batch.
+
+    Global batch k of an epoch has a sub-batch for each virtual device; the processes take them in turn. So
+    what a global batch holds, and what each BatchNorm sees, does not depend on the number of processes, and
+    `first_step` is all that a resumed run needs to know.
+    """
+
+    def __init__(
+        self,
+        images: Dataset | Shards,
+        config: PretrainConfig,
+        num_processes: int,
+        process_index: int,
+        first_step: int = 0,
+    ) -> None:
+        self.images = images
+        self.config = config
+        self.devices = range(process_index, config.num_virtual_devices, num_processes)
+        self.steps_an_epoch = steps_per_epoch(len(images), config.batch_size)
+        self.first_step = first_step
+
+    def __len__(self) -> int:
+        return (self.config.epochs * self.steps_an_epoch - self.first_step) * len(self.devices)
+
+    def __iter__(self) -> Iterator[Request]:
+        return self.read_ahead() if isinstance(self.images, Shards) else self.shuffled()
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """(epoch, step of the epoch) of each step to come."""
+        for step in range(self.first_step, self.config.epochs * self.steps_an_epoch):
+            yield divmod(step, self.steps_an_epoch)
+
+    def shuffled(self) -> Iterator[Request]:
+        order = ShuffledOrder(len(self.images), self.config)
+        for epoch, step in self.places():
+            for device in self.devices:
+                yield Request(epoch, order.sub_batch(epoch, step * self.config.num_virtual_devices + device), None)
+
+    def read_ahead(self) -> Iterator[Request]:
+        """The requests with their images, read pool by pool; while one is used the next is read."""
+        order, size = PooledOrder(self.images.piece_sizes, self.config), self.config.device_batch_size
+        readers = ThreadPoolExecutor(min(MAX_READERS, 2 * len(self.devices) + 2), thread_name_prefix="reader")
+        coming: deque[list[PoolInReading]] = deque()
+        try:
+            pools = self.pools(order, readers)
+            coming.extend(next(pools, None) for _ in range(2))
+            now = None
+            for epoch, step in self.places():
+                place = step % order.pool_batches
+                if now is None or place == 0:
+                    now = [pool.result() for pool in coming.popleft()]
+                    coming.append(next(pools, None))
+                for samples, images in now:
+                    chosen = slice(place * size, (place + 1) * size)
+                    yield Request(epoch, samples[chosen], images[chosen])
+        finally:
+            readers.shutdown(wait=False, cancel_futures=True)
+
+    def pools(self, order: PooledOrder, readers: ThreadPoolExecutor) -> Iterator[list[PoolInReading]]:
+        """For each stretch of steps to come the pools of this process's virtual devices, their reading begun."""
+        done = None
+        for epoch, step in self.places():
+            index = step // order.pool_batches
+            if (epoch, index) != done:
+                done = (epoch, index)
+                yield [PoolInReading(self.images, order, readers, epoch, device, index) for device in self.devices]
+
+
+class PoolInReading:
+    """A pool whose segments are being read."""
+
+    def __init__(
+        self, shards: Shards, order: PooledOrder, readers: ThreadPoolExecutor, epoch: int, device: int, index: int
+    ) -> None:
+        pool = order.pool(epoch, device, index)
+        self.shuffle = pool.shuffle
+        self.parts: list[Future] = [readers.submit(shards.read, *segment) for segment in pool.segments]
+
+    def result(self) -> tuple[np.ndarray, list[Mapping[str, object]]]:
+        """Wait for it: the samples (n,) and their undecoded images, in the pool's order."""
+        parts = [part.result() for part in self.parts]
+        samples = np.concatenate([samples for samples, _ in parts])
+        images = [image for _, images in parts for image in images]
+        return samples[self.shuffle], [images[i] for i in self.shuffle]
+
+
+# --- what a worker does
+
+
+def read_rows(images: Dataset, samples: Sequence[int]) -> list[dict[str, object]]:
+    """The undecoded images of some rows, as m2t_accel.decode takes them."""
+    columns = images[[int(sample) for sample in samples]]
+    rows = columns["image"]
+    if "offset" in columns:
+        places = zip(columns["offset"], columns["size"], strict=True)
+        rows = [{**row, "offset": at, "size": size} for row, (at, size) in zip(rows, places, strict=True)]
+    return rows
 
 
 class TwoViews:
-    """A map-style torch dataset whose batch, asked for by (epoch, sample) pairs, is a ViewBatch."""
+    """A map-style torch dataset whose batch, asked for by a Request, is a ViewBatch."""
 
-    def __init__(self, images: Dataset, config: PretrainConfig) -> None:
-        self.images = images.select_columns("image")
+    def __init__(self, images: Dataset | Shards, config: PretrainConfig) -> None:
+        self.images = images
         self.config = config
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> ViewBatch:
-        size, num_images = self.config.image_size, len(keys)
-        crops = np.empty((2, num_images, size, size, 3), np.uint8)
+    def __getitems__(self, request: Request) -> ViewBatch:
+        """An image that cannot be decoded is replaced by the next one of the batch that can, cut and coloured by the
+        random numbers of the place: an epoch stays a function of the seed and the files.
+        """
+        size, num_images = self.config.image_size, len(request.samples)
+        crops = empty_shared((2, num_images, size, size, 3))
         uniforms = np.empty((2, num_images, NUM_UNIFORMS))
-        rows = self.images[[sample for _, sample in keys]]["image"]
-        for i, ((epoch, sample), row) in enumerate(zip(keys, rows, strict=True)):
-            image = decode_image(row)
+        for i, sample in enumerate(request.samples.tolist()):
             for view in range(2):
-                uniforms[view, i] = draw_uniforms(self.config.seed, epoch, sample, view)
-                crops[view, i] = view_crop(image, uniforms[view, i], self.config)
+                uniforms[view, i] = draw_uniforms(self.config.seed, request.epoch, sample, view)
+        images = read_rows(self.images, request.samples) if request.images is None else request.images
+        places = crops.numpy()  # a slice of it costs a tenth of a tensor's
+        shown, bad = request.samples.copy(), []
+        for i, image in enumerate(images):
+            try:
+                self.cut(image, uniforms[:, i], places[:, i])
+            except DecodeError as error:
+                bad.append((i, BadImage(int(shown[i]), describe(image), str(error))))
+        broken = {i for i, _ in bad}
+        if len(bad) < num_images:
+            for i in broken:
+                other = next(j % num_images for j in range(i + 1, i + num_images) if j % num_images not in broken)
+                self.cut(images[other], uniforms[:, i], places[:, i])
+                shown[i] = request.samples[other]
         views = np.repeat([0, 1], num_images)
         return ViewBatch(
-            crops=torch.from_numpy(crops.reshape(-1, size, size, 3)),
+            crops=crops.view(-1, size, size, 3),
             photometry=photometry_parameters(uniforms.reshape(-1, NUM_UNIFORMS), views, self.config),
-            samples=torch.tensor([sample for _, sample in keys]),
+            samples=torch.from_numpy(shown),
+            bad=tuple(image for _, image in bad),
         )
+
+    def cut(self, image: Mapping[str, object], uniforms: np.ndarray, crops: np.ndarray) -> None:
+        pixels = decode_image(image)
+        for view in range(2):
+            view_crop(pixels, uniforms[view], self.config, out=crops[view])
 
 
 class CentralViews:
-    """A map-style torch dataset whose batch, asked for by samples, is their evaluation crops (N, H, W, 3) uint8."""
+    """A map-style torch dataset whose batch, asked for by samples, is their evaluation crops (N, H, W, 3) uint8.
+
+    And whether each could be decoded (N,) bool; the crop of one that could not is black.
+    """
 
     def __init__(self, images: Dataset, config: PretrainConfig) -> None:
-        self.images = images.select_columns("image")
+        self.images = images
         self.config = config
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, samples: Sequence[int]) -> Tensor:
-        size, share = self.config.image_size, self.config.evaluation_crop
-        rows = self.images[list(samples)]["image"]
-        return torch.from_numpy(np.stack([central_view(decode_image(row), size, share) for row in rows]))
+    def __getitems__(self, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        size = self.config.image_size
+        crops, decoded = np.zeros((len(samples), size, size, 3), np.uint8), np.ones(len(samples), bool)
+        for i, row in enumerate(read_rows(self.images, samples)):
+            try:
+                crops[i] = central_view(decode_image(row), size, self.config.evaluation_crop)
+            except DecodeError:
+                decoded[i] = False
+        return torch.from_numpy(crops), torch.from_numpy(decoded)
 
 
-def create_loader(
-    dataset: TwoViews | CentralViews,
-    batches,
-    config: PretrainConfig,
-    pin_memory: bool = False,
-    persistent: bool = False,
-) -> DataLoader:
-    """A DataLoader of whole batches, in the order of `batches` (an iterable of lists of keys).
+def describe(image: Mapping[str, object]) -> str:
+    """Where an image is, for people."""
+    where = image["path"] or f"an image of {len(image['bytes'] or b''):,} bytes without a path"
+    return f"{where}, {image['size']} bytes at {image['offset']}" if image.get("offset") is not None else where
+
+
+def empty_shared(shape: tuple[int, ...]) -> Tensor:
+    """An empty uint8 tensor; in a worker in shared memory, which saves a copy on its way to the main process."""
+    empty = torch.empty(0, dtype=torch.uint8)
+    if torch.utils.data.get_worker_info() is None:
+        return empty.new_empty(shape)
+    return empty.new(empty.untyped_storage()._new_shared(int(np.prod(shape)))).view(shape)
+
+
+# --- from worker to loop
+
+
+def create_loader(dataset: TwoViews | CentralViews, batches, config: PretrainConfig, pin_memory: bool = False):
+    """A DataLoader of whole batches, in the order of `batches` (an iterable of what the dataset takes).
 
     It is not given to `accelerator.prepare`, which would split the batches a second time: `batches` holds
     this process's own.
@@ -154,11 +267,36 @@ def create_loader(
         collate_fn=as_it_is,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        persistent_workers=persistent and num_workers > 0,
         prefetch_factor=4 if num_workers > 0 else None,
         worker_init_fn=quiet_worker,
         generator=torch.Generator(),  # its own: the global one must not depend on how often a loader started
     )
+
+
+def read(loader: DataLoader) -> Iterator:
+    """The batches of a loader, the ways in which reading ends a run as one line.
+
+    Raises:
+        ConfigurationError: a worker has died, no image of a batch can be decoded, or a shard cannot be read.
+    """
+    try:
+        for batch in loader:
+            if isinstance(batch, ViewBatch) and len(batch.bad) == len(batch.samples):
+                first = batch.bad[0]
+                raise ConfigurationError(
+                    f"none of the {len(batch.bad)} images of a batch can be decoded, the first of them {first.path} "
+                    f"({first.reason}): has the dataset been moved, or is it not one of images?"
+                )
+            yield batch
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # A batch that a dead worker was handing over ends as a broken connection.
+        if isinstance(error, RuntimeError) and not re.match(r"DataLoader worker .*(exited|killed)", str(error)):
+            raise
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise ConfigurationError(
+            f"a process that decodes images has died ({reason}); most often the memory ran out: use fewer than "
+            f"--num_workers {loader.num_workers}, or check the limits of memory and of /dev/shm"
+        ) from error
 
 
 def as_it_is(batch):

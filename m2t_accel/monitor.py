@@ -6,18 +6,19 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from m2t_accel.data import CentralViews, create_loader
+from m2t_accel.data import BadImage, CentralViews, create_loader, read
 from m2t_accel.model import embed
 from m2t_accel.photometry import evaluation_view
 from m2t_accel.recipes import ConfigurationError, PretrainConfig
@@ -29,6 +30,8 @@ MAX_KNN_QUERIES = 10_000
 KNN_NEIGHBOURS = 20
 KNN_TEMPERATURE = 0.07
 EVALUATION_BATCH_SIZE = 128
+MIN_BAD_ALLOWED = 10  # undecodable images, whatever their share
+MAX_BAD_TOLD = 10  # of them on the screen; all are in bad_images.jsonl
 
 
 def embedding_std(embeddings: Tensor) -> Tensor:
@@ -67,23 +70,29 @@ class KnnMonitor:
         self.accelerator = accelerator
         self.num_classes = len(data.class_names)
         self.parts = []
-        for images, limit in ((data.train, MAX_KNN_BANK), (data.validation, MAX_KNN_QUERIES)):
+        for images, limit in ((data.bank, MAX_KNN_BANK), (data.validation, MAX_KNN_QUERIES)):
             if len(images) > limit:
                 images = images.select(np.linspace(0, len(images) - 1, limit).astype(int))
             labels = torch.tensor(images.with_format("numpy")["label"][:], device=accelerator.device)
             self.parts.append((images, labels))
 
     def measure(self, encoder: nn.Module) -> float:
-        """Top-1 accuracy in evaluation mode, from 0 to 1; the same on every process."""
+        """Top-1 accuracy in evaluation mode, from 0 to 1, of what can be decoded; the same on every process."""
         (bank_images, bank_labels), (query_images, query_labels) = self.parts
-        bank = embed_images(encoder, bank_images, self.config, self.accelerator)
-        queries = embed_images(encoder, query_images, self.config, self.accelerator)
+        bank, decoded = embed_images(encoder, bank_images, self.config, self.accelerator)
+        bank, bank_labels = bank[decoded], bank_labels[decoded]
+        queries, decoded = embed_images(encoder, query_images, self.config, self.accelerator)
+        queries, query_labels = queries[decoded], query_labels[decoded]
         return knn_accuracy(bank, bank_labels, queries, query_labels, self.num_classes)
 
 
 @torch.no_grad()
-def embed_images(encoder: nn.Module, images: Dataset, config: PretrainConfig, accelerator: Accelerator) -> Tensor:
+def embed_images(
+    encoder: nn.Module, images: Dataset, config: PretrainConfig, accelerator: Accelerator
+) -> tuple[Tensor, Tensor]:
     """Features (N, C) float32 of N images in their order, in evaluation mode, computed by all processes together.
+
+    And which of them could be decoded, (N,) bool.
 
     A collective call; every process gets all features. The encoder is left in the mode it came in.
     """
@@ -95,13 +104,14 @@ def embed_images(encoder: nn.Module, images: Dataset, config: PretrainConfig, ac
     parameter = next(encoder.parameters())
     was_training = encoder.training
     encoder.eval()
-    features = []
-    for crops in loader:
+    features, decoded = [], []
+    for crops, could_be in read(loader):
         inputs = evaluation_view(crops.to(accelerator.device), config).to(parameter.dtype)
         with accelerator.autocast():
             features.append(embed(encoder, inputs).float())
+        decoded.append(could_be.to(accelerator.device))
     encoder.train(was_training)
-    return accelerator.gather(torch.cat(features))[: len(images)]
+    return tuple(accelerator.gather(torch.cat(parts))[: len(images)] for parts in (features, decoded))
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, float]]:
@@ -149,18 +159,61 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
     figure.savefig(picture, dpi=110)
 
 
+class BadImages:
+    """The images of a run that cannot be decoded: each is told of once and written to bad_images.jsonl."""
+
+    def __init__(self, config: PretrainConfig, num_images: int) -> None:
+        self.file = Path(config.output_dir) / "bad_images.jsonl"
+        self.config = config
+        self.num_images = num_images
+        self.known: dict[int, BadImage] = {}
+
+    def add(self, images: Sequence[BadImage]) -> list[BadImage]:
+        """Take in what all processes have met; what is new comes back, in the order of the samples."""
+        new = {image.sample: image for image in images if image.sample not in self.known}
+        self.known |= new
+        return [new[sample] for sample in sorted(new)]
+
+    def write(self, new: Sequence[BadImage]) -> Iterator[str]:
+        """Write them down; a line for people about each of the first ten, and about the others together."""
+        with self.file.open("a", encoding="utf-8") as file:
+            for image in new:
+                file.write(json.dumps(image._asdict()) + "\n")
+        told = max(0, MAX_BAD_TOLD - (len(self.known) - len(new)))
+        for image in new[:told]:
+            yield f"cannot be decoded, another image is shown instead: {image.path} ({image.reason})"
+        if new[told:]:
+            yield f"{len(new[told:])} more images cannot be decoded, {len(self.known)} in all: see {self.file}"
+
+    def check(self) -> None:
+        """Stop where there are too many.
+
+        Raises:
+            ConfigurationError: there are more than --max_bad_fraction allows.
+        """
+        allowed = max(MIN_BAD_ALLOWED, int(self.config.max_bad_fraction * self.num_images))
+        if len(self.known) > allowed:
+            raise ConfigurationError(
+                f"{len(self.known)} of {self.num_images:,} images cannot be decoded, more than the {allowed} that "
+                f"--max_bad_fraction {self.config.max_bad_fraction:g} allows (ten always are): they are listed in "
+                f"{self.file}; repair or remove them, or give a larger --max_bad_fraction"
+            )
+
+
 class Report:
     """What a run shows and writes while it trains: a progress bar, metrics.jsonl and a tracker.
 
     `add` and `tick` cost the device nothing; `averages` waits for it and is a collective call.
     """
 
-    def __init__(self, config: PretrainConfig, accelerator: Accelerator, total_steps: int) -> None:
+    def __init__(self, config: PretrainConfig, accelerator: Accelerator, total_steps: int, num_images: int) -> None:
+        self.bad_images = BadImages(config, num_images)
         self.accelerator = accelerator
         self.config = config
         self.metrics = Path(config.output_dir) / "metrics.jsonl"
         self.num_steps = 0
         self.sums: list[Tensor] = []
+        self.bad: list[BadImage] = []
         self.started = self.last = time.perf_counter()
         self.bar = None
         if config.tracker != "none":
@@ -171,9 +224,10 @@ class Report:
             interval = 0.5 if sys.stderr.isatty() else 30.0
             self.bar = tqdm(total=total_steps, unit="step", mininterval=interval, dynamic_ncols=True)
 
-    def add(self, loss: Tensor, spread: Tensor) -> None:
+    def add(self, loss: Tensor, spread: Tensor, bad: Sequence[BadImage]) -> None:
         """Take in a sub-batch."""
         self.sums.append(torch.stack([loss, spread]))
+        self.bad += bad
 
     def tick(self) -> None:
         """Count an optimizer step."""
@@ -185,10 +239,18 @@ class Report:
         """Loss and spread averaged over all sub-batches of all processes since the last call, and the speed.
 
         Raises:
-            ConfigurationError: the loss is not finite; the same on every process.
+            ConfigurationError: the loss is not finite, or too many images are bad; the same on every process.
         """
         mean = torch.stack(self.sums).mean(dim=0)
-        loss, spread = self.accelerator.reduce(mean, reduction="mean").tolist()
+        share_bad = mean.new_tensor([float(len(self.bad) > 0)])
+        loss, spread, share_bad = self.accelerator.reduce(torch.cat([mean, share_bad]), reduction="mean").tolist()
+        if share_bad > 0:
+            new = self.bad_images.add(gather_object(self.bad))
+            self.bad.clear()
+            if self.accelerator.is_main_process:
+                for line in self.bad_images.write(new):
+                    self.bar.write(line)
+            self.bad_images.check()
         if not math.isfinite(loss):
             raise ConfigurationError(
                 f"the loss is {loss} in the last {self.num_steps} steps, and no encoder is written: try a "

@@ -153,29 +153,39 @@ def photometry_one_by_one(crops: Tensor, parameters: Photometry, config: Pretrai
     flip, factors, order, grayscale, sigma, solarize = (values.tolist() for values in parameters)
     for i, (crop, view) in enumerate(zip(crops.numpy(), views.numpy(), strict=True)):
         np.copyto(image, cv2.flip(crop, 1) if flip[i] else crop)
+        pending = IDENTITY  # a map of colours that is still to be applied; a blur before it is the same as after it
         if jitters:
-            image, other = jitter_one(image, other, factors[i], order[i])
+            image, other, pending = jitter_one(image, other, factors[i], order[i])
         if sigma[i]:
             size = 2 * min(math.ceil(3 * sigma[i]), height - 1, width - 1) + 1
             cv2.GaussianBlur(image, (size, size), sigma[i], other, borderType=cv2.BORDER_REFLECT_101)
             image, other = other, image
+        if grayscale[i]:
+            pending = after(pending, TO_GRAY)
         if solarize[i]:
-            if grayscale[i]:
-                cv2.transform(image, TO_GRAY, other)
-                image, other = other, image
+            cv2.transform(image, pending, other)
+            image, other, pending = other, image, FOLDED
             cv2.absdiff(image, (127.5, 127.5, 127.5, 0.0), image)
-        cv2.transform(image, normalisation(config.image_mean, config.image_std, grayscale[i], solarize[i]), view)
+        cv2.transform(image, after(pending, normalisation(config.image_mean, config.image_std)), view)
     return views.permute(0, 3, 1, 2)
 
 
 def jitter_one(
     image: np.ndarray, other: np.ndarray, factors: list[float], order: list[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Colour jitter of an image (H, W, 3) float32 of 0 to 255; it and a buffer of its shape in, the two out."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Colour jitter of an image (H, W, 3) float32 of 0 to 255; it and a buffer of its shape in.
+
+    The two out, and the map of colours that is still to be applied: what mixes two images that are in range stays in
+    range, and waits for the next map.
+    """
+    pending = IDENTITY
     for operation in order:
         factor = factors[operation]
         if operation == HUE:
             if factor:
+                if pending is not IDENTITY:
+                    cv2.transform(image, pending, other)
+                    image, other, pending = other, image, IDENTITY
                 cv2.cvtColor(image, cv2.COLOR_RGB2HSV, other)  # of float32 it is exact; the hue in degrees
                 # Upwards: of some negative hues OpenCV 5.0 makes wrong colours.
                 cv2.add(other, (360 * (factor % 1), 0.0, 0.0, 0.0), other)
@@ -185,29 +195,38 @@ def jitter_one(
             continue
         matrix = factor * IDENTITY
         if operation == CONTRAST:
-            matrix[:, 3] = (1 - factor) * np.dot(cv2.mean(image)[:3], LUMA)
+            mean = pending[:, :3] @ cv2.mean(image)[:3] + pending[:, 3]
+            matrix[:, 3] = (1 - factor) * np.dot(mean, LUMA)
         elif operation == SATURATION:
             matrix += (1 - factor) * TO_GRAY
-        cv2.transform(image, matrix, other)
-        image, other = other, image
-        if factor > 1:  # else it lies between two images that are in range
+        pending = matrix if pending is IDENTITY else after(pending, matrix)
+        if factor > 1:
+            cv2.transform(image, pending, other)
+            image, other, pending = other, image, IDENTITY
             cv2.threshold(image, 255, 0, cv2.THRESH_TRUNC, image)
             if operation != BRIGHTNESS:
                 cv2.threshold(image, 0, 0, cv2.THRESH_TOZERO, image)
-    return image, other
+    return image, other, pending
 
 
 # Maps of colours, (3, 4): what of red, green, blue and 1 makes each channel.
 IDENTITY = np.eye(3, 4, dtype=np.float32)
 TO_GRAY = np.tile(np.array([*LUMA, 0.0], np.float32), (3, 1))
+FOLDED = np.hstack([-np.eye(3), np.full((3, 1), 127.5)]).astype(np.float32)  # of the distance to 127.5: solarized
+
+
+def after(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The map of colours that is `second` after `first`."""
+    if first is IDENTITY:
+        return second
+    both = second[:, :3] @ first
+    both[:, 3] += second[:, 3]
+    return both
 
 
 @functools.cache
-def normalisation(mean: tuple[float, ...], std: tuple[float, ...], grayscale: bool, solarized: bool) -> np.ndarray:
-    """The normalisation of colours of 0 to 255, or of their gray, or of their distance to 127.5, as (3, 4)."""
-    matrix = (TO_GRAY if grayscale and not solarized else IDENTITY).copy()
-    if solarized:
-        matrix = -matrix
-        matrix[:, 3] = 127.5
-    matrix[:, 3] -= 255 * np.array(mean, np.float32)
+def normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """The map that normalises colours of 0 to 255."""
+    matrix = IDENTITY.copy()
+    matrix[:, 3] = -255 * np.array(mean)
     return matrix / (255 * np.array(std, np.float32)[:, None])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from m2t_accel import __version__
-from m2t_accel.data import DeviceBatches, TwoViews, ViewBatch, create_loader, steps_per_epoch
+from m2t_accel.data import DeviceBatches, TwoViews, ViewBatch, create_loader, read
 from m2t_accel.hub import model_card, save_encoder
 from m2t_accel.launch import command, hardware, on_all_processes, start_accelerator
 from m2t_accel.model import (
@@ -28,6 +28,7 @@ from m2t_accel.model import (
 )
 from m2t_accel.monitor import KnnMonitor, Report, draw_curves, duration, embedding_std, read_metrics
 from m2t_accel.optim import create_optimizer, set_learning_rate
+from m2t_accel.order import steps_per_epoch
 from m2t_accel.photometry import photometry
 from m2t_accel.recipes import ConfigurationError, PretrainConfig, check_inputs, check_output_dir
 from m2t_accel.schedules import schedule
@@ -71,9 +72,8 @@ def pretrain(config: PretrainConfig) -> Teacher:
     student.train()
     teacher.train()
 
-    batches = DeviceBatches(len(data.train), config, accelerator.num_processes, accelerator.process_index)
-    on_gpu = accelerator.device.type == "cuda"
-    loader = create_loader(TwoViews(data.train, config), batches, config, pin_memory=on_gpu, persistent=True)
+    batches = DeviceBatches(data.train, config, accelerator.num_processes, accelerator.process_index)
+    loader = create_loader(TwoViews(data.train, config), batches, config, accelerator.device.type == "cuda")
     steps_an_epoch = steps_per_epoch(len(data.train), config.batch_size)
     total_steps = config.epochs * steps_an_epoch
     warmup_steps = config.warmup_epochs * steps_an_epoch
@@ -82,31 +82,28 @@ def pretrain(config: PretrainConfig) -> Teacher:
         print(introduction(config, data, unwrapped_student, total_steps, accelerator), flush=True)
     knn = KnnMonitor(data, config, accelerator) if config.evaluate_every else None
     step = 0
-    with contextlib.closing(Report(config, accelerator, total_steps)) as report:
+    with contextlib.closing(Report(config, accelerator, total_steps, len(data.train))) as report:
         if knn is not None:
             report.write(step, 0.0, {"knn_top1": knn.measure(unwrapped_teacher.encoder)})
-        for epoch in range(config.epochs):
-            batches.epoch = epoch
-            for batch in loader:
-                now = schedule(step, total_steps, warmup_steps, config.learning_rate, config.weight_momentum)
-                set_learning_rate(optimizer, now.learning_rate)
-                unwrapped_teacher.set_statistics_momentum(now.statistics_momentum)
-                with accelerator.accumulate(student):
-                    loss, spread = train_step(accelerator, student, teacher, optimizer, batch, config)
-                report.add(loss, spread)
-                if not accelerator.sync_gradients:
-                    continue
-                unwrapped_teacher.commit_statistics()
-                unwrapped_teacher.follow(unwrapped_student, now.weight_momentum)
-                step += 1
-                report.tick()
-                ends_epoch = step == (epoch + 1) * steps_an_epoch
-                evaluates = knn is not None and ends_epoch and is_due(epoch + 1, config.evaluate_every, config.epochs)
-                if step % config.log_every == 0 or step == total_steps or evaluates:
-                    values = report.averages() | dataclasses.asdict(now)
-                    if evaluates:
-                        values["knn_top1"] = knn.measure(unwrapped_teacher.encoder)
-                    report.write(step, step / steps_an_epoch, values)
+        for batch in read(loader):
+            now = schedule(step, total_steps, warmup_steps, config.learning_rate, config.weight_momentum)
+            set_learning_rate(optimizer, now.learning_rate)
+            unwrapped_teacher.set_statistics_momentum(now.statistics_momentum)
+            with accelerator.accumulate(student):
+                loss, spread = train_step(accelerator, student, teacher, optimizer, batch, config)
+            report.add(loss, spread, batch.bad)
+            if not accelerator.sync_gradients:
+                continue
+            unwrapped_teacher.commit_statistics()
+            unwrapped_teacher.follow(unwrapped_student, now.weight_momentum)
+            step += 1
+            report.tick()
+            evaluates = knn is not None and is_due(step, steps_an_epoch, config)
+            if step % config.log_every == 0 or step == total_steps or evaluates:
+                values = report.averages() | dataclasses.asdict(now)
+                if evaluates:
+                    values["knn_top1"] = knn.measure(unwrapped_teacher.encoder)
+                report.write(step, step / steps_an_epoch, values)
     if is_main:
         finish(accelerator, config, data, unwrapped_teacher, report.seconds())
     accelerator.wait_for_everyone()
@@ -126,8 +123,8 @@ def train_step(
     The loss and the spread of the teacher's embeddings out, both 0-dimensional, on the device, of this
     process's sub-batch.
     """
-    batch = send_to_device(batch, accelerator.device, non_blocking=True)
-    views = photometry(batch.crops, batch.photometry, config).to(next(student.parameters()).dtype)
+    crops, parameters = send_to_device((batch.crops, batch.photometry), accelerator.device, non_blocking=True)
+    views = photometry(crops, parameters, config).to(next(student.parameters()).dtype)
     view_1, view_2 = views.chunk(2)
     q1, q2 = student(view_1, view_2)
     with torch.no_grad():
@@ -160,8 +157,10 @@ def settle_evaluation(config: PretrainConfig, data: ImageData) -> PretrainConfig
     return config
 
 
-def is_due(epochs_done: int, every: int, epochs: int) -> bool:
-    return epochs_done % every == 0 or epochs_done == epochs
+def is_due(step: int, steps_an_epoch: int, config: PretrainConfig) -> bool:
+    """Whether the step ends an epoch after which kNN is measured."""
+    epochs, rest = divmod(step, steps_an_epoch)
+    return rest == 0 and (epochs % config.evaluate_every == 0 or epochs == config.epochs)
 
 
 def create_run(config: PretrainConfig, accelerator: Accelerator) -> None:

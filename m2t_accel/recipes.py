@@ -65,7 +65,7 @@ class PretrainConfig:
 
     recipe: str = setting("digits", "name of a recipe; `list` prints them all", heading="the run")
     dataset: str | None = setting(
-        None, "`digits`, a folder of class folders or of images, a folder of parquet files, or a Hub id"
+        None, "`digits`, a folder of class folders or of images, of parquet files or of tars, or a Hub id"
     )
     output_dir: str | None = setting(None, "folder of the run (default: runs/RECIPE)")
     seed: int = setting(0, "seed of the weights, the order and the views", at_least=0, at_most=2**32 - 1)
@@ -122,10 +122,16 @@ class PretrainConfig:
         0.875, "evaluation sees the centre: this share of the shorter side", above=0, at_most=1
     )
 
-    image_column: str | None = setting(None, "column of the images (default: found)", heading="data")
+    streaming: bool = setting(
+        False, "read parquet files and tars piece by piece from where they are, without a copy", heading="data"
+    )
+    image_column: str | None = setting(None, "column of the images (default: found)")
     label_column: str | None = setting(None, "column of the labels (default: found)")
     validation_fraction: float = setting(
         0.1, "labelled images without a validation split: share held out for kNN", at_least=0, at_most=0.5
+    )
+    max_bad_fraction: float = setting(
+        0.001, "share of images that may be undecodable before the run stops; ten always may", at_least=0, at_most=1
     )
     num_workers: int | None = setting(
         None, "processes that decode images, per device (default: the spare cores, at most 8)", at_least=0
@@ -167,7 +173,7 @@ class PretrainConfig:
         if self.dataset is None:
             raise ConfigurationError(
                 f"recipe {self.recipe} needs --dataset: a folder of class folders (train/ and val/ in it, or "
-                "not), of images or of parquet files, or a Hub id such as ILSVRC/imagenet-1k"
+                "not), of images, of parquet files or of tars, or a Hub id such as ILSVRC/imagenet-1k"
             )
         if self.image_column is not None and self.image_column == self.label_column:
             raise ConfigurationError(
@@ -333,11 +339,15 @@ def convert(name: str, kind: object, value: object) -> object:
             shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
             raise ConfigurationError(f"--{name} {shown}: {len(kinds)} numbers are needed")
         return tuple(convert(name, k, v) for k, v in zip(kinds, value, strict=True))
-    words = {int: "a whole number", float: "a number", str: "a word"}[kind]
+    words = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}[kind]
     if not isinstance(value, str | int | float):
         raise ConfigurationError(f"--{name} {value}: {words} is needed")
     if kind is str and (not str(value) or "\0" in str(value)):
         raise ConfigurationError(f"--{name} is empty: leave it out, or give it a value")
+    if kind is bool:
+        if str(value).lower() not in ("true", "false"):
+            raise ConfigurationError(f"--{name} {value}: {words} is needed")
+        return str(value).lower() == "true"
     try:
         return kind(str(value))  # str first: int(1.5) and int(True) would pass in silence
     except ValueError:

@@ -1,10 +1,11 @@
-"""From a dataset's name to its images and labels: folders, parquet files, the Hub, scikit-learn's digits."""
+"""From a dataset's name to its images and labels: folders, parquet files, tars, the Hub, scikit-learn's digits."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,25 +15,28 @@ import numpy as np
 import pyarrow
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
+from m2t_accel.index import IMAGE_EXTENSIONS, SHARD_EXTENSIONS, find_files, index_tars
 from m2t_accel.recipes import ConfigurationError, PretrainConfig, did_you_mean, in_short
+from m2t_accel.shards import ParquetShards, Shards, TarShards
 
-IMAGE_EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
-)
 TRAIN_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "validation", "valid", "test", "testing")  # the first that can be used is
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "target")
+# What streaming holds in memory to measure kNN: of ImageNet, 1.1 and 0.2 GB a process.
+MAX_STREAMED_BANK, MAX_STREAMED_QUERIES = 10_000, 2_000
 
 
 @dataclass(frozen=True)
 class ImageData:
     """Images to train on and, where there are labels, images held out for evaluation.
 
-    Both have a column `image` of undecoded {"bytes", "path"}, and `label` (int) where `class_names` is given.
+    A Dataset has a column `image` of undecoded {"bytes", "path"}; where that is a part of a file, its `offset` and
+    `size`; and `label` (int) where `class_names` is given.
     """
 
-    train: Dataset
+    train: Dataset | Shards
+    bank: Dataset | None  # training images with labels, among which kNN looks for neighbours
     validation: Dataset | None
     class_names: list[str] | None
     note: str  # one line for people: what was found
@@ -48,28 +52,22 @@ def load_images(config: PretrainConfig) -> ImageData:
     if config.dataset == "digits":
         splits = load_digits()
     elif os.path.exists(config.dataset):
-        splits = load_folder(Path(config.dataset), remarks)
+        splits = load_folder(Path(config.dataset), config, remarks)
     else:
-        splits = load_hub(config.dataset)
+        splits = load_hub(config)
     splits = {name: split for name, split in splits.items() if len(split)}
     if not splits:
         raise ConfigurationError(f"--dataset {config.dataset} holds no image: its files have no rows")
     train_name = "train" if "train" in splits else next(iter(splits))
     validation_name = next((name for name in VALIDATION_NAMES if name in splits and name != train_name), None)
     wanted = [train_name] + ([validation_name] if validation_name else [])
-    splits = standard_columns({name: splits[name] for name in wanted}, config)
-    train, validation = splits[train_name], splits.get(validation_name)
-    class_names = train.features["label"].names if "label" in train.features else None
-    origin = "its own validation split"
-    if class_names is None or (validation is not None and "label" not in validation.features):
-        validation = None
-    if class_names is not None and validation is None and config.validation_fraction > 0:
-        num_held_out = max(1, round(config.validation_fraction * len(train)))
-        # Not the run's seed: the figure must not depend on a lucky split. Scattered: files come class by class.
-        order = np.random.default_rng(0).permutation(len(train))
-        validation = train.select(np.sort(order[:num_held_out]))
-        train = train.select(np.sort(order[num_held_out:]))
-        origin = "held out of the training images"
+    num_images = len(splits[train_name])
+    if isinstance(splits[train_name], ParquetShards):
+        train, bank, validation = streamed(splits[train_name], splits.get(validation_name), config, remarks)
+    else:
+        splits = standard_columns({name: splits[name] for name in wanted}, config)
+        train, bank, validation = with_held_out(splits[train_name], splits.get(validation_name), config)
+    class_names = bank.features["label"].names if bank is not None else None
     if len(train) < config.batch_size:
         smaller = f"use --batch_size {len(train) // 2 * 2} --device_batch_size {len(train) // 2 * 2} or smaller"
         raise ConfigurationError(
@@ -80,8 +78,77 @@ def load_images(config: PretrainConfig) -> ImageData:
     if class_names is not None:
         note += f" of {len(class_names)} classes"
     if validation is not None:
+        origin = "held out of the training images" if len(train) < num_images else "its own validation split"
         note += f"; kNN is measured on {len(validation):,} others ({origin})"
-    return ImageData(train, validation, class_names, "; ".join([note, *remarks]))
+    if config.streaming and isinstance(train, Dataset):
+        if "offset" in train.features:
+            train = TarShards(train)
+        else:
+            remarks.append("--streaming changes nothing for images that can be read one by one")
+    if isinstance(train, Shards) and len(train.piece_sizes) < config.num_virtual_devices:
+        remarks.append(
+            f"{len(train.piece_sizes)} pieces (row groups, runs of a tar) for {config.num_virtual_devices} virtual "
+            "devices: each piece is read once for every device that shows a part of it"
+        )
+    return ImageData(train, bank, validation, class_names, "; ".join([note, *remarks]))
+
+
+def with_held_out(
+    train: Dataset, validation: Dataset | None, config: PretrainConfig
+) -> tuple[Dataset, Dataset | None, Dataset | None]:
+    """Training images, the same again where they have labels, and validation images, which may be held out of them."""
+    if "label" not in train.features:
+        return train, None, None
+    if validation is not None and "label" in validation.features:
+        return train, train, validation
+    if config.validation_fraction == 0:
+        return train, train, None
+    num_held_out = max(1, round(config.validation_fraction * len(train)))
+    # Not the run's seed: the figure must not depend on a lucky split. Scattered: files come class by class.
+    order = np.random.default_rng(0).permutation(len(train))
+    validation = train.select(np.sort(order[:num_held_out]))
+    train = train.select(np.sort(order[num_held_out:]))
+    return train, train, validation
+
+
+def streamed(
+    train: ParquetShards, validation: ParquetShards | None, config: PretrainConfig, remarks: list[str]
+) -> tuple[ParquetShards, Dataset | None, Dataset | None]:
+    """Training images as shards and, where they have labels, some of them and of the validation images in memory."""
+    image, label = find_columns(train.features, config)
+    for shards in (train, validation):
+        if shards is not None:
+            shards.column = image
+    if label is None:
+        return train, None, None
+    if validation is not None and label not in validation.features:
+        validation = None
+    if validation is None and config.validation_fraction > 0 and len(train.piece_sizes) > 1:
+        limit = min(MAX_STREAMED_QUERIES, config.validation_fraction * len(train))
+        held_out = spread_pieces(train.piece_sizes, limit)
+        validation = train.select(held_out)
+        train = train.select(np.setdiff1d(np.arange(len(train.piece_sizes)), held_out))
+    splits = {"train": train.dataset(spread_pieces(train.piece_sizes, MAX_STREAMED_BANK), [image, label])}
+    if validation is not None:
+        pieces = spread_pieces(validation.piece_sizes, MAX_STREAMED_QUERIES)
+        splits["val"] = validation.dataset(pieces, [image, label])
+    try:
+        splits = standard_columns(splits, config)
+    except ConfigurationError:
+        if config.label_column is not None:
+            raise
+        return train, None, None
+    if any("label" not in split.features for split in splits.values()):
+        return train, None, None
+    if len(splits["train"]) < len(train):
+        remarks.append(f"its neighbours are looked for among {len(splits['train']):,}")
+    return train, splits["train"], splits.get("val")
+
+
+def spread_pieces(sizes: np.ndarray, num_images: float) -> np.ndarray:
+    """Pieces evenly spread that hold about so many images, at least one of them; never all of several."""
+    number = int(min(num_images / max(1.0, sizes.mean()), len(sizes)))
+    return np.unique(np.linspace(0, len(sizes) - 1, max(1, number)).astype(int))
 
 
 def load_digits() -> dict[str, Dataset]:
@@ -99,21 +166,47 @@ def load_digits() -> dict[str, Dataset]:
     return {"train": whole.select(np.flatnonzero(~held_out)), "val": whole.select(np.flatnonzero(held_out))}
 
 
-def load_folder(folder: Path, remarks: list[str]) -> dict[str, Dataset]:
-    """The splits of a folder of image files or, if it has none, of parquet files.
+def load_folder(
+    folder: Path, config: PretrainConfig, remarks: list[str]
+) -> dict[str, Dataset] | dict[str, ParquetShards]:
+    """The splits of a folder of image files, of parquet files or of tars.
 
     `train/` and `val/` (or validation, valid, test) in it are splits; without `train/` the folder is one.
+
+    Raises:
+        ConfigurationError: it is a file, holds none of them, or holds several kinds.
     """
     if folder.is_file():
         raise ConfigurationError(f"--dataset {folder} is a file: give the folder that it is in")
-    images, parquet = find_files(folder)
-    if not images:
-        if parquet:
-            return load_parquet(folder, parquet)
+    kinds: dict[str, list[str]] = {}
+    for path in find_files(folder):
+        stem, extension = os.path.splitext(path)
+        if extension.lower() not in SHARD_EXTENSIONS:
+            kinds.setdefault("image", []).append(path)
+        elif os.path.basename(stem) != "metadata":  # the Hub's way to describe a folder of images
+            kinds.setdefault(extension.lower(), []).append(path)
+    if not kinds:
         raise ConfigurationError(
-            f"--dataset {folder} holds no image: looked for *.parquet and, at any depth, for "
+            f"--dataset {folder} holds no image: looked at any depth for *.parquet, *.tar and "
             f"{' '.join(sorted(IMAGE_EXTENSIONS))}"
         )
+    if len(kinds) > 1:
+        found = " and ".join(f"{len(paths):,} like {paths[0]}" for paths in kinds.values())
+        raise ConfigurationError(f"--dataset {folder} holds {found}: give a folder with files of one kind")
+    ((kind, files),) = kinds.items()
+    if kind == "image":
+        return load_image_files(folder, files, remarks)
+    by_split = files_by_split(files)
+    if kind == ".tar":
+        return {name: tars_to_dataset(folder, paths) for name, paths in by_split.items()}
+    whole = {name: [str(folder / path) for path in paths] for name, paths in by_split.items()}
+    if config.streaming:
+        return {name: ParquetShards(paths) for name, paths in whole.items()}
+    return call_datasets(config, "parquet", data_files=whole)
+
+
+def load_image_files(folder: Path, images: Sequence[str], remarks: list[str]) -> dict[str, Dataset]:
+    """The splits of a folder of image files, in class folders or not."""
     by_folder: dict[str, list[str]] = {}
     for path in images:
         top, _, rest = path.rpartition("/") if "/" not in path else path.partition("/")
@@ -133,41 +226,6 @@ def load_folder(folder: Path, remarks: list[str]) -> dict[str, Dataset]:
                 break
             remarks.append(f"{name}/ has no class folders, and is not used")
     return splits
-
-
-def find_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Image files and parquet files at any depth, relative, sorted; one scan, hidden entries left out.
-
-    Raises:
-        ConfigurationError: a folder cannot be read, or a name is not UTF-8.
-    """
-    images, parquet, pending, seen = [], [], [""], set()
-    try:
-        while pending:
-            below = pending.pop()
-            status = os.stat(folder / below)
-            if (status.st_dev, status.st_ino) in seen:  # a link back to a folder above
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(folder / below) as entries:
-                for entry in entries:
-                    path = f"{below}/{entry.name}" if below else entry.name
-                    extension = os.path.splitext(entry.name)[1].lower()
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir():
-                        pending.append(path)
-                    elif extension in IMAGE_EXTENSIONS and entry.is_file():
-                        images.append(path)
-                        path.encode()
-                    elif extension == ".parquet" and entry.is_file():
-                        parquet.append(path)
-    except OSError as error:
-        raise ConfigurationError(f"--dataset {folder}: {error.filename} cannot be read ({error.strerror})") from None
-    except UnicodeEncodeError as error:
-        name = error.object.encode(errors="backslashreplace").decode()
-        raise ConfigurationError(f"--dataset {folder}: the file name {name} is not UTF-8; rename it") from None
-    return sorted(images), sorted(parquet)
 
 
 def class_folders(paths: Sequence[str], remarks: list[str]) -> list[str] | None:
@@ -202,40 +260,70 @@ def images_to_dataset(root: Path, paths: Sequence[str], class_names: list[str] |
     return Dataset(pyarrow.Table.from_arrays(columns, schema=features.arrow_schema))
 
 
-def load_parquet(folder: Path, files: Sequence[str]) -> dict[str, Dataset]:
-    """The splits of a folder of parquet files, told by a word of their path, such as `train-00000-of-00002.parquet`."""
+def tars_to_dataset(folder: Path, files: Sequence[str]) -> Dataset:
+    """A Dataset of the images in tar files, where they lie; labelled where all have a .cls."""
+    table = index_tars(folder, files).combine_chunks()
+    image = pyarrow.StructArray.from_arrays(
+        [pyarrow.nulls(len(table), pyarrow.binary()), table["path"].combine_chunks()], ["bytes", "path"]
+    )
+    features = Features({"image": Image(decode=False), "offset": Value("int64"), "size": Value("int64")})
+    columns = [image, table["offset"], table["size"]]
+    if len(table) and table["label"].null_count == 0:
+        features["label"] = Value("int64")
+        columns.append(table["label"])
+    return Dataset(pyarrow.Table.from_arrays(columns, schema=features.arrow_schema))
+
+
+def files_by_split(files: Sequence[str]) -> dict[str, list[str]]:
+    """Shards by their split, told by a word of their path, such as `train-00000-of-00002.parquet`."""
     by_split: dict[str, list[str]] = {}
     for path in files:
         words = set(re.split(r"[-_./]", path.lower()))
-        name = next((name for name in VALIDATION_NAMES if name in words), "train")
-        by_split.setdefault(name, []).append(str(folder / path))
-    return call_datasets(folder, "parquet", data_files=by_split)
+        by_split.setdefault(next((name for name in VALIDATION_NAMES if name in words), "train"), []).append(path)
+    return by_split
 
 
-def load_hub(dataset_id: str) -> dict[str, Dataset]:
-    """The splits of a dataset on the Hub, downloaded to the cache."""
-    return call_datasets(dataset_id, dataset_id)
+def load_hub(config: PretrainConfig) -> dict[str, Dataset] | dict[str, ParquetShards]:
+    """The splits of a dataset on the Hub, downloaded to the cache or, with `--streaming`, where they are."""
+    if not config.streaming:
+        return call_datasets(config, config.dataset)
+    with datasets_errors(config):
+        files = datasets.load_dataset_builder(config.dataset).config.data_files
+    splits = {str(name): list(paths) for name, paths in (files or {}).items()}
+    other = next((path for paths in splits.values() for path in paths if not path.endswith(".parquet")), None)
+    if other is not None or not splits:
+        found = os.path.basename(other) if other else "no files"
+        raise ConfigurationError(
+            f"--dataset {config.dataset} is stored as {found}, and only parquet can be streamed: leave out --streaming"
+        )
+    return {name: ParquetShards(paths) for name, paths in splits.items()}
 
 
-def call_datasets(shown: object, *arguments: object, **options: object) -> dict[str, Dataset]:
+def call_datasets(config: PretrainConfig, *arguments: object, **options: object) -> dict[str, Dataset]:
     """`datasets.load_dataset`, its many ways to fail as one line."""
-    try:
+    with datasets_errors(config):
         return dict(datasets.load_dataset(*arguments, **options))
+
+
+@contextlib.contextmanager
+def datasets_errors(config: PretrainConfig) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # of datasets, huggingface_hub, pyarrow, fsspec, httpx: no common ancestor
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
             error = error.__cause__  # what the wrapper says is only that something went wrong
         raise ConfigurationError(
-            f"--dataset {shown} cannot be loaded ({in_short(error)}); give a folder that exists, "
+            f"--dataset {config.dataset} cannot be loaded ({in_short(error)}); give a folder that exists, "
             "or a Hub id that you can reach (`hf auth login` for a gated one)"
         ) from error
 
 
-def standard_columns(splits: dict[str, Dataset], config: PretrainConfig) -> dict[str, Dataset]:
-    """The splits with a column `image`, undecoded, and a ClassLabel column `label` where they have labels.
+def find_columns(features: Features, config: PretrainConfig) -> tuple[str, str | None]:
+    """The columns of images and of labels: those that the flags name, else the usual ones.
 
-    The first split says what the columns are and which classes there are.
+    Raises:
+        ConfigurationError: there is no such column, or none of images.
     """
-    features = next(iter(splits.values())).features
     columns = list(features)
     image = config.image_column or next(
         (name for name, feature in features.items() if isinstance(feature, Image)),
@@ -251,9 +339,19 @@ def standard_columns(splits: dict[str, Dataset], config: PretrainConfig) -> dict
         raise ConfigurationError(
             f"--dataset {config.dataset} has no column of images; name one of {', '.join(columns)} with --image_column"
         )
+    return image, label
+
+
+def standard_columns(splits: dict[str, Dataset], config: PretrainConfig) -> dict[str, Dataset]:
+    """The splits with a column `image`, undecoded, and a ClassLabel column `label` where they have labels.
+
+    The first split says what the columns are and which classes there are.
+    """
+    image, label = find_columns(next(iter(splits.values())).features, config)
     standard = {}
     for name, split in splits.items():
         wanted = {image: "image"} | ({label: "label"} if label in split.features else {})
+        wanted |= {place: place for place in ("offset", "size") if image == "image" and place in split.features}
         split = split.select_columns(list(wanted)).rename_columns({k: v for k, v in wanted.items() if k != v})
         if split.features["image"] != Image(decode=False):
             try:

@@ -1,8 +1,13 @@
 """What several tests share: the repository's root, a tiny configuration, and launches as a user types them."""
 
+import atexit
+import io
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
 from pathlib import Path
 
 import cv2
@@ -12,6 +17,13 @@ import pytest
 os.environ["ACCELERATE_USE_CPU"] = "true"  # the runs of the tests are compared bit for bit, so also where GPUs are
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network; a look-up that fails should fail at once
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# What a scan or `datasets` keeps must not outlive the tests, and what users have must not reach them.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="m2t-accel-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+# After the variables above: datasets reads them when it is imported.
+from datasets import ClassLabel, Dataset, Features, Image  # noqa: E402
+from pyarrow import parquet  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,6 +56,41 @@ def natural_image(height, width, seed=0):
     image = cv2.resize(rng.integers(0, 256, (7, 9, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
     cv2.circle(image, (width // 3, height // 2), min(height, width) // 4, (250, 30, 60), -1)
     return np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8)
+
+
+def write_image(path, value=0, size=(12, 10)):
+    """An image of one value, and a square of its opposite."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.full((*size, 3), value, np.uint8)
+    pixels[2:5, 2:5] = 255 - value
+    cv2.imwrite(str(path), pixels)
+
+
+def encoded(first, number):
+    """Images as undecoded rows, the first pixel's value their number."""
+    images = [
+        cv2.imencode(".png", np.full((12, 10, 3), value % 256, np.uint8))[1] for value in range(first, first + number)
+    ]
+    return [{"bytes": image.tobytes(), "path": None} for image in images]
+
+
+def write_parquet(path, first, number, row_group_size, labels=True):
+    """A shard as `datasets` writes it, of images numbered from `first`."""
+    features = Features({"image": Image()} | ({"label": ClassLabel(names=["even", "odd"])} if labels else {}))
+    columns = {"image": encoded(first, number)} | ({"label": [i % 2 for i in range(number)]} if labels else {})
+    table = Dataset.from_dict(columns, features=features).with_format("arrow")[:]
+    parquet.write_table(table, path, row_group_size=row_group_size)
+
+
+def write_tar(path, first, number, labels=True):
+    """A WebDataset shard of images numbered from `first`."""
+    with tarfile.open(path, "w") as tar:
+        for i, image in enumerate(encoded(first, number)):
+            files = {"png": image["bytes"]} | ({"cls": str(i % 2).encode()} if labels else {})
+            for extension, content in files.items():
+                member = tarfile.TarInfo(f"{first + i:06}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
 
 
 @pytest.fixture

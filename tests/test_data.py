@@ -1,13 +1,16 @@
 import dataclasses
+import os
+import signal
+from itertools import chain, pairwise
 
-import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import write_image, write_parquet, write_tar
 
-from m2t_accel import data
-from m2t_accel.recipes import build_config
+from m2t_accel import data, order
+from m2t_accel.order import permuted
+from m2t_accel.recipes import ConfigurationError, build_config
 from m2t_accel.sources import load_images
 
 
@@ -17,102 +20,209 @@ def settings(dataset, **others):
     )
 
 
-# --- decoding
-
-
-def test_every_kind_of_image_becomes_rgb(tmp_path):
-    color = np.zeros((8, 6, 3), np.uint8)
-    color[..., 0] = 200
-    picture = Image.fromarray(color)
-    kinds = {
-        "rgb.png": picture,
-        "gray.png": picture.convert("L"),
-        "palette.png": picture.convert("P"),
-        "alpha.png": picture.convert("RGBA"),
-        "cmyk.jpg": picture.convert("CMYK"),
-        "animation.gif": picture,
-        "png_named.JPEG": picture,
-    }
-    for name, image in kinds.items():
-        path = tmp_path / name
-        image.save(path, format="PNG" if name.startswith("png_") else None)
-        pixels = data.decode_image({"bytes": None, "path": str(path)})
-        assert (pixels.shape, pixels.dtype) == ((8, 6, 3), np.uint8), name
-        expected = [60] * 3 if name.startswith("gray") else [200, 0, 0]
-        assert np.abs(pixels[4, 3].astype(int) - expected).max() <= 6, name
-    cv2.imwrite(str(tmp_path / "deep.png"), np.full((8, 6), 40_000, np.uint16))
-    assert data.decode_image({"bytes": None, "path": str(tmp_path / "deep.png")})[0, 0].tolist() == [156] * 3
-
-
-def test_a_photograph_is_turned_upright(tmp_path):
-    picture = Image.fromarray(np.zeros((8, 6, 3), np.uint8))
-    exif = picture.getexif()
-    exif[0x0112] = 6
-    picture.save(tmp_path / "turned.jpg", exif=exif)
-    assert data.decode_image({"bytes": None, "path": str(tmp_path / "turned.jpg")}).shape == (6, 8, 3)
-
-
 # --- order
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 4])
 def test_a_global_batch_is_a_slice_of_the_permutation_whatever_the_processes(num_processes):
     config = settings("digits", batch_size=16, device_batch_size=4)
-    order = data.epoch_order(100, config.seed, epoch=2)
-    assert sorted(order) == list(range(100))
-    shares = []
-    for process in range(num_processes):
-        batches = data.DeviceBatches(100, config, num_processes, process)
-        batches.epoch = 2
-        shares.append(list(batches))
-        assert len(shares[-1]) == len(batches) == 6 * 4 // num_processes
+    images = load_images(config).train.select(range(100))
+    shares = [list(data.DeviceBatches(images, config, num_processes, process)) for process in range(num_processes)]
     micro_steps = 4 // num_processes
-    for k in range(6):
-        sub_batches = [shares[p][k * micro_steps + j] for j in range(micro_steps) for p in range(num_processes)]
-        assert [sample for batch in sub_batches for _, sample in batch] == order[k * 16 : (k + 1) * 16].tolist()
-        assert {epoch for batch in sub_batches for epoch, _ in batch} == {2}
+    for k in range(3 * 6):
+        epoch, step = divmod(k, 6)
+        whole = permuted(np.arange(100), 100, (order.ORDER_STREAM, config.seed, epoch))
+        requests = [shares[p][k * micro_steps + j] for j in range(micro_steps) for p in range(num_processes)]
+        assert np.array_equal(np.concatenate([r.samples for r in requests]), whole[step * 16 : (step + 1) * 16])
+        assert {request.epoch for request in requests} == {epoch}
+    assert {len(share) for share in shares} == {3 * 6 * micro_steps}
 
 
-def test_orders_differ_between_epochs_and_seeds():
-    orders = [tuple(data.epoch_order(50, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)]
-    assert len(set(orders)) == 4
+@pytest.fixture(params=["read one by one", "parquet", "tars"])
+def config(request, tmp_path, monkeypatch):
+    """Ten steps an epoch in pools of two, of sources that are read in each of the ways."""
+    monkeypatch.setattr(order, "POOL_SIZE", 16)
+    monkeypatch.setattr(order, "MIN_POOL_BATCHES", 2)
+    common = {"batch_size": 8, "device_batch_size": 4, "validation_fraction": 0, "streaming": True}
+    if request.param == "read one by one":
+        return settings("digits", **common, epochs=2)
+    for shard, number in enumerate((30, 20, 35)):
+        if request.param == "parquet":
+            write_parquet(tmp_path / f"train-{shard}.parquet", 100 * shard, number, row_group_size=7)
+        else:
+            write_tar(tmp_path / f"train-{shard}.tar", 100 * shard, number)
+    return settings(tmp_path, **common)
+
+
+def recorded(config, first_step=0, num_steps=None, num_workers=0, num_processes=1):
+    """The samples that the processes show in each step, as the loader delivers them: lists of ids, by step."""
+    images = load_images(config).train
+    config = dataclasses.replace(config, num_workers=num_workers)
+    parts = []
+    for process in range(num_processes):
+        batches = data.DeviceBatches(images, config, num_processes, process, first_step)
+        loader, shown = data.create_loader(data.TwoViews(images, config), batches, config), []
+        micro_steps = config.num_virtual_devices // num_processes
+        for batch in data.read(loader):
+            shown.append(batch.samples.tolist())
+            if num_steps is not None and len(shown) == num_steps * micro_steps:
+                break
+        parts.append(shown)
+    micro_batches = [share for shares in zip(*parts, strict=True) for share in shares]
+    per_step = config.num_virtual_devices
+    return [list(chain(*micro_batches[i : i + per_step])) for i in range(0, len(micro_batches), per_step)]
+
+
+def test_every_epoch_shows_every_sample_once_up_to_the_dropped_last_batch(config):
+    images = load_images(config).train
+    steps = len(images) // 8
+    shown = recorded(config, num_workers=2)
+    assert len(shown) == config.epochs * steps
+    for epoch in range(config.epochs):
+        samples = list(chain(*shown[epoch * steps : (epoch + 1) * steps]))
+        assert len(set(samples)) == len(samples) == steps * 8
+        assert set(samples) <= set(range(len(images)))
+    assert shown[:steps] != shown[steps : 2 * steps]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+@pytest.mark.parametrize(("num_workers", "num_processes"), [(0, 1), (2, 1), (3, 1), (0, 2), (2, 2), (3, 2)])
+def test_a_resumed_run_sees_what_an_uninterrupted_one_would_have(config, num_workers, num_processes):
+    """Stopped twice, the second time across an epoch's end: the ids are those of one process that never stopped."""
+    steps = len(load_images(config).train) // 8
+    reference = recorded(config)
+    cuts = [0, steps // 2 + 1, steps + 1, len(reference)]
+    shown = []
+    for first, last in pairwise(cuts):
+        shown += recorded(config, first, last - first, num_workers, num_processes)
+    assert shown == reference
+
+
+def test_a_resume_reads_one_pool_again_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(order, "POOL_SIZE", 16)
+    monkeypatch.setattr(order, "MIN_POOL_BATCHES", 2)
+    write_parquet(tmp_path / "train-0.parquet", 0, 160, row_group_size=4)
+    config = settings(tmp_path, streaming=True, batch_size=8, device_batch_size=8, validation_fraction=0, epochs=2)
+    images = load_images(config).train
+    read, whole = [], type(images).table
+    monkeypatch.setattr(
+        type(images), "table", lambda self, piece, columns: read.append(piece) or whole(self, piece, columns)
+    )
+    list(data.DeviceBatches(images, config, 1, 0, first_step=20 + 3))
+    pooled = order.PooledOrder(images.piece_sizes, config)
+    wanted = [segment.piece for index in range(1, pooled.num_pools()) for segment in pooled.pool(1, 0, index).segments]
+    assert sorted(read) == sorted(wanted)  # of the second epoch, from the pool of its third step on
 
 
 # --- views
 
 
-def batches_of(config, num_workers, process=0, num_processes=1):
+def views_of(config, num_workers=0, num_processes=1):
     images = load_images(config).train
-    batches = data.DeviceBatches(len(images), config, num_processes, process)
-    batches.epoch = 1
-    loader = data.create_loader(
-        data.TwoViews(images, config), batches, dataclasses.replace(config, num_workers=num_workers)
-    )
+    config = dataclasses.replace(config, num_workers=num_workers)
     found = {}
-    for batch in loader:
-        crops = batch.crops.view(2, -1, *batch.crops.shape[1:])
-        for i, sample in enumerate(batch.samples.tolist()):
-            parameters = [part.view(2, len(batch.samples), -1)[:, i] for part in batch.photometry]
-            found[sample] = [crops[:, i], *parameters]
+    for process in range(num_processes):
+        batches = data.DeviceBatches(images, config, num_processes, process)
+        for number, batch in enumerate(data.read(data.create_loader(data.TwoViews(images, config), batches, config))):
+            epoch = number * config.epochs // len(batches)
+            crops = batch.crops.view(2, -1, *batch.crops.shape[1:])
+            for i, sample in enumerate(batch.samples.tolist()):
+                parameters = [part.view(2, len(batch.samples), -1)[:, i] for part in batch.photometry]
+                found[epoch, sample] = [crops[:, i], *parameters]
     return found
 
 
 def test_views_are_the_same_for_any_number_of_workers_and_processes():
-    config = settings("digits", batch_size=256, device_batch_size=128)
-    reference = batches_of(config, num_workers=0)
-    assert len(reference) == 1280
-    others = [batches_of(config, num_workers=2)]
-    others.append({k: v for p in range(2) for k, v in batches_of(config, 0, process=p, num_processes=2).items()})
-    for other in others:
+    config = settings("digits", batch_size=256, device_batch_size=128, epochs=2)
+    reference = views_of(config)
+    assert len(reference) == 2 * 1280
+    for other in (views_of(config, num_workers=2), views_of(config, num_processes=2)):
         assert other.keys() == reference.keys()
         assert all(torch.equal(a, b) for k in reference for a, b in zip(reference[k], other[k], strict=True))
-    reseeded = batches_of(dataclasses.replace(config, seed=5), num_workers=0)
+    reseeded = views_of(dataclasses.replace(config, seed=5))
     shared = reference.keys() & reseeded.keys()
     assert not any(torch.equal(reference[k][0], reseeded[k][0]) for k in shared)
+
+
+def test_streamed_images_have_the_views_of_copied_ones(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", 0, 24, row_group_size=5)
+    config = settings(tmp_path, validation_fraction=0)
+    copied, streamed = views_of(config), views_of(dataclasses.replace(config, streaming=True))
+    assert copied.keys() == streamed.keys() == {(epoch, sample) for epoch in range(3) for sample in range(24)}
+    assert all(torch.equal(a, b) for k in copied for a, b in zip(copied[k], streamed[k], strict=True))
 
 
 def test_the_loader_leaves_the_global_random_state_alone():
     config = settings("digits", batch_size=256)
     before = torch.get_rng_state()
-    batches_of(config, num_workers=1)
+    views_of(config, num_workers=1)
     assert torch.equal(before, torch.get_rng_state())
+
+
+# --- faults
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_broken_image_is_replaced_by_another_of_its_batch(tmp_path, num_workers):
+    for i in range(12):
+        write_image(tmp_path / f"{i:02}.png", value=10 * i)
+    sound = recorded(settings(tmp_path))
+    (tmp_path / "03.png").write_bytes((tmp_path / "03.png").read_bytes()[:60])
+    (tmp_path / "07.png").write_text("not an image")
+    config = settings(tmp_path, num_workers=num_workers)
+    images = load_images(config).train
+    batches = data.DeviceBatches(images, config, 1, 0)
+    bad = {}
+    for batch, samples in zip(
+        data.read(data.create_loader(data.TwoViews(images, config), batches, config)), sound, strict=True
+    ):
+        bad |= {image.sample: image for image in batch.bad}
+        assert {image.sample for image in batch.bad} == {3, 7} & set(samples)
+        shown = batch.samples.tolist()
+        assert len(shown) == 4
+        assert set(shown) == set(samples) - {3, 7}
+        # The views are of what is said to be shown: their colour is the file's.
+        crops = batch.crops.view(2, 4, -1)
+        for view in range(2):
+            for i, sample in enumerate(shown):
+                assert (crops[view, i] == 10 * sample).float().mean() > 0.2
+    assert bad.keys() == {3, 7}
+    assert bad[3].path.endswith("03.png")
+    assert "no known image format" in bad[7].reason
+
+
+def test_nothing_to_show_ends_the_run(tmp_path):
+    for i in range(8):
+        write_image(tmp_path / f"{i}.png")
+    config = settings(tmp_path)
+    images = load_images(config).train
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    loader = data.create_loader(data.TwoViews(images, config), data.DeviceBatches(images, config, 1, 0), config)
+    with pytest.raises(ConfigurationError, match=r"none of the 4 images of a batch .*No such file.* been moved"):
+        list(data.read(loader))
+
+
+def test_a_shard_that_is_cut_while_it_is_read_ends_the_run(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", 0, 64, row_group_size=4)
+    config = settings(tmp_path, streaming=True, validation_fraction=0, num_workers=1)
+    images = load_images(config).train
+    (tmp_path / "train-0.parquet").write_bytes(b"PAR1")
+    loader = data.create_loader(data.TwoViews(images, config), data.DeviceBatches(images, config, 1, 0), config)
+    with pytest.raises(ConfigurationError, match=r"the shard .*train-0\.parquet cannot be read .* fetch it again"):
+        list(data.read(loader))
+
+
+# The queue to the dead worker breaks in a thread of its own.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_that_is_killed_ends_the_run():
+    config = settings("digits", num_workers=2)
+    images = load_images(config).train
+    loader = data.create_loader(data.TwoViews(images, config), data.DeviceBatches(images, config, 1, 0), config)
+    batches = data.read(loader)
+    next(batches)
+    os.kill(torch.multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(
+        ConfigurationError, match=r"a process that decodes images has died .*fewer than --num_workers 2"
+    ):
+        list(batches)

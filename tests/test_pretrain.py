@@ -19,6 +19,7 @@ from m2t_accel import data
 from m2t_accel.model import create_encoder, create_student, embed
 from m2t_accel.momentum_norm import MomentumBatchNorm
 from m2t_accel.monitor import duration
+from m2t_accel.order import permuted
 from m2t_accel.photometry import photometry
 from m2t_accel.pretrain import pretrain
 from m2t_accel.recipes import ConfigurationError, build_config
@@ -97,7 +98,8 @@ def losses_of_a_second_implementation(config, defect=None):
     losses = []
     for k in range(total):
         epoch, place = divmod(k, steps)
-        batch = data.epoch_order(len(images), config.seed, epoch)[place * config.batch_size :][: config.batch_size]
+        positions = np.arange(place * config.batch_size, (place + 1) * config.batch_size)
+        batch = permuted(positions, len(images), (0, config.seed, epoch))
         rate = 1e-6 + (config.learning_rate - 1e-6) * k / warmup
         if k > warmup:
             rate = config.learning_rate * (1 + math.cos(math.pi * (k - warmup) / (total - warmup))) / 2
@@ -107,7 +109,7 @@ def losses_of_a_second_implementation(config, defect=None):
         loss_of_step = 0.0
         sub_batches = batch.reshape(config.num_virtual_devices, -1)
         for sub_batch in sub_batches:
-            crops, parameters, _ = views_of.__getitems__([(epoch, int(sample)) for sample in sub_batch])
+            crops, parameters, *_ = views_of.__getitems__(data.Request(epoch, sub_batch, None))
             one, two = photometry(crops, parameters, config).double().chunk(2)
             q = [student.predictor(student.projector(embed(student.encoder, view))) for view in (one, two)]
             with torch.no_grad():

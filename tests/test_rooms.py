@@ -9,7 +9,8 @@ from conftest import ROOT
 # user did wrong.
 ROOMS = (
     *("recipes", "command_line", "launch", "schedules", "momentum_norm", "model", "optim"),
-    *("augment", "photometry", "sources", "data", "checkpoint", "monitor", "hub", "pretrain", "probe"),
+    *("augment", "photometry", "decode", "order", "index", "shards", "sources", "data"),
+    *("checkpoint", "monitor", "hub", "pretrain", "probe", "benchmark", "preview"),
 )
 
 

@@ -57,7 +57,7 @@ MISTAKES = [
     (["--epochs", "0"], "out of range"),
     (["--batch_size", "100", "--device_batch_size", "32"], "use --batch_size 96 or 128"),
     (["--dataset", "/no/such/folder"], "no such file or folder"),
-    (["--dataset", "EMPTY"], "holds no image: looked for *.parquet and"),
+    (["--dataset", "EMPTY"], "holds no image: looked at any depth for *.parquet"),
     (["--dataset", "UNLABELLED"], "fewer than one batch of 64: use --batch_size 4"),
     (
         ["--dataset", "UNLABELLED", "--batch_size", "2", "--evaluate_every", "1"],

@@ -3,10 +3,13 @@ import os
 import cv2
 import numpy as np
 import pytest
+from conftest import write_image, write_parquet, write_tar
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from loopback_hub import loopback_hub
 
-from m2t_accel import data, sources
+from m2t_accel import sources
+from m2t_accel.data import read_rows
+from m2t_accel.decode import decode_image
 from m2t_accel.recipes import ConfigurationError, build_config
 
 
@@ -14,13 +17,6 @@ def settings(dataset, **others):
     return build_config(
         {"recipe": "digits", "dataset": str(dataset), "batch_size": 4, "epochs": 3, "warmup_epochs": 1, **others}
     )
-
-
-def write_image(path, value=0, size=(12, 10)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.full((*size, 3), value, np.uint8)
-    pixels[2:5, 2:5] = 255 - value
-    cv2.imwrite(str(path), pixels)
 
 
 @pytest.fixture
@@ -39,7 +35,7 @@ def image_net(tmp_path):
 def test_digits():
     images = sources.load_images(build_config({"recipe": "digits"}))
     assert (len(images.train), len(images.validation), len(images.class_names)) == (1437, 360, 10)
-    assert data.decode_image(images.train[0]["image"]).shape == (8, 8, 3)
+    assert decode_image(images.train[0]["image"]).shape == (8, 8, 3)
 
 
 def test_class_folders_with_train_and_val(image_net):
@@ -200,7 +196,7 @@ def test_parquet(tmp_path, kind, monkeypatch):
     assert len(images.train) == 8
     assert images.class_names == class_names
     assert (images.validation is None) == (label is None)
-    assert data.decode_image(images.train[5]["image"])[0, 0].tolist() == [5, 5, 5]
+    assert decode_image(images.train[5]["image"])[0, 0].tolist() == [5, 5, 5]
 
 
 @pytest.mark.parametrize(
@@ -266,7 +262,7 @@ def test_numbers_that_are_no_classes_are_no_labels():
 def test_errors_of_folders(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(
-        ConfigurationError, match=r"holds no image: looked for \*\.parquet and, at any depth, for .*\.jpg"
+        ConfigurationError, match=r"holds no image: looked at any depth for \*\.parquet, \*\.tar and .*\.jpg"
     ):
         sources.load_images(settings(tmp_path))
     with pytest.raises(ConfigurationError, match="is a file: give the folder"):
@@ -295,11 +291,11 @@ def test_a_dataset_of_the_hub_over_http(tmp_path, run_script):
         rows = {"img": encoded(number), "label": [i % 2 for i in range(number)]}
         Dataset.from_dict(rows, features=features).to_parquet(folder / f"{name}-00000-of-00001.parquet")
     load = (
-        "import sys\nfrom m2t_accel import command_line, data, recipes, sources\n"
+        "import sys\nfrom m2t_accel import command_line, decode, recipes, sources\n"
         "with command_line.errors_in_one_line():\n"
         "    config = recipes.build_config({'recipe': 'digits', 'dataset': sys.argv[1], 'batch_size': 4})\n"
         "    images = sources.load_images(config)\n"
-        "    print(images.note, [data.decode_image(row)[0, 0, 0] for row in images.train['image']])"
+        "    print(images.note, [decode.decode_image(row)[0, 0, 0] for row in images.train['image']])"
     )
     with loopback_hub(tmp_path / "hub") as hub:
         environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
@@ -320,3 +316,96 @@ def test_no_hub(monkeypatch):
     with pytest.raises(ConfigurationError, match=r"--dataset nobody/nothing-at-all cannot be loaded") as caught:
         sources.load_images(settings("nobody/nothing-at-all"))
     assert "\n" not in str(caught.value)
+
+
+# --- streamed, and tars
+
+
+def pixel(images, sample):
+    return decode_image(read_rows(images, [sample])[0])[0, 0, 0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tars(tmp_path, streaming):
+    for name, first, number in (("train-000", 0, 70), ("train-001", 70, 20), ("val-000", 100, 6)):
+        write_tar(tmp_path / f"{name}.tar", first, number)
+    images = sources.load_images(settings(tmp_path, streaming=streaming))
+    assert (len(images.train), len(images.bank), len(images.validation)) == (90, 90, 6)
+    assert images.class_names == ["0", "1"]
+    assert images.bank["label"][:3] == [0, 1, 0]
+    assert [pixel(images.bank, sample) for sample in (0, 69, 70, 89)] == [0, 69, 70, 89]
+    if streaming:
+        assert images.train.piece_sizes.tolist() == [64, 6, 20]
+        samples, rows = images.train.read(2, 3, 5)
+        assert samples.tolist() == [73, 74]
+        assert [decode_image(row)[0, 0, 0] for row in rows] == [73, 74]
+        assert "2 pieces" not in images.note
+
+
+def test_tars_without_labels(tmp_path):
+    write_tar(tmp_path / "a.tar", 0, 9, labels=False)
+    images = sources.load_images(settings(tmp_path))
+    assert (len(images.train), images.bank, images.class_names) == (9, None, None)
+
+
+def test_streamed_parquet(tmp_path):
+    for name, first, number in (("train-0", 0, 30), ("train-1", 30, 25), ("test-0", 100, 6)):
+        write_parquet(tmp_path / f"{name}.parquet", first, number, row_group_size=10)
+    images = sources.load_images(settings(tmp_path, streaming=True))
+    assert images.train.piece_sizes.tolist() == [10, 10, 10, 10, 10, 5]
+    assert (len(images.train), len(images.bank), len(images.validation)) == (55, 55, 6)
+    assert images.class_names == ["even", "odd"]
+    samples, rows = images.train.read(4, 8, 10)
+    assert samples.tolist() == [48, 49]
+    assert [decode_image(row)[0, 0, 0] for row in rows] == [48, 49]
+    assert rows[0]["path"] == f"row 8 of row group 1 of {tmp_path}/train-1.parquet"
+
+
+def test_streamed_images_are_held_out_piece_by_piece(tmp_path):
+    write_parquet(tmp_path / "all.parquet", 0, 100, row_group_size=10)
+    images = sources.load_images(settings(tmp_path, streaming=True, validation_fraction=0.2))
+    assert (len(images.train), len(images.validation)) == (80, 20)
+    seen = {decode_image(row)[0, 0, 0] for piece in range(8) for row in images.train.read(piece, 0, 10)[1]}
+    held_out = {pixel(images.validation, i) for i in range(20)}
+    assert len(seen) == 80
+    assert len(held_out) == 20
+    assert not seen & held_out
+    assert "kNN is measured on 20 others (held out of the training images)" in images.note
+
+
+def test_few_pieces_and_what_they_cost_are_told(tmp_path):
+    write_parquet(tmp_path / "all.parquet", 0, 64, row_group_size=64)
+    images = sources.load_images(settings(tmp_path, streaming=True, batch_size=16, device_batch_size=2))
+    assert (
+        "1 pieces (row groups, runs of a tar) for 8 virtual devices: each piece is read once for every" in images.note
+    )
+    assert images.validation is None
+
+
+def test_streaming_image_files_is_allowed_and_told(image_net):
+    images = sources.load_images(settings(image_net, streaming=True))
+    assert "--streaming changes nothing for images that can be read one by one" in images.note
+
+
+def test_a_folder_of_two_kinds(image_net):
+    write_tar(image_net / "more.tar", 0, 3)
+    with pytest.raises(
+        ConfigurationError, match=r"holds 1 like more\.tar and 18 like .*\.JPEG: give a folder with files"
+    ):
+        sources.load_images(settings(image_net))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_cut_shards(tmp_path, streaming):
+    write_parquet(tmp_path / "parquet-0.parquet", 0, 30, row_group_size=10)
+    content = (tmp_path / "parquet-0.parquet").read_bytes()
+    (tmp_path / "parquet-0.parquet").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ConfigurationError, match=r"cannot be (loaded|read)"):
+        sources.load_images(settings(tmp_path, streaming=streaming))
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars" / "a.tar", 0, 30)
+    content = (tmp_path / "tars" / "a.tar").read_bytes()
+    for cut in (len(content) // 2, len(content) // 2 + 100, len(content) // 2 - 300):
+        (tmp_path / "tars" / "a.tar").write_bytes(content[:cut])
+        with pytest.raises(ConfigurationError, match=r"a\.tar cannot be read as a tar"):
+            sources.load_images(settings(tmp_path / "tars", streaming=streaming))

@@ -1,0 +1,258 @@
+"""What is in a folder or a set of shards: found in one scan, and kept with a fingerprint for the next start.
+
+Kept are small Arrow files below ~/.cache/m2t_accel (or $XDG_CACHE_HOME/m2t_accel); removing them costs a scan.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow
+import pyarrow.feather
+from pyarrow import parquet
+
+from m2t_accel.recipes import ConfigurationError, in_short
+
+IMAGE_EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
+)
+SHARD_EXTENSIONS = (".parquet", ".tar")
+SETTLED = 2.0  # seconds; what was changed so short a time before its scan may change again under the same time stamp
+READERS = 32  # threads that read the ends of shards
+
+
+# --- files of a folder
+
+
+def find_files(folder: Path) -> list[str]:
+    """Images and shards (parquet, tar) at any depth, relative, sorted; one scan, hidden entries left out.
+
+    The scan is kept with the times at which each folder was last changed, so a second start looks at the folders only.
+
+    Raises:
+        ConfigurationError: a folder cannot be read, or a name is not UTF-8.
+    """
+    kept = cache_file("folder", str(folder.resolve()))
+    known = read_cache(kept)
+    if known is not None and is_unchanged(folder, json.loads(known.schema.metadata[b"folders"])):
+        return known["path"].to_pylist()
+    started = time.time()
+    paths, folders = scan(folder)
+    paths.sort()
+    if max(folders.values()) < (started - SETTLED) * 1e9:
+        table = pyarrow.table({"path": pyarrow.array(paths, pyarrow.string())})
+        write_cache(kept, table.replace_schema_metadata({"folders": json.dumps(folders)}))
+    return paths
+
+
+def scan(folder: Path) -> tuple[list[str], dict[str, int]]:
+    """Images and shards below the folder, and each folder's time of change in ns."""
+    paths, folders, pending, seen = [], {}, [""], set()
+    try:
+        while pending:
+            below = pending.pop()
+            status = os.stat(folder / below)
+            if (status.st_dev, status.st_ino) in seen:  # a link back to a folder above
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders[below] = status.st_mtime_ns
+            with os.scandir(folder / below) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    path = f"{below}/{entry.name}" if below else entry.name
+                    if entry.is_dir():
+                        pending.append(path)
+                    elif is_wanted(entry.name) and entry.is_file():
+                        path.encode()
+                        paths.append(path)
+    except OSError as error:
+        raise ConfigurationError(f"--dataset {folder}: {error.filename} cannot be read ({error.strerror})") from None
+    except UnicodeEncodeError as error:
+        name = error.object.encode(errors="backslashreplace").decode()
+        raise ConfigurationError(f"--dataset {folder}: the file name {name} is not UTF-8; rename it") from None
+    return paths, folders
+
+
+def is_wanted(name: str) -> bool:
+    extension = os.path.splitext(name)[1].lower()
+    return extension in IMAGE_EXTENSIONS or extension in SHARD_EXTENSIONS
+
+
+def is_unchanged(folder: Path, folders: dict[str, int]) -> bool:
+    try:
+        return all(os.stat(folder / below).st_mtime_ns == changed for below, changed in folders.items())
+    except OSError:
+        return False
+
+
+# --- images of tar files
+
+
+def index_tars(folder: Path, files: Sequence[str]) -> pyarrow.Table:
+    """Where each image is in WebDataset tars: `path`, `offset` and `size` in bytes, `label` (int, null without .cls).
+
+    Members that share a name up to the first dot of its last part are one sample (000.jpg, 000.cls).
+
+    Raises:
+        ConfigurationError: a tar is cut, compressed or no tar.
+    """
+    paths = [str(folder / file) for file in files]
+    with ThreadPoolExecutor(READERS) as readers:
+        return pyarrow.concat_tables(readers.map(lambda path: kept_for_files("tar", [path], index_tar), paths))
+
+
+def index_tar(paths: Sequence[str]) -> pyarrow.Table:
+    (path,) = paths
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                parent, _, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                key, extension = f"{parent}/{stem}", f".{extension.lower()}"
+                if extension == ".cls":
+                    labels[key] = int(tar.extractfile(member).read())
+                elif os.path.splitext(extension)[1] in IMAGE_EXTENSIONS or extension in IMAGE_EXTENSIONS:
+                    images.setdefault(key, (member.offset_data, member.size))
+            # A tar ends with blocks of zeros; tarfile would take the end of the file for them.
+            if tar.offset + tarfile.BLOCKSIZE > os.path.getsize(path):
+                raise tarfile.ReadError("unexpected end of data")
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"{path} cannot be read as a tar ({in_short(error)}): it is cut or compressed; fetch it again, unpack it "
+            "with gunzip, or move it away"
+        ) from None
+    places = np.array(list(images.values()), np.int64).reshape(-1, 2)
+    return pyarrow.table(
+        {
+            "path": pyarrow.array([path] * len(images), pyarrow.string()),
+            "offset": places[:, 0],
+            "size": places[:, 1],
+            "label": pyarrow.array([labels.get(key) for key in images], pyarrow.int64()),
+        }
+    )
+
+
+# --- row groups of parquet files
+
+
+def index_parquet(files: Sequence[str]) -> pyarrow.Table:
+    """The row groups of parquet files, local or remote (`hf://…`): `file` (its number), `group`, `rows`.
+
+    The schema is that of the first file's rows.
+
+    Raises:
+        ConfigurationError: a file is missing, cut or no parquet, or its columns are not those of the first.
+    """
+    return kept_for_files("parquet", files, read_footers)
+
+
+def read_footers(files: Sequence[str]) -> pyarrow.Table:
+    with ThreadPoolExecutor(READERS) as readers:
+        footers = list(readers.map(read_footer, files))
+    first = footers[0].schema.to_arrow_schema()
+    for file, footer in zip(files, footers, strict=True):
+        if footer.schema.to_arrow_schema().names != first.names:
+            raise ConfigurationError(
+                f"{file} has the columns {', '.join(footer.schema.to_arrow_schema().names)}, {files[0]} has "
+                f"{', '.join(first.names)}: give a folder of files that belong together"
+            )
+    groups = [(i, group) for i, footer in enumerate(footers) for group in range(footer.num_row_groups)]
+    rows = [footers[i].row_group(group).num_rows for i, group in groups]
+    numbers = np.array(groups, np.int32).reshape(-1, 2)
+    table = pyarrow.table({"file": numbers[:, 0], "group": numbers[:, 1], "rows": np.array(rows, np.int32)})
+    return table.replace_schema_metadata({"schema": first.serialize().to_pybytes().hex()})
+
+
+@functools.lru_cache(maxsize=1024)
+def read_footer(file: str) -> parquet.FileMetaData:
+    """What a parquet file says of itself at its end.
+
+    Raises:
+        ConfigurationError: it is missing, cut or no parquet.
+    """
+    try:
+        with open_shard(file) as source:
+            return parquet.read_metadata(source)
+    except Exception as error:  # of pyarrow, fsspec, huggingface_hub and httpx: no common ancestor
+        raise unreadable_shard(file, error) from error
+
+
+def open_shard(file: str):
+    """A file, local or remote, open for reading at any place."""
+    if "://" not in file:
+        return open(file, "rb")
+    filesystem, path = fsspec.core.url_to_fs(file)
+    return filesystem.open(path, "rb", cache_type="none")  # pyarrow says itself what it reads ahead
+
+
+def unreadable_shard(file: str, error: Exception) -> ConfigurationError:
+    return ConfigurationError(
+        f"the shard {file} cannot be read ({in_short(error)}): it is missing, cut or no parquet file; fetch it again, "
+        "or move it away and start anew"
+    )
+
+
+# --- what is kept
+
+
+def kept_for_files(kind: str, files: Sequence[str], build: Callable[[Sequence[str]], pyarrow.Table]) -> pyarrow.Table:
+    """The table built of some files, kept for as long as their sizes and times are the same."""
+    fingerprint = json.dumps([file_fingerprint(file) for file in files])
+    kept = cache_file(kind, fingerprint)
+    table = read_cache(kept)
+    if table is None:
+        table = build(files)
+        write_cache(kept, table)
+    return table
+
+
+def file_fingerprint(file: str) -> list[object]:
+    """Of a local file its path, size and time; a remote one is named with its revision, and does not change."""
+    if "://" in file:
+        return [file]
+    try:
+        status = os.stat(file)
+    except OSError as error:
+        raise unreadable_shard(file, error) from None
+    return [os.path.realpath(file), status.st_size, status.st_mtime_ns]
+
+
+def cache_file(kind: str, key: str) -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root, "m2t_accel", f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow")
+
+
+def read_cache(path: Path) -> pyarrow.Table | None:
+    """The table kept in the file; None if there is none, or it is broken."""
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            return pyarrow.ipc.open_file(source).read_all()
+    except (OSError, pyarrow.ArrowInvalid):
+        return None
+
+
+def write_cache(path: Path, table: pyarrow.Table) -> None:
+    """Keep the table, whole or not at all; a cache that cannot be written only costs time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            pyarrow.feather.write_feather(table, file, compression="uncompressed")  # so that it can be mapped
+        os.replace(file.name, path)
+    except OSError:
+        return
