@@ -1,0 +1,35 @@
+"""Measure how fast your images reach the device on this machine, beside the usual pipeline.
+
+python scripts/benchmark.py data --dataset FOLDER
+
+The views are those of recipe 8x2080Ti-b256-100ep unless another is given; no accelerate launch is needed.
+"""
+
+import argparse
+
+from m2t_accel.command_line import errors_in_one_line, parse_with_options
+from m2t_accel.recipes import check_inputs
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("what", choices=["data"], metavar="data", help="what is measured")
+    options.add_argument("--json", metavar="FILE", help="write the figures to this file, too")
+    options.add_argument("--images", type=int, default=240, metavar="N", help="images measured (default: 240)")
+    options.add_argument("--repeats", type=int, default=7, metavar="N", help="interleaved repeats (default: 7)")
+    options.add_argument(
+        "--seconds", type=float, default=5.0, metavar="X", help="for each number of workers (default: 5)"
+    )
+    with errors_in_one_line():
+        config, given = parse_with_options(__doc__, options, "8x2080Ti-b256-100ep")
+        check_inputs(config)
+        from m2t_accel import benchmark  # late: torch and torchvision take seconds to import
+
+        result = benchmark.benchmark_data(config, given.images, given.repeats, given.seconds)
+        if given.json:
+            benchmark.write_json(result, given.json)
+        print(benchmark.table(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+import json
+
+import numpy as np
+import pytest
+from conftest import natural_image, write_parquet
+from PIL import Image
+
+from m2t_accel import benchmark
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["files", "streamed parquet"])
+def test_the_benchmark_measures_every_stage(tmp_path, run_script, kind):
+    if kind == "files":
+        for i in range(40):
+            Image.fromarray(natural_image(80, 100, i)).save(tmp_path / f"{i}.jpg")
+    else:
+        write_parquet(tmp_path / "a.parquet", 0, 40, row_group_size=10)
+    (tmp_path / "broken.jpg" if kind == "files" else tmp_path / "notes.txt").write_text("not an image")
+    flags = ["--dataset", tmp_path, "--image_size", 32, "--num_workers", 1, "--json", tmp_path / "figures.json"]
+    flags += ["--streaming"] if kind != "files" else []
+    done = run_script("scripts/benchmark.py", "data", *flags, "--repeats", 1, "--seconds", 0.5)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert set(figures["ms"]) == {"read", "decode", "crop", "photometry", "usual"}
+    for name, rate in figures["images_per_second"].items():
+        assert f"  {name:<24}{rate:8.0f}" in done.stdout
+    assert figures["images_per_second_by_workers"]["1"] > 0
+    assert "workers that feed, with a core for each: 500 images/s: " in done.stdout
+
+
+def test_interleaved_medians_leave_out_the_warm_up():
+    calls = []
+    times = benchmark.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3)
+    assert calls == ["a", "b"] * 4
+    assert all(0 <= value < 0.1 for value in times.values())
+
+
+def test_the_usual_pipeline_makes_two_views_of_each_image():
+    from m2t_accel.recipes import build_config
+
+    config = build_config({"recipe": "8x2080Ti-b256-100ep", "dataset": "digits", "image_size": 48})
+    image = Image.fromarray(natural_image(60, 80))
+    for view in range(2):
+        assert benchmark.usual_transform(config, view)(image).shape == (3, 48, 48)
+    assert not np.array_equal(benchmark.usual_transform(config, 0)(image), benchmark.usual_transform(config, 1)(image))
