@@ -1,0 +1,27 @@
+"""Draw a dozen of your images with the two views that the model will see of each, and what was done to them.
+
+python scripts/preview.py --dataset FOLDER
+
+The views are those of recipe 8x2080Ti-b256-100ep unless another is given; no accelerate launch is needed.
+"""
+
+import argparse
+from pathlib import Path
+
+from m2t_accel.command_line import errors_in_one_line, parse_with_options
+from m2t_accel.recipes import check_inputs
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--output", metavar="FILE", default="preview.png", help="the picture (default: preview.png)")
+    with errors_in_one_line():
+        config, given = parse_with_options(__doc__, options, "8x2080Ti-b256-100ep")
+        check_inputs(config)
+        from m2t_accel.preview import draw_preview  # late: torch and datasets take seconds to import
+
+        print("\n".join(draw_preview(config, Path(given.output))))
+
+
+if __name__ == "__main__":
+    main()
