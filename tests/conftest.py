@@ -76,6 +76,7 @@ def encoded(first, number):
 
 def write_parquet(path, first, number, row_group_size, labels=True):
     """A shard as `datasets` writes it, of images numbered from `first`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     features = Features({"image": Image()} | ({"label": ClassLabel(names=["even", "odd"])} if labels else {}))
     columns = {"image": encoded(first, number)} | ({"label": [i % 2 for i in range(number)]} if labels else {})
     table = Dataset.from_dict(columns, features=features).with_format("arrow")[:]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT, tiny
+from conftest import ROOT, tiny, write_image
 from safetensors.torch import load_file
 
 from m2t_accel.launch import Promise, check_launch, read_promise
@@ -131,6 +131,25 @@ def test_a_mistake_in_the_data_is_one_line_of_two_processes(run_script, tmp_path
     assert "holds no image" in done.stderr
     assert "[rank" not in done.stderr, done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_too_many_broken_images_stop_two_processes_with_one_line(run_script, tmp_path):
+    """Each process meets some of them; all know of all, and stop together."""
+    for i in range(32):
+        write_image(tmp_path / "images" / f"{i}.png")
+        if i % 2:
+            (tmp_path / "images" / f"{i}.png").write_text("not an image")
+    done = launch(
+        run_script,
+        "cpu2.yaml",
+        *("scripts/pretrain.py", "--recipe", "digits", "--dataset", tmp_path / "images", "--log_every", 2),
+        *("--batch_size", 16, "--device_batch_size", 8, "--output_dir", tmp_path / "run", "--num_workers", 0),
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("pretrain.py: error: 16 of 32 images cannot be decoded, more than the 10 that") == 1
+    assert "[rank" not in done.stderr, done.stderr
+    assert len((tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()) == 16
 
 
 TWO, EIGHT = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
 
 import cv2
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from conftest import tiny
+from conftest import tiny, write_image, write_parquet
 from torch import nn
 
 from m2t_accel import data
@@ -353,3 +354,63 @@ def test_a_run_that_diverges_ends_with_a_line_and_no_encoder(tmp_path):
 @pytest.mark.parametrize(("seconds", "words"), [(45.4, "45 s"), (723, "12 min 3 s"), (18720, "5 h 12 min")])
 def test_duration_in_words(seconds, words):
     assert duration(seconds) == words
+
+
+def folder_with_broken_images(folder, number, broken):
+    for i in range(number):
+        write_image(folder / f"{i:03}.png", value=i)
+    for i in broken:
+        (folder / f"{i:03}.png").write_bytes((folder / f"{i:03}.png").read_bytes()[:50])
+
+
+def test_broken_images_are_told_once_and_written_down(tmp_path, capfd):
+    folder_with_broken_images(tmp_path / "images", 40, broken=(3, 17))
+    settings = tiny(tmp_path / "run", dataset=str(tmp_path / "images"), batch_size=8, device_batch_size=4, epochs=3)
+    pretrain(build_config(settings))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()]
+    assert sorted((line["sample"], os.path.basename(line["path"])) for line in lines) == [
+        (3, "003.png"),
+        (17, "017.png"),
+    ]
+    assert all(line["reason"] for line in lines)
+    told = capfd.readouterr().out
+    assert told.count("cannot be decoded, another image is shown instead") == 2
+    assert (tmp_path / "run" / "encoder" / "model.safetensors").exists()
+
+
+def test_too_many_broken_images_stop_the_run(tmp_path):
+    folder_with_broken_images(tmp_path / "images", 40, broken=range(0, 33, 3))  # 11
+    settings = tiny(tmp_path / "run", dataset=str(tmp_path / "images"), batch_size=8, device_batch_size=4)
+    with pytest.raises(ConfigurationError, match=r"11 of 40 images cannot be decoded, more than the 10 that --max_bad"):
+        pretrain(build_config(settings))
+    assert len((tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()) == 11
+    assert not (tmp_path / "run" / "encoder").exists()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    pretrain(build_config({**settings, "output_dir": str(tmp_path / "second"), "max_bad_fraction": 0.3}))
+
+
+def test_evaluation_leaves_broken_images_out(tmp_path):
+    for name in ("a", "b"):
+        folder_with_broken_images(tmp_path / "images" / "train" / name, 20, broken=(1,))
+        folder_with_broken_images(tmp_path / "images" / "val" / name, 6, broken=(2,))
+    settings = tiny(tmp_path / "run", dataset=str(tmp_path / "images"), batch_size=8, device_batch_size=4, epochs=1)
+    pretrain(build_config({**settings, "warmup_epochs": 0.5}))
+    accuracy = [row["knn_top1"] for row in metrics(tmp_path / "run") if "knn_top1" in row]
+    assert all(
+        (10 * value) % 1 == pytest.approx(0, abs=1e-9) or (10 * value) % 1 > 1 - 1e-9 for value in accuracy
+    )  # of 10
+
+
+@pytest.mark.slow
+def test_streamed_shards_train_the_same_run_with_any_workers(tmp_path, fresh_accelerator, float64):
+    for shard in range(3):
+        write_parquet(tmp_path / "set" / f"train-{shard}.parquet", 20 * shard, 20, row_group_size=6)
+    settings = {"dataset": str(tmp_path / "set"), "streaming": True, "batch_size": 8, "device_batch_size": 4}
+    losses = []
+    for num_workers in (0, 1):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        config = build_config(tiny(tmp_path / str(num_workers), **settings | {"num_workers": num_workers}))
+        pretrain(config)
+        losses.append([row["loss"] for row in metrics(tmp_path / str(num_workers)) if "loss" in row])
+    assert losses[0] == losses[1]
+    assert len(losses[0]) > 10

@@ -309,7 +309,8 @@ def test_a_dataset_of_the_hub_over_http(tmp_path, run_script):
             "'streaming': True})\n"
             "images = sources.load_images(config)\n"
             "samples, rows = images.train.read(0, 2, 8)\n"
-            "print(images.note, samples, [decode.decode_image(row)[0, 0, 0] for row in rows], images.train.files[0])"
+            "print(images.note, samples, [int(decode.decode_image(row)[0, 0, 0]) for row in rows], "
+            "images.train.files[0])"
         )
         hub.requests.clear()
         found = run_script("-c", stream, environment=environment | {"XDG_CACHE_HOME": str(tmp_path / "new")})
@@ -317,9 +318,7 @@ def test_a_dataset_of_the_hub_over_http(tmp_path, run_script):
         assert "someone/pictures: 8 images of 2 classes; kNN is measured on 4 others" in found.stdout
         assert "hf://datasets/someone/pictures@0123456789abcdef" in found.stdout
         assert "[2 3 4 5 6 7]" in found.stdout
-        assert [np.uint8(i) for i in range(2, 8)] == eval(
-            found.stdout[found.stdout.index("[np") : found.stdout.index("] hf") + 1], {"np": np}
-        )
+        assert "[2, 3, 4, 5, 6, 7]" in found.stdout
         for name, reason in (("gated-pictures", "hf auth login"), ("no-pictures", "Repository Not Found")):
             refused = run_script("-c", load, f"someone/{name}", environment=environment)
             line = refused.stderr.splitlines()[-1]
