@@ -30,6 +30,7 @@ GRAYSCALE, BLUR, SIGMA, SOLARIZE = range(33, 37)
 NUM_UNIFORMS = 37
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+MAX_ASPECT = 32  # of an image that evaluation resizes whole
 
 
 class Photometry(NamedTuple):
@@ -146,6 +147,11 @@ def central_view(image: np.ndarray, size: int, share: float) -> np.ndarray:
     """The view of evaluation: (H, W, 3) uint8 in, the shorter side resized to size / share, the centre out."""
     height, width = image.shape[:2]
     shorter = int(size / share)
+    longest = MAX_ASPECT * min(height, width)
+    if max(height, width) > longest:  # of a strip only the middle is seen, and the whole enlarged would take gigabytes
+        top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
+        image = image[top : top + longest, left : left + longest]
+        height, width = image.shape[:2]
     longer = int(shorter * max(height, width) / min(height, width))
     target = (shorter, longer) if height <= width else (longer, shorter)
     if target != (height, width):

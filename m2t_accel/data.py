@@ -6,6 +6,7 @@ and are applied on the training device (`m2t_accel.photometry`).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import deque
@@ -30,7 +31,7 @@ from m2t_accel.augment import (
 )
 from m2t_accel.decode import DecodeError, decode_image
 from m2t_accel.order import PooledOrder, ShuffledOrder, steps_per_epoch
-from m2t_accel.recipes import ConfigurationError, PretrainConfig
+from m2t_accel.recipes import ConfigurationError, PretrainConfig, in_short
 from m2t_accel.shards import Shards
 
 MAX_READERS = 16  # threads of a process that read pieces ahead; each waits for a disk or a network
@@ -115,6 +116,7 @@ class DeviceBatches:
             for epoch, step in self.places():
                 place = step % order.pool_batches
                 if now is None or place == 0:
+                    now = samples = images = None  # free the old pools before the new ones are put together
                     now = [pool.result() for pool in coming.popleft()]
                     coming.append(next(pools, None))
                 for samples, images in now:
@@ -161,7 +163,7 @@ def read_rows(images: Dataset, samples: Sequence[int]) -> list[dict[str, object]
     if "offset" in columns:
         places = zip(columns["offset"], columns["size"], strict=True)
         rows = [{**row, "offset": at, "size": size} for row, (at, size) in zip(rows, places, strict=True)]
-    return rows
+    return [row or {"bytes": None, "path": None} for row in rows]
 
 
 class TwoViews:
@@ -215,7 +217,7 @@ class TwoViews:
 class CentralViews:
     """A map-style torch dataset whose batch, asked for by samples, is their evaluation crops (N, H, W, 3) uint8.
 
-    And whether each could be decoded (N,) bool; the crop of one that could not is black.
+    And those that could not be decoded, whose crops are black.
     """
 
     def __init__(self, images: Dataset, config: PretrainConfig) -> None:
@@ -225,15 +227,15 @@ class CentralViews:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
-        size = self.config.image_size
-        crops, decoded = np.zeros((len(samples), size, size, 3), np.uint8), np.ones(len(samples), bool)
+    def __getitems__(self, samples: Sequence[int]) -> tuple[Tensor, list[BadImage]]:
+        size, bad = self.config.image_size, []
+        crops = np.zeros((len(samples), size, size, 3), np.uint8)
         for i, row in enumerate(read_rows(self.images, samples)):
             try:
                 crops[i] = central_view(decode_image(row), size, self.config.evaluation_crop)
-            except DecodeError:
-                decoded[i] = False
-        return torch.from_numpy(crops), torch.from_numpy(decoded)
+            except DecodeError as error:
+                bad.append(BadImage(int(samples[i]), describe(row), str(error)))
+        return torch.from_numpy(crops), bad
 
 
 def describe(image: Mapping[str, object]) -> str:
@@ -274,28 +276,39 @@ def create_loader(dataset: TwoViews | CentralViews, batches, config: PretrainCon
 
 
 def read(loader: DataLoader) -> Iterator:
-    """The batches of a loader, the ways in which reading ends a run as one line.
+    """The batches of a loader.
 
     Raises:
-        ConfigurationError: a worker has died, no image of a batch can be decoded, or a shard cannot be read.
+        ConfigurationError: no image of a batch can be decoded, or a shard cannot be read.
+    """
+    for batch in loader:
+        if isinstance(batch, ViewBatch) and len(batch.bad) == len(batch.samples):
+            first = batch.bad[0]
+            raise ConfigurationError(
+                f"none of the {len(batch.bad)} images of a batch can be decoded, the first of them {first.path} "
+                f"({first.reason}): has the dataset been moved, or is it not one of images?"
+            )
+        yield batch
+
+
+@contextlib.contextmanager
+def dead_workers_in_one_line() -> Iterator[None]:
+    """Around all that is done while workers live: torch raises wherever the main process is when one of them dies.
+
+    Raises:
+        ConfigurationError: a worker has died, or there is no shared memory for its batches.
     """
     try:
-        for batch in loader:
-            if isinstance(batch, ViewBatch) and len(batch.bad) == len(batch.samples):
-                first = batch.bad[0]
-                raise ConfigurationError(
-                    f"none of the {len(batch.bad)} images of a batch can be decoded, the first of them {first.path} "
-                    f"({first.reason}): has the dataset been moved, or is it not one of images?"
-                )
-            yield batch
+        yield
     except (RuntimeError, ConnectionError, EOFError) as error:
         # A batch that a dead worker was handing over ends as a broken connection.
-        if isinstance(error, RuntimeError) and not re.match(r"DataLoader worker .*(exited|killed)", str(error)):
+        known = r"DataLoader worker .*(exited|killed)|.*(shared memory|unable to write|ancdata|Too many open)"
+        if isinstance(error, RuntimeError) and not re.match(known, str(error), re.DOTALL):
             raise
-        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        reason = in_short(error).removeprefix("RuntimeError: ")
         raise ConfigurationError(
-            f"a process that decodes images has died ({reason}); most often the memory ran out: use fewer than "
-            f"--num_workers {loader.num_workers}, or check the limits of memory and of /dev/shm"
+            f"a process that decodes images has died or cannot hand over its batch ({reason}); most often the memory "
+            "ran out: give a smaller --num_workers, or raise the limits of memory and of /dev/shm"
         ) from error
 
 

@@ -17,6 +17,11 @@ from m2t_accel.recipes import in_short
 ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82"}
 
 
+cv2.utils.logging.setLogLevel(
+    cv2.utils.logging.LOG_LEVEL_SILENT
+)  # it would write of every broken image each time; m2t_accel.monitor tells of each once
+
+
 class DecodeError(Exception):
     """An image that cannot be read or decoded; the message says why, in short."""
 
@@ -58,7 +63,12 @@ def decode_image(image: Mapping[str, object]) -> np.ndarray:
             Image.open(io.BytesIO(content)).load()  # is strict about what is missing; bytes after the end are no harm
         pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
         if pixels is None:  # formats that OpenCV was built without
-            pixels = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB"))
+            picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+            if picture.mode in ("F", "I"):
+                raise ValueError(f"numbers without a range, PIL's mode {picture.mode}")
+            pixels = np.array(picture.convert("RGB"))
+    except MemoryError:
+        raise
     except Exception as error:  # of cv2 and PIL: OSError, ValueError, SyntaxError, struct.error, cv2.error and more
         message = "no known image format" if "cannot identify" in str(error) else in_short(error)
         raise DecodeError(message) from None

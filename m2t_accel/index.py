@@ -29,6 +29,7 @@ IMAGE_EXTENSIONS = frozenset(
 )
 SHARD_EXTENSIONS = (".parquet", ".tar")
 SETTLED = 2.0  # seconds; what was changed so short a time before its scan may change again under the same time stamp
+LAYOUT = 1  # of what is kept; another one is not read
 READERS = 32  # threads that read the ends of shards
 
 
@@ -50,30 +51,31 @@ def find_files(folder: Path) -> list[str]:
     started = time.time()
     paths, folders = scan(folder)
     paths.sort()
-    if max(folders.values()) < (started - SETTLED) * 1e9:
+    if max(max(times) for times in folders.values()) < (started - SETTLED) * 1e9:
         table = pyarrow.table({"path": pyarrow.array(paths, pyarrow.string())})
         write_cache(kept, table.replace_schema_metadata({"folders": json.dumps(folders)}))
     return paths
 
 
-def scan(folder: Path) -> tuple[list[str], dict[str, int]]:
-    """Images and shards below the folder, and each folder's time of change in ns."""
-    paths, folders, pending, seen = [], {}, [""], set()
+def scan(folder: Path) -> tuple[list[str], dict[str, list[int]]]:
+    """Images and shards below the folder, and each folder's times of change."""
+    paths, folders = [], {}
+    pending: list[tuple[str, frozenset]] = [("", frozenset())]
     try:
         while pending:
-            below = pending.pop()
+            below, above = pending.pop()
             status = os.stat(folder / below)
-            if (status.st_dev, status.st_ino) in seen:  # a link back to a folder above
+            if (status.st_dev, status.st_ino) in above:  # a link back to a folder above
                 continue
-            seen.add((status.st_dev, status.st_ino))
-            folders[below] = status.st_mtime_ns
+            above |= {(status.st_dev, status.st_ino)}
+            folders[below] = times_of_change(status)
             with os.scandir(folder / below) as entries:
                 for entry in entries:
                     if entry.name.startswith("."):
                         continue
                     path = f"{below}/{entry.name}" if below else entry.name
                     if entry.is_dir():
-                        pending.append(path)
+                        pending.append((path, above))
                     elif is_wanted(entry.name) and entry.is_file():
                         path.encode()
                         paths.append(path)
@@ -85,14 +87,19 @@ def scan(folder: Path) -> tuple[list[str], dict[str, int]]:
     return paths, folders
 
 
+def times_of_change(status: os.stat_result) -> list[int]:
+    """Both times in ns: the first can be set back, as tar and rsync do; the second cannot."""
+    return [status.st_mtime_ns, status.st_ctime_ns]
+
+
 def is_wanted(name: str) -> bool:
     extension = os.path.splitext(name)[1].lower()
     return extension in IMAGE_EXTENSIONS or extension in SHARD_EXTENSIONS
 
 
-def is_unchanged(folder: Path, folders: dict[str, int]) -> bool:
+def is_unchanged(folder: Path, folders: dict[str, list[int]]) -> bool:
     try:
-        return all(os.stat(folder / below).st_mtime_ns == changed for below, changed in folders.items())
+        return all(times_of_change(os.stat(folder / below)) == times for below, times in folders.items())
     except OSError:
         return False
 
@@ -126,16 +133,21 @@ def index_tar(paths: Sequence[str]) -> pyarrow.Table:
                 stem, _, extension = name.partition(".")
                 key, extension = f"{parent}/{stem}", f".{extension.lower()}"
                 if extension == ".cls":
-                    labels[key] = int(tar.extractfile(member).read())
+                    word = tar.extractfile(member).read().strip()
+                    if word.isdigit():
+                        labels[key] = int(word)
                 elif os.path.splitext(extension)[1] in IMAGE_EXTENSIONS or extension in IMAGE_EXTENSIONS:
                     images.setdefault(key, (member.offset_data, member.size))
-            # A tar ends with blocks of zeros; tarfile would take the end of the file for them.
-            if tar.offset + tarfile.BLOCKSIZE > os.path.getsize(path):
-                raise tarfile.ReadError("unexpected end of data")
+            # A tar ends with a block of zeros, and nothing else after it. tarfile would also take the end of the
+            # file for it, a damaged header, or the first end of two tars that were joined.
+            tar.fileobj.seek(tar.offset)
+            end = tar.fileobj.read()
+            if len(end) < tarfile.BLOCKSIZE or end.count(0) != len(end):
+                raise tarfile.ReadError(f"no end after {len(images):,} images")
     except (tarfile.TarError, OSError, ValueError) as error:
         raise ConfigurationError(
-            f"{path} cannot be read as a tar ({in_short(error)}): it is cut or compressed; fetch it again, unpack it "
-            "with gunzip, or move it away"
+            f"{path} cannot be read as a tar ({in_short(error)}): it is cut, damaged, joined of several or "
+            "compressed; fetch it again, unpack it with gunzip, or move it away"
         ) from None
     places = np.array(list(images.values()), np.int64).reshape(-1, 2)
     return pyarrow.table(
@@ -167,12 +179,17 @@ def read_footers(files: Sequence[str]) -> pyarrow.Table:
         footers = list(readers.map(read_footer, files))
     first = footers[0].schema.to_arrow_schema()
     for file, footer in zip(files, footers, strict=True):
-        if footer.schema.to_arrow_schema().names != first.names:
+        if sorted(footer.schema.to_arrow_schema().names) != sorted(first.names):
             raise ConfigurationError(
                 f"{file} has the columns {', '.join(footer.schema.to_arrow_schema().names)}, {files[0]} has "
                 f"{', '.join(first.names)}: give a folder of files that belong together"
             )
-    groups = [(i, group) for i, footer in enumerate(footers) for group in range(footer.num_row_groups)]
+    groups = [
+        (i, group)
+        for i, footer in enumerate(footers)
+        for group in range(footer.num_row_groups)
+        if footer.row_group(group).num_rows
+    ]
     rows = [footers[i].row_group(group).num_rows for i, group in groups]
     numbers = np.array(groups, np.int32).reshape(-1, 2)
     table = pyarrow.table({"file": numbers[:, 0], "group": numbers[:, 1], "rows": np.array(rows, np.int32)})
@@ -198,7 +215,7 @@ def open_shard(file: str):
     if "://" not in file:
         return open(file, "rb")
     filesystem, path = fsspec.core.url_to_fs(file)
-    return filesystem.open(path, "rb", cache_type="none")  # pyarrow says itself what it reads ahead
+    return filesystem.open(path, "rb", cache_type="none")  # pyarrow asks for what it needs
 
 
 def unreadable_shard(file: str, error: Exception) -> ConfigurationError:
@@ -235,6 +252,7 @@ def file_fingerprint(file: str) -> list[object]:
 
 def cache_file(kind: str, key: str) -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    kind = f"{kind}-{LAYOUT}"
     return Path(root, "m2t_accel", f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow")
 
 

@@ -69,6 +69,7 @@ class KnnMonitor:
         self.config = config
         self.accelerator = accelerator
         self.num_classes = len(data.class_names)
+        self.told = False
         self.parts = []
         for images, limit in ((data.bank, MAX_KNN_BANK), (data.validation, MAX_KNN_QUERIES)):
             if len(images) > limit:
@@ -78,11 +79,20 @@ class KnnMonitor:
 
     def measure(self, encoder: nn.Module) -> float:
         """Top-1 accuracy in evaluation mode, from 0 to 1, of what can be decoded; the same on every process."""
-        (bank_images, bank_labels), (query_images, query_labels) = self.parts
+        (bank_images, bank_labels_all), (query_images, query_labels_all) = self.parts
         bank, decoded = embed_images(encoder, bank_images, self.config, self.accelerator)
-        bank, bank_labels = bank[decoded], bank_labels[decoded]
+        bank, bank_labels = bank[decoded], bank_labels_all[decoded]
         queries, decoded = embed_images(encoder, query_images, self.config, self.accelerator)
-        queries, query_labels = queries[decoded], query_labels[decoded]
+        queries, query_labels = queries[decoded], query_labels_all[decoded]
+        if not len(bank) or not len(queries):
+            raise ConfigurationError(
+                f"--dataset {self.config.dataset}: of the images that kNN is measured with, none can be decoded; "
+                "use --evaluate_every 0"
+            )
+        num_broken = len(bank_labels_all) - len(bank_labels) + len(query_labels_all) - len(query_labels)
+        if num_broken and not self.told:
+            self.told = True
+            self.accelerator.print(f"kNN is measured without {num_broken} images that cannot be decoded")
         return knn_accuracy(bank, bank_labels, queries, query_labels, self.num_classes)
 
 
@@ -105,11 +115,12 @@ def embed_images(
     was_training = encoder.training
     encoder.eval()
     features, decoded = [], []
-    for crops, could_be in read(loader):
+    for samples, (crops, bad) in zip(batches, read(loader), strict=True):
         inputs = evaluation_view(crops.to(accelerator.device), config).to(parameter.dtype)
         with accelerator.autocast():
             features.append(embed(encoder, inputs).float())
-        decoded.append(could_be.to(accelerator.device))
+        broken = {image.sample: image for image in bad}
+        decoded.append(torch.tensor([sample not in broken for sample in samples], device=accelerator.device))
     encoder.train(was_training)
     return tuple(accelerator.gather(torch.cat(parts))[: len(images)] for parts in (features, decoded))
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
 from torch import Tensor
 from torch.optim import Optimizer
 
 from m2t_accel import __version__
-from m2t_accel.data import DeviceBatches, TwoViews, ViewBatch, create_loader, read
+from m2t_accel.data import DeviceBatches, TwoViews, ViewBatch, create_loader, dead_workers_in_one_line, read
 from m2t_accel.hub import model_card, save_encoder
 from m2t_accel.launch import command, hardware, on_all_processes, start_accelerator
 from m2t_accel.model import (
@@ -49,6 +49,7 @@ def pretrain(config: PretrainConfig) -> Teacher:
     on_all_processes(accelerator, lambda: check_output_dir(config.output_dir) if is_main else None)
     on_all_processes(accelerator, lambda: check_inputs(config))
     data = on_all_processes(accelerator, lambda: load_images(config))  # the first fills the cache of `datasets`
+    check_same_images(accelerator, data)
     config = settle_evaluation(config, data)
 
     set_seed(config.seed)
@@ -82,7 +83,8 @@ def pretrain(config: PretrainConfig) -> Teacher:
         print(introduction(config, data, unwrapped_student, total_steps, accelerator), flush=True)
     knn = KnnMonitor(data, config, accelerator) if config.evaluate_every else None
     step = 0
-    with contextlib.closing(Report(config, accelerator, total_steps, len(data.train))) as report:
+    report = Report(config, accelerator, total_steps, len(data.train))
+    with contextlib.closing(report), dead_workers_in_one_line():
         if knn is not None:
             report.write(step, 0.0, {"knn_top1": knn.measure(unwrapped_teacher.encoder)})
         for batch in read(loader):
@@ -137,6 +139,20 @@ def train_step(
 
 
 # --- the start
+
+
+def check_same_images(accelerator: Accelerator, data: ImageData) -> None:
+    """Check that all processes found the same images: each machine may have a copy of its own.
+
+    Raises:
+        ConfigurationError: they did not; the same on every process.
+    """
+    found = gather_object([data.note])
+    other = next((note for note in found if note != found[0]), None)
+    if other is not None:
+        raise ConfigurationError(
+            f"the machines have different images ({found[0]}; but elsewhere {other}): give all the same copy"
+        )
 
 
 def settle_evaluation(config: PretrainConfig, data: ImageData) -> PretrainConfig:

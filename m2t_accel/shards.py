@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -12,8 +13,8 @@ import pyarrow
 from datasets import Dataset, Features
 from pyarrow import parquet
 
-from m2t_accel.index import index_parquet, open_shard, read_footer, unreadable_shard
-from m2t_accel.recipes import ConfigurationError
+from m2t_accel.index import READERS, index_parquet, open_shard, read_footer, unreadable_shard
+from m2t_accel.recipes import ConfigurationError, in_short
 
 TAR_RUN = 64  # images of a tar that are read at once: of ImageNet's, 7 MB
 ATTEMPTS = 5  # at reading from a network, with 1, 2, 4 and 8 seconds between them
@@ -45,7 +46,7 @@ class ParquetShards:
         self.pieces = pieces
         self.file, self.group, self.first = (pieces[name].to_numpy() for name in ("file", "group", "first"))
         self.piece_sizes = pieces["rows"].to_numpy()
-        self.column = "image"
+        self.column = "image"  # of the images
 
     @property
     def features(self) -> Features:
@@ -58,14 +59,20 @@ class ParquetShards:
 
     def select(self, pieces: np.ndarray) -> ParquetShards:
         """Some of the pieces; their samples keep their numbers."""
-        return ParquetShards(self.files, self.pieces.take(pyarrow.array(pieces)))
+        chosen = ParquetShards(self.files, self.pieces.take(pyarrow.array(pieces)))
+        chosen.column = self.column
+        return chosen
 
     def read(self, piece: int, first: int, stop: int) -> tuple[np.ndarray, list[dict[str, object]]]:
         column = self.table(piece, [self.column])[self.column].slice(first, stop - first).to_pylist()
-        images = [row if isinstance(row, dict) else {"bytes": row, "path": None} for row in column]
-        for i, image in enumerate(images):
-            if image.get("path") is None:
-                image["path"] = f"row {first + i} of row group {self.group[piece]} of {self.files[self.file[piece]]}"
+        images = []
+        for i, row in enumerate(column):
+            content = row.get("bytes") if isinstance(row, dict) else row
+            path = row.get("path") if isinstance(row, dict) else None
+            if content is None and path is None:
+                content = b""  # a row without an image
+            place = f"row {first + i} of row group {self.group[piece]} of {self.files[self.file[piece]]}"
+            images.append({"bytes": content, "path": path or place})
         return self.first[piece] + np.arange(first, stop), images
 
     def table(self, piece: int, columns: list[str]) -> pyarrow.Table:
@@ -78,7 +85,8 @@ class ParquetShards:
         for attempt in range(ATTEMPTS):
             try:
                 with open_shard(file) as source:
-                    shard = parquet.ParquetFile(source, metadata=read_footer(file), pre_buffer=True)
+                    # Not pre_buffer: its threads call Python, and may still do so when the interpreter has gone.
+                    shard = parquet.ParquetFile(source, metadata=read_footer(file), pre_buffer=False)
                     return shard.read_row_group(int(self.group[piece]), columns=columns, use_threads=False)
             except ConfigurationError:
                 raise
@@ -92,8 +100,21 @@ class ParquetShards:
         """Some of the pieces in memory."""
         features = self.features
         features = Features({name: features[name] for name in columns})
-        tables = [self.table(int(piece), columns) for piece in pieces]
-        return Dataset(pyarrow.concat_tables(tables).cast(features.arrow_schema))
+        tables = [self.table(int(piece), columns).select(columns) for piece in pieces]
+        try:
+            return Dataset(pyarrow.concat_tables([table.cast(features.arrow_schema) for table in tables]))
+        except pyarrow.ArrowException as error:
+            raise ConfigurationError(
+                f"the columns {', '.join(columns)} differ from {self.files[0]} to others ({in_short(error)}): "
+                "give a folder of files that belong together"
+            ) from None
+
+    def values(self, column: str) -> pyarrow.ChunkedArray:
+        """A column of all pieces, such as the labels."""
+        kind = self.features.arrow_schema.field(column).type
+        with ThreadPoolExecutor(READERS) as readers:
+            parts = readers.map(lambda piece: self.table(piece, [column])[column].cast(kind), range(len(self.file)))
+            return pyarrow.chunked_array([chunk for part in parts for chunk in part.chunks], kind)
 
 
 class TarShards:

@@ -13,7 +13,9 @@ import cv2
 import datasets
 import numpy as np
 import pyarrow
+import pyarrow.types
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from pyarrow import compute
 
 from m2t_accel.index import IMAGE_EXTENSIONS, SHARD_EXTENSIONS, find_files, index_tars
 from m2t_accel.recipes import ConfigurationError, PretrainConfig, did_you_mean, in_short
@@ -116,6 +118,10 @@ def streamed(
 ) -> tuple[ParquetShards, Dataset | None, Dataset | None]:
     """Training images as shards and, where they have labels, some of them and of the validation images in memory."""
     image, label = find_columns(train.features, config)
+    kind = train.features.arrow_schema.field(image).type
+    is_image = pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    if not is_image and not pyarrow.types.is_binary(kind) and not pyarrow.types.is_large_binary(kind):
+        raise ConfigurationError(f"--image_column {image}: not a column of images but {kind}")
     for shards in (train, validation):
         if shards is not None:
             shards.column = image
@@ -123,32 +129,71 @@ def streamed(
         return train, None, None
     if validation is not None and label not in validation.features:
         validation = None
-    if validation is None and config.validation_fraction > 0 and len(train.piece_sizes) > 1:
+    whole, held_out = train, np.empty(0, int)
+    if validation is None:
         limit = min(MAX_STREAMED_QUERIES, config.validation_fraction * len(train))
         held_out = spread_pieces(train.piece_sizes, limit)
-        validation = train.select(held_out)
-        train = train.select(np.setdiff1d(np.arange(len(train.piece_sizes)), held_out))
-    splits = {"train": train.dataset(spread_pieces(train.piece_sizes, MAX_STREAMED_BANK), [image, label])}
-    if validation is not None:
-        pieces = spread_pieces(validation.piece_sizes, MAX_STREAMED_QUERIES)
-        splits["val"] = validation.dataset(pieces, [image, label])
-    try:
-        splits = standard_columns(splits, config)
-    except ConfigurationError:
-        if config.label_column is not None:
-            raise
-        return train, None, None
-    if any("label" not in split.features for split in splits.values()):
-        return train, None, None
+        if len(held_out):
+            validation = train.select(held_out)
+            train = train.select(np.setdiff1d(np.arange(len(train.piece_sizes)), held_out))
+    parts = {"train": (train, MAX_STREAMED_BANK)} | ({"val": (validation, MAX_STREAMED_QUERIES)} if validation else {})
+    splits = {}
+    for name, (shards, limit) in parts.items():
+        # Where the least is too much, it is taken all the same: at least one piece.
+        pieces = spread_pieces(shards.piece_sizes, limit)
+        splits[name] = shards.dataset(
+            pieces if len(pieces) else np.array([shards.piece_sizes.argmin()]), [image, label]
+        )
+    # Which classes there are say all labels, not those of the images in memory.
+    names = label_names(splits["train"].features[label], whole, label)
+    if names is not None:
+        splits = {name: with_names(split, label, names) for name, split in splits.items()}
+    splits = standard_columns(splits, config) if names is not None or config.label_column is not None else {}
+    if not splits or any("label" not in split.features for split in splits.values()):
+        return whole, None, None
     if len(splits["train"]) < len(train):
         remarks.append(f"its neighbours are looked for among {len(splits['train']):,}")
     return train, splits["train"], splits.get("val")
 
 
+def label_names(feature: object, shards: ParquetShards, column: str) -> list[str] | None:
+    """The classes of a column of labels: words, or whole numbers from 0, over all rows; None if it is no such."""
+    if isinstance(feature, ClassLabel):
+        return feature.names
+    if not isinstance(feature, Value) or not feature.dtype.startswith(
+        ("string", "large_string", "bool", "int", "uint")
+    ):
+        return None
+    values = compute.unique(shards.values(column))
+    if values.null_count or not len(values):
+        return None
+    values = values.to_pylist()
+    if isinstance(values[0], bool | str):
+        return sorted(str(value) for value in values)
+    return [str(i) for i in range(max(values) + 1)] if 0 <= min(values) <= max(values) < len(shards) else None
+
+
+def with_names(split: Dataset, column: str, names: list[str]) -> Dataset:
+    """The split with its labels as ClassLabel of these names; without the rows of other labels."""
+    if isinstance(split.features[column], ClassLabel):
+        return split
+    index = {name: i for i, name in enumerate(names)}
+    values = [index.get(str(value), -1) for value in split[column]]
+    known = [i for i, value in enumerate(values) if value >= 0]
+    split = split.select(known).remove_columns(column)
+    return split.add_column(column, np.array(values, np.int64)[known], feature=ClassLabel(names=names))
+
+
 def spread_pieces(sizes: np.ndarray, num_images: float) -> np.ndarray:
-    """Pieces evenly spread that hold about so many images, at least one of them; never all of several."""
-    number = int(min(num_images / max(1.0, sizes.mean()), len(sizes)))
-    return np.unique(np.linspace(0, len(sizes) - 1, max(1, number)).astype(int))
+    """Pieces evenly spread that hold at most so many images: all if they do, none where the smallest holds more."""
+    if sizes.sum(dtype=np.int64) <= num_images:
+        return np.arange(len(sizes))
+    for number in range(int(min(num_images / max(1.0, sizes.mean()), len(sizes))), 0, -1):
+        pieces = np.unique(np.linspace(0, len(sizes) - 1, number + 2)[1:-1].round().astype(int))
+        if sizes[pieces].sum() <= num_images:
+            return pieces
+    smallest = int(sizes.argmin())
+    return np.array([smallest] if sizes[smallest] <= num_images else [], int)
 
 
 def load_digits() -> dict[str, Dataset]:

@@ -8,7 +8,7 @@ The views are those of recipe 8x2080Ti-b256-100ep unless another is given; no ac
 import argparse
 
 from m2t_accel.command_line import errors_in_one_line, parse_with_options
-from m2t_accel.recipes import check_inputs
+from m2t_accel.recipes import ConfigurationError, check_inputs
 
 
 def main() -> None:
@@ -23,6 +23,8 @@ def main() -> None:
     with errors_in_one_line():
         config, given = parse_with_options(__doc__, options, "8x2080Ti-b256-100ep")
         check_inputs(config)
+        if given.images < 16 or given.repeats < 1 or given.seconds <= 0:
+            raise ConfigurationError("--images must be at least 16, --repeats at least 1 and --seconds more than 0")
         from m2t_accel import benchmark  # late: torch and torchvision take seconds to import
 
         result = benchmark.benchmark_data(config, given.images, given.repeats, given.seconds)

@@ -1,6 +1,7 @@
 import dataclasses
 import os
 import signal
+import time
 from itertools import chain, pairwise
 
 import numpy as np
@@ -215,14 +216,19 @@ def test_a_shard_that_is_cut_while_it_is_read_ends_the_run(tmp_path):
 
 # The queue to the dead worker breaks in a thread of its own.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_worker_that_is_killed_ends_the_run():
+@pytest.mark.parametrize("in_the_loop", [True, False])
+def test_a_worker_that_is_killed_ends_the_run(in_the_loop):
     config = settings("digits", num_workers=2)
     images = load_images(config).train
     loader = data.create_loader(data.TwoViews(images, config), data.DeviceBatches(images, config, 1, 0), config)
-    batches = data.read(loader)
-    next(batches)
-    os.kill(torch.multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    with pytest.raises(
-        ConfigurationError, match=r"a process that decodes images has died .*fewer than --num_workers 2"
-    ):
-        list(batches)
+
+    def loop():
+        for i, _ in enumerate(data.read(loader)):
+            if i == 0:
+                os.kill(torch.multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            if in_the_loop:
+                time.sleep(0.2)
+
+    error = r"a process that decodes images has died .*give a smaller --num_workers"
+    with pytest.raises(ConfigurationError, match=error), data.dead_workers_in_one_line():
+        loop()

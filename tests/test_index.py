@@ -1,26 +1,22 @@
+import io
 import os
+import tarfile
 
 import pytest
 from conftest import write_image, write_tar
 
 from m2t_accel import index
+from m2t_accel.recipes import ConfigurationError
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder of three images that has lain still for an hour."""
+    """A folder of three images that has lain still for long."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("a/1.jpg", "a/2.png", "b/3.JPEG"):
         write_image(tmp_path / "images" / name.replace("JPEG", "jpeg"))
-    settle(tmp_path / "images")
+    monkeypatch.setattr(index, "SETTLED", -10.0)  # as if it had lain still
     return tmp_path / "images"
-
-
-def settle(folder, seconds=3600):
-    """Put the times of change of all folders back."""
-    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        status = os.stat(path)
-        os.utime(path, (status.st_atime, status.st_mtime - seconds))
 
 
 @pytest.fixture
@@ -58,12 +54,46 @@ def test_a_changed_folder_is_scanned_again(folder, change):
     )
 
 
-def test_what_may_still_change_under_the_same_time_stamp_is_not_kept(folder, scans):
-    settle(folder, -3600)
-    scans.clear()
+def test_what_may_still_change_under_the_same_time_stamp_is_not_kept(folder, scans, monkeypatch):
+    monkeypatch.setattr(index, "SETTLED", 2.0)
     for _ in range(2):
         index.find_files(folder)
     assert len(scans) == 6
+
+
+def test_times_that_are_set_back_are_noticed(folder):
+    """As tar and rsync do after they have added a file."""
+    before = os.stat(folder / "a")
+    index.find_files(folder)
+    write_image(folder / "a" / "0.png")
+    os.utime(folder / "a", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert "a/0.png" in index.find_files(folder)
+
+
+def test_a_link_to_a_folder_beside_is_followed_and_one_to_a_folder_above_is_not(folder):
+    (folder / "val").symlink_to(folder / "a", target_is_directory=True)
+    (folder / "b" / "loop").symlink_to(folder, target_is_directory=True)
+    assert index.find_files(folder) == ["a/1.jpg", "a/2.png", "b/3.jpeg", "val/1.jpg", "val/2.png"]
+
+
+def test_damaged_and_joined_tars_lose_nothing_in_silence(tmp_path):
+    write_tar(tmp_path / "a.tar", 0, 20)
+    content = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "joined.tar").write_bytes(content + content)
+    (tmp_path / "damaged.tar").write_bytes(content[:10240] + b"x" * 512 + content[10752:])
+    for name in ("joined.tar", "damaged.tar"):
+        with pytest.raises(ConfigurationError, match=r"cannot be read as a tar .*joined of several"):
+            index.index_tars(tmp_path, [name])
+
+
+def test_a_label_in_words_is_none(tmp_path):
+    write_tar(tmp_path / "a.tar", 0, 3)
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        for name, content in (("000009.png", b"image"), ("000009.cls", b"cat")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert index.index_tars(tmp_path, ["a.tar"])["label"].to_pylist() == [0, 1, 0, None]
 
 
 @pytest.mark.parametrize("damage", [b"", b"ARROW1 but not really"])

@@ -6,6 +6,7 @@ import pytest
 from conftest import write_image, write_parquet, write_tar
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from loopback_hub import loopback_hub
+from pyarrow import parquet
 
 from m2t_accel import sources
 from m2t_accel.data import read_rows
@@ -425,3 +426,54 @@ def test_cut_shards(tmp_path, streaming):
         (tmp_path / "tars" / "a.tar").write_bytes(content[:cut])
         with pytest.raises(ConfigurationError, match=r"a\.tar cannot be read as a tar"):
             sources.load_images(settings(tmp_path / "tars", streaming=streaming))
+
+
+def test_streamed_images_of_another_column_are_held_out(tmp_path):
+    """The held-out part and the rest must both read the column that is meant, not one called `image`."""
+    rows = {"image": encoded(100)[:40], "mask": encoded(100)[60:], "label": [i % 2 for i in range(40)]}
+    features = Features({"image": Image(), "mask": Image(), "label": Value("int64")})
+    table = Dataset.from_dict(rows, features=features).with_format("arrow")[:]
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=5)
+    images = sources.load_images(settings(tmp_path, streaming=True, image_column="mask", validation_fraction=0.2))
+    assert len(images.validation) < len(images.train) < 40
+    samples, found = images.train.read(0, 0, 5)
+    assert [decode_image(row)[0, 0, 0] for row in found] == (60 + samples).tolist()
+    assert pixel(images.validation, 0) >= 60
+
+
+@pytest.mark.parametrize("sorted_by_class", [True, False])
+@pytest.mark.parametrize("words", [True, False])
+def test_streamed_labels_are_those_of_all_rows(tmp_path, sorted_by_class, words, monkeypatch):
+    """Also where the images in memory show only some of the classes."""
+    monkeypatch.setattr(sources, "MAX_STREAMED_BANK", 20)
+    labels = [i // 10 if sorted_by_class else i % 10 for i in range(100)]
+    rows = {"image": encoded(100), "label": [f"c{label}" for label in labels] if words else labels}
+    features = Features({"image": Image(), "label": Value("string" if words else "int64")})
+    parquet.write_table(
+        Dataset.from_dict(rows, features=features).with_format("arrow")[:], tmp_path / "a.parquet", row_group_size=10
+    )
+    images = sources.load_images(settings(tmp_path, streaming=True))
+    assert images.class_names == [f"c{i}" if words else str(i) for i in range(10)]
+    assert (len(images.train), len(images.bank), len(images.validation)) == (90, 20, 10)
+
+
+def test_labels_that_are_none_hold_nothing_out(tmp_path):
+    rows = {"image": encoded(40), "label": [None, *range(39)]}
+    features = Features({"image": Image(), "label": Value("int64")})
+    parquet.write_table(
+        Dataset.from_dict(rows, features=features).with_format("arrow")[:], tmp_path / "a.parquet", row_group_size=5
+    )
+    images = sources.load_images(settings(tmp_path, streaming=True))
+    assert (len(images.train), images.bank, images.validation) == (40, None, None)
+
+
+def test_pieces_of_unequal_size_do_not_hold_out_nearly_all(tmp_path):
+    write_parquet(tmp_path / "a.parquet", 0, 105, row_group_size=100)
+    images = sources.load_images(settings(tmp_path, streaming=True))
+    assert (len(images.train), len(images.validation)) == (100, 5)
+
+
+def test_a_streamed_column_of_no_images(tmp_path):
+    write_parquet(tmp_path / "a.parquet", 0, 20, row_group_size=5)
+    with pytest.raises(ConfigurationError, match="--image_column label: not a column of images but int64"):
+        sources.load_images(settings(tmp_path, streaming=True, image_column="label", label_column="image"))
