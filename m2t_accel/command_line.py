@@ -56,7 +56,7 @@ def parse_with_options(
     `recipe` is the one where none is given.
     """
     own = " ".join(
-        action.dest if not action.option_strings else f"[{action.option_strings[0]} {action.metavar}]"
+        f"[{action.option_strings[0]} {action.metavar}]" if action.option_strings else action.metavar
         for action in options._actions
     )
     parser = OneLineParser(

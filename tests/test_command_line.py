@@ -1,10 +1,11 @@
+import argparse
 import dataclasses
 import sys
 
 import pytest
 import yaml
 
-from m2t_accel import recipes
+from m2t_accel import command_line, recipes
 from m2t_accel.command_line import errors_in_one_line, parse_command_line
 from m2t_accel.recipes import RECIPES, ConfigurationError, build_config
 
@@ -181,3 +182,27 @@ def test_an_interruption_is_one_line_and_status_130(capsys, monkeypatch):
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ValueError, match="a defect"), errors_in_one_line():
         raise ValueError("a defect")
+
+
+def test_a_switch_is_a_flag_alone_or_true_or_false():
+    assert [parse(*flags).streaming for flags in ([], ["--streaming"], ["--streaming", "false"])] == [
+        False,
+        True,
+        False,
+    ]
+    assert parse("--streaming", "--epochs", 20).epochs == 20
+    with pytest.raises(ConfigurationError, match="--streaming maybe: true or false is needed"):
+        parse("--streaming", "maybe")
+
+
+def test_a_script_may_have_options_and_a_recipe_of_its_own():
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--output", metavar="FILE", default="a.png")
+    config, given = command_line.parse_with_options(
+        "", options, "cifar10", ["--output", "b.png", "--dataset", "digits"]
+    )
+    assert (config.recipe, given.output) == ("cifar10", "b.png")
+    config, given = command_line.parse_with_options("", options, "cifar10", ["--recipe", "digits"])
+    assert (config.recipe, given.output) == ("digits", "a.png")
+    with pytest.raises(ConfigurationError, match="unknown flag --outptu, did you mean --output"):
+        command_line.parse_with_options("", options, "cifar10", ["--outptu", "b.png"])
