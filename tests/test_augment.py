@@ -123,3 +123,13 @@ def test_digits_are_turned_and_reach_over_the_edge():
     assert angles.min() < -14 < 14 < angles.max()
     assert 0.4 <= areas.min() < 0.42
     assert 1.18 < areas.max() <= 1.2
+
+
+@pytest.mark.parametrize("shape", [(3, 4000), (4000, 3), (1, 2000), (1, 1)])
+def test_evaluation_sees_the_middle_of_a_strip_without_enlarging_the_whole(shape):
+    image = np.zeros((*shape, 3), np.uint8)
+    middle = [slice(max(0, side // 2 - 3), side // 2 + 3) for side in shape]
+    image[tuple(middle)] = 255
+    view = augment.central_view(image, 224, 0.875)
+    assert view.shape == (224, 224, 3)
+    assert view.mean() > 200
