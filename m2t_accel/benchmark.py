@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import random
 import statistics
 import time
@@ -21,7 +22,7 @@ from torchvision import transforms
 from m2t_accel.data import DeviceBatches, Request, TwoViews, create_loader, default_num_workers, read_rows
 from m2t_accel.decode import DecodeError, decode_image, read_bytes
 from m2t_accel.photometry import photometry
-from m2t_accel.recipes import PretrainConfig
+from m2t_accel.recipes import ConfigurationError, PretrainConfig
 from m2t_accel.shards import Shards
 from m2t_accel.sources import load_images
 
@@ -229,6 +230,17 @@ def table(result: dict[str, object]) -> str:
     each = max(rate / n for n, rate in by_workers.items())
     needs = ", ".join(f"{target:,} images/s: {-(-target // each):.0f}" for target in TARGETS)
     return "\n".join([*lines, "", f"workers that feed, with a core for each: {needs}"])
+
+
+def check_json(path: str) -> None:
+    """Check, before minutes of measuring, that the figures can be written.
+
+    Raises:
+        ConfigurationError: they cannot.
+    """
+    file = Path(path)
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ConfigurationError(f"--json {path} cannot be written: give a file in a folder that exists and is yours")
 
 
 def write_json(result: dict[str, object], path: str) -> None:

@@ -27,6 +27,8 @@ def main() -> None:
             raise ConfigurationError("--images must be at least 16, --repeats at least 1 and --seconds more than 0")
         from m2t_accel import benchmark  # late: torch and torchvision take seconds to import
 
+        if given.json:
+            benchmark.check_json(given.json)
         result = benchmark.benchmark_data(config, given.images, given.repeats, given.seconds)
         if given.json:
             benchmark.write_json(result, given.json)

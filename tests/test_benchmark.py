@@ -6,6 +6,7 @@ from conftest import natural_image, write_parquet
 from PIL import Image
 
 from m2t_accel import benchmark
+from m2t_accel.recipes import ConfigurationError, build_config
 
 
 @pytest.mark.slow
@@ -37,10 +38,16 @@ def test_interleaved_medians_leave_out_the_warm_up():
 
 
 def test_the_usual_pipeline_makes_two_views_of_each_image():
-    from m2t_accel.recipes import build_config
-
     config = build_config({"recipe": "8x2080Ti-b256-100ep", "dataset": "digits", "image_size": 48})
     image = Image.fromarray(natural_image(60, 80))
     for view in range(2):
         assert benchmark.usual_transform(config, view)(image).shape == (3, 48, 48)
     assert not np.array_equal(benchmark.usual_transform(config, 0)(image), benchmark.usual_transform(config, 1)(image))
+
+
+@pytest.mark.parametrize("path", [".", "nowhere/figures.json"])
+def test_a_file_that_cannot_be_written_is_told_before_measuring(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    benchmark.check_json("figures.json")
+    with pytest.raises(ConfigurationError, match=f"--json {path} cannot be written"):
+        benchmark.check_json(path)

@@ -232,3 +232,12 @@ def test_a_worker_that_is_killed_ends_the_run(in_the_loop):
     error = r"a process that decodes images has died .*give a smaller --num_workers"
     with pytest.raises(ConfigurationError, match=error), data.dead_workers_in_one_line():
         loop()
+
+
+def test_workers_take_the_cores_that_training_leaves(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    assert data.default_num_workers() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS has none
+    assert data.default_num_workers() == 5
