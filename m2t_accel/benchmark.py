@@ -22,7 +22,8 @@ from torchvision import transforms
 from m2t_accel.data import DeviceBatches, Request, TwoViews, create_loader, default_num_workers, read_rows
 from m2t_accel.decode import DecodeError, decode_image, read_bytes
 from m2t_accel.photometry import photometry
-from m2t_accel.recipes import ConfigurationError, PretrainConfig
+from m2t_accel.recipes import PretrainConfig
+from m2t_accel.settings import ConfigurationError
 from m2t_accel.shards import Shards
 from m2t_accel.sources import load_images
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import yaml
 
-from m2t_accel.recipes import RECIPES, ConfigurationError, PretrainConfig, build_config, did_you_mean
+from m2t_accel.recipes import RECIPES, PretrainConfig, build_config
+from m2t_accel.settings import ConfigurationError, did_you_mean
 
 
 def read_yaml(path: str) -> dict[str, object]:

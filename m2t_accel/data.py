@@ -32,7 +32,8 @@ from m2t_accel.augment import (
 )
 from m2t_accel.decode import DecodeError, decode_image
 from m2t_accel.order import PooledOrder, ShuffledOrder, steps_per_epoch
-from m2t_accel.recipes import ConfigurationError, PretrainConfig, in_short
+from m2t_accel.recipes import PretrainConfig
+from m2t_accel.settings import ConfigurationError, in_short
 from m2t_accel.shards import Shards
 
 MAX_READERS = 16  # threads of a process that read pieces ahead; each waits for a disk or a network

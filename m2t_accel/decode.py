@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from m2t_accel.recipes import in_short
+from m2t_accel.settings import in_short
 
 # A file of these kinds that does not end so may be cut; libjpeg would fill the rest with gray in silence.
 ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82"}

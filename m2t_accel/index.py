@@ -22,7 +22,7 @@ import pyarrow
 import pyarrow.feather
 from pyarrow import parquet
 
-from m2t_accel.recipes import ConfigurationError, in_short
+from m2t_accel.settings import ConfigurationError, in_short
 
 IMAGE_EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")

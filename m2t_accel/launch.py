@@ -25,7 +25,8 @@ from accelerate.utils import (
     gather_object,
 )
 
-from m2t_accel.recipes import ConfigurationError, PretrainConfig, check_num_processes
+from m2t_accel.recipes import PretrainConfig, check_num_processes
+from m2t_accel.settings import ConfigurationError
 
 FILES = (
     "use accelerate_configs/cpu.yaml (1 process), cpu2.yaml (2), 1gpu.yaml or 8gpu.yaml, with --num_processes N "

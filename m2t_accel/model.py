@@ -16,7 +16,8 @@ from m2t_accel.momentum_norm import (
     momentum_layers,
     set_statistics_momentum,
 )
-from m2t_accel.recipes import ENCODERS, ConfigurationError, in_short
+from m2t_accel.recipes import ENCODERS
+from m2t_accel.settings import ConfigurationError, in_short
 
 
 def create_encoder(name: str) -> PreTrainedModel:

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from m2t_accel.data import BadImage, CentralViews, create_loader, read
 from m2t_accel.model import embed
 from m2t_accel.photometry import evaluation_view
-from m2t_accel.recipes import ConfigurationError, PretrainConfig
+from m2t_accel.recipes import PretrainConfig
+from m2t_accel.settings import ConfigurationError
 from m2t_accel.sources import ImageData
 
 # kNN during training is a sign of health, not a result: on large sets an even sample is enough for it.

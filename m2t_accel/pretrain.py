@@ -30,8 +30,9 @@ from m2t_accel.monitor import KnnMonitor, Report, draw_curves, duration, embeddi
 from m2t_accel.optim import create_optimizer, set_learning_rate
 from m2t_accel.order import steps_per_epoch
 from m2t_accel.photometry import photometry
-from m2t_accel.recipes import ConfigurationError, PretrainConfig, check_inputs, check_output_dir
+from m2t_accel.recipes import PretrainConfig, check_inputs, check_output_dir
 from m2t_accel.schedules import schedule
+from m2t_accel.settings import ConfigurationError
 from m2t_accel.sources import ImageData, load_images
 
 

@@ -15,7 +15,8 @@ from m2t_accel.data import Request, TwoViews, describe, read_rows
 from m2t_accel.decode import DecodeError, decode_image
 from m2t_accel.order import PooledOrder, ShuffledOrder
 from m2t_accel.photometry import photometry
-from m2t_accel.recipes import ConfigurationError, PretrainConfig
+from m2t_accel.recipes import PretrainConfig
+from m2t_accel.settings import ConfigurationError
 from m2t_accel.shards import Shards
 from m2t_accel.sources import load_images
 

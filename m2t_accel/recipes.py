@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
-import math
 import os
-import re
 import tempfile
-import textwrap
-import types
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import yaml
 
-
-class ConfigurationError(ValueError):
-    """What a user gave cannot be run. Its message is one line: what was given, what is allowed, what to type."""
-
+from m2t_accel.settings import ConfigurationError, check_limits, convert_all, did_you_mean, is_hub_id, setting
 
 # Encoders by name: arguments of transformers.ResNetConfig. All but the last are the standard ResNets.
 ENCODERS: Mapping[str, Mapping[str, object]] = {
@@ -44,15 +35,6 @@ ENCODERS: Mapping[str, Mapping[str, object]] = {
         "layer_type": "basic",
     },
 }
-
-
-def setting(default: object, help: str, **limits: object):
-    """A field of PretrainConfig: its default, its line in `--help`, and its limits.
-
-    limits: `at_least`, `at_most`, `above`, `below` (numbers; of a tuple, each item) and `choices`. A `heading`
-    begins a group in `--help`.
-    """
-    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,77 +282,6 @@ RECIPES: Mapping[str, Recipe] = {
 }
 
 
-# --- values and their limits
-
-
-def check_limits(name: str, value: object, limits: Mapping[str, object]) -> None:
-    if value is None:
-        return
-    if "choices" in limits and value not in limits["choices"]:
-        raise ConfigurationError(
-            f"--{name} {value}: unknown{did_you_mean(value, limits['choices'])}; one of {', '.join(limits['choices'])}"
-        )
-    for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, float) and not math.isfinite(number):
-            raise ConfigurationError(f"--{name} {number}: not a finite number")
-        for limit, holds, words in (
-            ("at_least", lambda a, b: a >= b, "at least"),
-            ("at_most", lambda a, b: a <= b, "at most"),
-            ("above", lambda a, b: a > b, "more than"),
-            ("below", lambda a, b: a < b, "less than"),
-        ):
-            if limit in limits and not holds(number, limits[limit]):
-                raise ConfigurationError(f"--{name} {number:g} is out of range: {words} {limits[limit]:g} is allowed")
-
-
-def convert(name: str, kind: object, value: object) -> object:
-    """A flag's text or a YAML value as the type of the setting `name`; one path, so that both read alike.
-
-    Raises:
-        ConfigurationError: the value is not of that type.
-    """
-    if isinstance(kind, types.UnionType):  # the only unions here are `something | None`
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-            return None
-        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
-    if typing.get_origin(kind) is tuple:
-        kinds = typing.get_args(kind)
-        if not isinstance(value, list | tuple) or len(value) != len(kinds):
-            shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
-            raise ConfigurationError(f"--{name} {shown}: {len(kinds)} numbers are needed")
-        return tuple(convert(name, k, v) for k, v in zip(kinds, value, strict=True))
-    words = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}[kind]
-    if not isinstance(value, str | int | float):
-        raise ConfigurationError(f"--{name} {value}: {words} is needed")
-    if kind is str and (not str(value) or "\0" in str(value)):
-        raise ConfigurationError(f"--{name} is empty: leave it out, or give it a value")
-    if kind is bool:
-        if str(value).lower() not in ("true", "false"):
-            raise ConfigurationError(f"--{name} {value}: {words} is needed")
-        return str(value).lower() == "true"
-    try:
-        return kind(str(value))  # str first: int(1.5) and int(True) would pass in silence
-    except ValueError:
-        raise ConfigurationError(f"--{name} {value}: {words} is needed") from None
-
-
-def did_you_mean(word: object, words: typing.Iterable[str]) -> str:
-    """`, did you mean NEAREST?`, or nothing where no word is near."""
-    by_lower = {w.lower(): w for w in words}
-    near = difflib.get_close_matches(str(word).lower(), by_lower, n=1, cutoff=0.5)
-    return f", did you mean {by_lower[near[0]]}?" if near else ""
-
-
-def in_short(error: Exception) -> str:
-    """A library's error as part of a line: its type and the beginning of what it says."""
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" …").rstrip(".")
-
-
-def is_hub_id(text: str) -> bool:
-    """Whether the text has the form of a Hub id, USER/NAME."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
-
-
 # --- from settings to a configuration
 
 
@@ -380,11 +291,7 @@ def build_config(given: Mapping[str, object]) -> PretrainConfig:
     Raises:
         ConfigurationError: an unknown recipe or setting, or a value that is not allowed.
     """
-    hints = typing.get_type_hints(PretrainConfig)
-    for name in given:
-        if name not in hints:
-            raise ConfigurationError(f"unknown setting {name}{did_you_mean(name, hints)}; --help lists them all")
-    converted = {name: convert(name, hints[name], value) for name, value in given.items()}
+    converted = convert_all(PretrainConfig, given)
     recipe = converted.get("recipe", "digits")
     if recipe not in RECIPES:
         raise ConfigurationError(

@@ -14,7 +14,7 @@ from datasets import Dataset, Features
 from pyarrow import parquet
 
 from m2t_accel.index import READERS, index_parquet, open_shard, read_footer, unreadable_shard
-from m2t_accel.recipes import ConfigurationError, in_short
+from m2t_accel.settings import ConfigurationError, in_short
 
 TAR_RUN = 64  # images of a tar that are read at once: of ImageNet's, 7 MB
 ATTEMPTS = 5  # at reading from a network, with 1, 2, 4 and 8 seconds between them

@@ -18,7 +18,8 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from pyarrow import compute
 
 from m2t_accel.index import IMAGE_EXTENSIONS, SHARD_EXTENSIONS, find_files, index_tars
-from m2t_accel.recipes import ConfigurationError, PretrainConfig, did_you_mean, in_short
+from m2t_accel.recipes import PretrainConfig
+from m2t_accel.settings import ConfigurationError, did_you_mean, in_short
 from m2t_accel.shards import ParquetShards, Shards, TarShards
 
 TRAIN_NAMES = ("train", "training")

@@ -8,7 +8,8 @@ The views are those of recipe 8x2080Ti-b256-100ep unless another is given; no ac
 import argparse
 
 from m2t_accel.command_line import errors_in_one_line, parse_with_options
-from m2t_accel.recipes import ConfigurationError, check_inputs
+from m2t_accel.recipes import check_inputs
+from m2t_accel.settings import ConfigurationError
 
 
 def main() -> None:

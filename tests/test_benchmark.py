@@ -6,7 +6,8 @@ from conftest import natural_image, write_parquet
 from PIL import Image
 
 from m2t_accel import benchmark
-from m2t_accel.recipes import ConfigurationError, build_config
+from m2t_accel.recipes import build_config
+from m2t_accel.settings import ConfigurationError
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ import yaml
 
 from m2t_accel import command_line, recipes
 from m2t_accel.command_line import errors_in_one_line, parse_command_line
-from m2t_accel.recipes import RECIPES, ConfigurationError, build_config
+from m2t_accel.recipes import RECIPES, build_config
+from m2t_accel.settings import ConfigurationError
 
 
 def parse(*arguments):

@@ -11,7 +11,8 @@ from conftest import write_image, write_parquet, write_tar
 
 from m2t_accel import data, order
 from m2t_accel.order import permuted
-from m2t_accel.recipes import ConfigurationError, build_config
+from m2t_accel.recipes import build_config
+from m2t_accel.settings import ConfigurationError
 from m2t_accel.sources import load_images
 
 

@@ -6,7 +6,7 @@ import pytest
 from conftest import write_image, write_tar
 
 from m2t_accel import index
-from m2t_accel.recipes import ConfigurationError
+from m2t_accel.settings import ConfigurationError
 
 
 @pytest.fixture

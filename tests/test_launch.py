@@ -9,7 +9,7 @@ from conftest import ROOT, tiny, write_image
 from safetensors.torch import load_file
 
 from m2t_accel.launch import Promise, check_launch, read_promise
-from m2t_accel.recipes import ConfigurationError
+from m2t_accel.settings import ConfigurationError
 
 CONFIGS = ROOT / "accelerate_configs"
 PROMISED = {  # processes, machines, on the CPU, mixed precision

@@ -16,7 +16,7 @@ from m2t_accel.model import (
     plain_encoder,
 )
 from m2t_accel.momentum_norm import MomentumBatchNorm
-from m2t_accel.recipes import ConfigurationError
+from m2t_accel.settings import ConfigurationError
 
 
 def small_student():

@@ -23,7 +23,8 @@ from m2t_accel.monitor import duration
 from m2t_accel.order import permuted
 from m2t_accel.photometry import photometry
 from m2t_accel.pretrain import pretrain
-from m2t_accel.recipes import ConfigurationError, build_config
+from m2t_accel.recipes import build_config
+from m2t_accel.settings import ConfigurationError
 from m2t_accel.sources import load_images
 
 

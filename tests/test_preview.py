@@ -4,7 +4,8 @@ from conftest import write_image, write_parquet
 from PIL import Image
 
 from m2t_accel.preview import draw_preview
-from m2t_accel.recipes import ConfigurationError, build_config
+from m2t_accel.recipes import build_config
+from m2t_accel.settings import ConfigurationError
 
 
 def settings(dataset, **others):

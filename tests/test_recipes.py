@@ -1,7 +1,8 @@
 import pytest
 
 from m2t_accel import recipes
-from m2t_accel.recipes import RECIPES, ConfigurationError, build_config, check_num_processes, check_output_dir
+from m2t_accel.recipes import RECIPES, build_config, check_num_processes, check_output_dir
+from m2t_accel.settings import ConfigurationError
 
 # --- the table. Source: arXiv 2101.07525; name, batch, per device, optimizer, rate, decay, epochs, top-1, hours
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from conftest import write_parquet, write_tar
 
-from m2t_accel.recipes import ConfigurationError, build_config
+from m2t_accel.recipes import build_config
+from m2t_accel.settings import ConfigurationError
 from m2t_accel.shards import ParquetShards, Shards
 from m2t_accel.sources import load_images
 

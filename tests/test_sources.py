@@ -11,7 +11,8 @@ from pyarrow import parquet
 from m2t_accel import sources
 from m2t_accel.data import read_rows
 from m2t_accel.decode import decode_image
-from m2t_accel.recipes import ConfigurationError, build_config
+from m2t_accel.recipes import build_config
+from m2t_accel.settings import ConfigurationError
 
 
 def settings(dataset, **others):
