@@ -38,7 +38,7 @@ def benchmark_data(config: PretrainConfig, num_images: int, repeats: int, second
     the other, two views, as the published code and most others do it.
     """
     config = dataclasses.replace(
-        config, batch_size=BATCH_SIZE, device_batch_size=BATCH_SIZE, epochs=10**6, validation_fraction=0.0
+        config, batch_size=BATCH_SIZE, device_batch_size=BATCH_SIZE, epochs=10**6, evaluate_every=0
     )
     started = time.perf_counter()
     images = load_images(config).train

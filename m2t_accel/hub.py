@@ -44,7 +44,7 @@ def model_card(config: PretrainConfig, facts: dict[str, str], accuracies: list[f
     """
     name = f"Momentum² Teacher {config.encoder}, {Path(config.dataset).name}"
     results = []
-    knn = "It was not measured: the images have no labels."
+    knn = "It was not measured in this run."
     if accuracies:
         knn = (
             f"Weighted kNN top-1 (k = 20, T = 0.07, features of the teacher's encoder, centre crop) of at most 10 000 "

@@ -32,7 +32,7 @@ def draw_preview(config: PretrainConfig, picture: Path) -> list[str]:
         ConfigurationError: none of the images can be decoded.
     """
     # Two are enough to look at, and nothing is held out.
-    config = dataclasses.replace(config, batch_size=2, device_batch_size=2, validation_fraction=0.0)
+    config = dataclasses.replace(config, batch_size=2, device_batch_size=2, evaluate_every=0)
     data = load_images(config)
     lines = [data.note]
     shown = []

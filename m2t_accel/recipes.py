@@ -122,7 +122,8 @@ class PretrainConfig:
     log_every: int = setting(10, "steps between lines of metrics.jsonl", at_least=1, heading="reports")
     evaluate_every: int | None = setting(
         None,
-        "epochs between kNN evaluations, 0 for never (default: about ten in a run, where labels are)",
+        "epochs between kNN evaluations, 0 for never, and nothing is held out (default: about ten in a run, where "
+        "labels are)",
         at_least=0,
     )
     tracker: str = setting("none", "none or tensorboard", choices=("none", "tensorboard"))

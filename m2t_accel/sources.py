@@ -80,7 +80,7 @@ def load_images(config: PretrainConfig) -> ImageData:
     note = f"{config.dataset}: {len(train):,} images"
     if class_names is not None:
         note += f" of {len(class_names)} classes"
-    if validation is not None:
+    if validation is not None and config.evaluate_every != 0:
         origin = "held out of the training images" if len(train) < num_images else "its own validation split"
         note += f"; kNN is measured on {len(validation):,} others ({origin})"
     if config.streaming and isinstance(train, Dataset):
@@ -104,7 +104,7 @@ def with_held_out(
         return train, None, None
     if validation is not None and "label" in validation.features:
         return train, train, validation
-    if config.validation_fraction == 0:
+    if config.validation_fraction == 0 or config.evaluate_every == 0:
         return train, train, None
     num_held_out = max(1, round(config.validation_fraction * len(train)))
     # Not the run's seed: the figure must not depend on a lucky split. Scattered: files come class by class.
@@ -126,7 +126,7 @@ def streamed(
     for shards in (train, validation):
         if shards is not None:
             shards.column = image
-    if label is None:
+    if label is None or config.evaluate_every == 0:  # what serves evaluation alone would be held in memory
         return train, None, None
     if validation is not None and label not in validation.features:
         validation = None

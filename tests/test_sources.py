@@ -62,10 +62,21 @@ def test_one_split_alone_holds_out_a_part_that_no_seed_changes(image_net, alone)
     assert found[0] == found[1]
 
 
-def test_nothing_is_held_out_when_not_wanted(image_net):
-    images = sources.load_images(settings(image_net / "train", validation_fraction=0))
+@pytest.mark.parametrize("wish", [{"validation_fraction": 0}, {"evaluate_every": 0}])
+def test_nothing_is_held_out_when_not_wanted(image_net, wish):
+    images = sources.load_images(settings(image_net / "train", **wish))
     assert images.validation is None
     assert len(images.train) == 12
+
+
+def test_streaming_holds_no_image_in_memory_for_a_run_without_evaluation(tmp_path, monkeypatch):
+    for name in ("train", "val"):
+        write_parquet(tmp_path / f"{name}.parquet", 0, 100, row_group_size=10)
+    assert sources.load_images(settings(tmp_path, streaming=True)).validation is not None
+    monkeypatch.setattr(sources.ParquetShards, "dataset", None)  # what would read them
+    images = sources.load_images(settings(tmp_path, streaming=True, evaluate_every=0))
+    assert (len(images.train), images.bank, images.validation) == (100, None, None)
+    assert "kNN" not in images.note
 
 
 def test_a_folder_with_only_a_val_folder_in_it_is_that_folder(image_net):
