@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m2t_accel.data_settings import TrainingSettings
 from m2t_accel.recipes import PretrainConfig
 
 VIEW_STREAM = 1  # apart from the stream of the epoch's order in m2t_accel.data
@@ -59,7 +60,7 @@ class Crop(NamedTuple):
     angle: float
 
 
-def draw_crop(uniforms: np.ndarray, height: int, width: int, config: PretrainConfig) -> Crop:
+def draw_crop(uniforms: np.ndarray, height: int, width: int, config: TrainingSettings) -> Crop:
     """A random resized crop of an image of that size, in whole pixels, as torchvision's RandomResizedCrop.
 
     Ten attempts at an area and a ratio that fit, else the largest central box of a permitted ratio. With
@@ -85,13 +86,13 @@ def draw_crop(uniforms: np.ndarray, height: int, width: int, config: PretrainCon
     return Crop((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width, 0.0)
 
 
-def is_turned(config: PretrainConfig) -> bool:
+def is_turned(config: TrainingSettings) -> bool:
     """Whether crops are turned or reach over the edge, so that whole pixels do not do."""
     return config.rotation > 0 or config.crop_scale[1] > 1
 
 
 def view_crop(
-    image: np.ndarray, uniforms: np.ndarray, config: PretrainConfig, out: np.ndarray | None = None
+    image: np.ndarray, uniforms: np.ndarray, config: TrainingSettings, out: np.ndarray | None = None
 ) -> np.ndarray:
     """A random crop of an image (H, W, 3) uint8, as a view (size, size, 3) uint8, written to `out` if given."""
     crop = draw_crop(uniforms, *image.shape[:2], config)

@@ -20,6 +20,7 @@ from torch.utils.data import default_collate
 from torchvision import transforms
 
 from m2t_accel.data import DeviceBatches, Request, TwoViews, create_loader, default_num_workers, read_rows
+from m2t_accel.data_settings import check_enough_images
 from m2t_accel.decode import DecodeError, decode_image, read_bytes
 from m2t_accel.photometry import photometry
 from m2t_accel.recipes import PretrainConfig
@@ -42,6 +43,7 @@ def benchmark_data(config: PretrainConfig, num_images: int, repeats: int, second
     )
     started = time.perf_counter()
     images = load_images(config).train
+    check_enough_images(len(images), config)
     loaded = time.perf_counter()
     batches = DeviceBatches(images, config, 1, 0)
     views = TwoViews(images, config)

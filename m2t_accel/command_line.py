@@ -11,14 +11,18 @@ import dataclasses
 import os
 import sys
 import time
+import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
 from m2t_accel.recipes import RECIPES, PretrainConfig, build_config
-from m2t_accel.settings import ConfigurationError, did_you_mean
+from m2t_accel.settings import ConfigurationError, did_you_mean, fields_by_heading
+
+Settings = TypeVar("Settings")
 
 
 def read_yaml(path: str) -> dict[str, object]:
@@ -39,12 +43,9 @@ def read_yaml(path: str) -> dict[str, object]:
 
 
 def parse_command_line(description: str, arguments: Sequence[str] | None = None) -> PretrainConfig:
-    """The configuration that the command line asks for: recipe, then `--config` file, then flags; later wins.
+    """The configuration of a pretraining run that the command line asks for.
 
-    `--help` and `--recipe list` print and exit.
-
-    Raises:
-        ConfigurationError: an unknown flag, key or recipe, or a value that is not allowed.
+    `--recipe list` prints and exits; else as parse_settings.
     """
     return parse_with_options(description, argparse.ArgumentParser(add_help=False), "digits", arguments)[0]
 
@@ -60,53 +61,87 @@ def parse_with_options(
         f"[{action.option_strings[0]} {action.metavar}]" if action.option_strings else action.metavar
         for action in options._actions
     )
+    return parse_settings(
+        description,
+        f"{own} [--recipe NAME] [--dataset SOURCE] [--output_dir DIR]".strip(),
+        PretrainConfig,
+        lambda given: build_config({"recipe": recipe, **given}),
+        preset="recipe",
+        table=recipe_table,
+        options=options,
+        arguments=arguments,
+    )
+
+
+def parse_settings(
+    description: str,
+    usage: str,
+    kind: type[Settings],
+    build: Callable[[Mapping[str, object]], Settings],
+    preset: str,
+    table: Callable[[], str],
+    options: argparse.ArgumentParser | None = None,
+    arguments: Sequence[str] | None = None,
+) -> tuple[Settings, argparse.Namespace]:
+    """Settings of the dataclass `kind` that the command line asks for, and the script's own options beside them.
+
+    Of a preset (a recipe, a protocol), then of the `--config` file, then of flags; later wins. `preset` is the
+    setting that names it; `--PRESET list` prints the table of all and exits, and so does `--help`.
+
+    Raises:
+        ConfigurationError: an unknown flag, key or preset, or a value that is not allowed.
+    """
     parser = OneLineParser(
-        parents=[options],
-        usage=f"%(prog)s {own} [--recipe NAME] [--dataset SOURCE] [--output_dir DIR] [--config FILE.yaml] "
-        "[--SETTING VALUE]",
+        parents=[options] if options else [],
+        usage=f"%(prog)s {usage} [--config FILE.yaml] [--SETTING VALUE]",
         description=description,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
         epilog="Every setting may also stand in the --config file, as `name: value`; flags win.\n"
-        "The defaults shown are those of the ImageNet recipes; a recipe sets its own.",
+        f"The defaults shown are those for ImageNet; a {preset} sets its own.",
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="settings from a file, such as a run's config.yaml")
-    hints = typing.get_type_hints(PretrainConfig)
-    group = parser
-    for item in dataclasses.fields(PretrainConfig):
-        if "heading" in item.metadata:
-            group = parser.add_argument_group(item.metadata["heading"])
-        is_tuple = isinstance(item.default, tuple)
-        default = " ".join(f"{n:.3g}" for n in item.default) if is_tuple else item.default
-        shown = "" if default is None else f" (default: {default})"
-        kind = typing.get_args(hints[item.name])[0] if typing.get_args(hints[item.name]) else hints[item.name]
-        letter = {int: "N", float: "X", str: "NAME", bool: "true|false"}[kind]
-        group.add_argument(
-            f"--{item.name}",
-            nargs=len(item.default) if is_tuple else "?" if kind is bool else None,
-            **({"const": True} if kind is bool else {}),  # the flag alone
-            metavar=(letter,) * len(item.default) if is_tuple else letter,
-            default=argparse.SUPPRESS,
-            help=(item.metadata["help"] + shown).replace("%", "%%"),
-        )
+    hints = typing.get_type_hints(kind)
+    for heading, fields in fields_by_heading(kind).items():
+        group = parser.add_argument_group(heading)
+        for item in fields:
+            add_flag(group, item, hints[item.name])
     known, unknown = parser.parse_known_args(arguments)
     flags = vars(known)
     if unknown:
         flag = unknown[0].split("=")[0]
         names = [name for action in parser._actions for name in action.option_strings]
         raise ConfigurationError(f"unknown flag {flag}{did_you_mean(flag, names)}; --help lists them all")
-    if flags.get("recipe") == "list":
-        print(recipe_table())
+    if flags.get(preset) == "list":
+        print(table())
         raise SystemExit(0)
-    settings = {item.name for item in dataclasses.fields(PretrainConfig)}
+    settings = {item.name for item in dataclasses.fields(kind)}
     given = argparse.Namespace(**{name: flags.pop(name) for name in flags.keys() - settings - {"config"}})
     path = flags.pop("config")
     from_file = {} if path is None else read_yaml(path)
-    if {"recipe"} <= flags.keys() & from_file.keys() and flags["recipe"] != from_file["recipe"]:
+    if {preset} <= flags.keys() & from_file.keys() and flags[preset] != from_file[preset]:
         raise ConfigurationError(
-            f"--recipe {flags['recipe']} meets `recipe: {from_file['recipe']}` of {path}: give one of them"
+            f"--{preset} {flags[preset]} meets `{preset}: {from_file[preset]}` of {path}: give one of them"
         )
-    return build_config({"recipe": recipe, **from_file, **flags}), given
+    return build({**from_file, **flags}), given
+
+
+def add_flag(group: argparse._ArgumentGroup, item: dataclasses.Field, hint: object) -> None:
+    """The flag of a setting; its text is converted with that of YAML, not here."""
+    if typing.get_origin(hint) is types.UnionType:  # `something | None`
+        hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+    items = typing.get_args(hint)  # of a tuple
+    default = " ".join(f"{n:.3g}" for n in item.default) if isinstance(item.default, tuple) else item.default
+    shown = "" if default is None else f" (default: {default})"
+    letter = {int: "N", float: "X", str: "NAME", bool: "true|false"}[items[0] if items else hint]
+    count = {"nargs": len(items), "metavar": (letter,) * len(items)} if items else {"metavar": letter}
+    if ... in items:  # as many as one likes
+        count = {"nargs": "+", "metavar": letter}
+    if hint is bool:
+        count |= {"nargs": "?", "const": True}  # the flag alone
+    group.add_argument(
+        f"--{item.name}", default=argparse.SUPPRESS, help=(item.metadata["help"] + shown).replace("%", "%%"), **count
+    )
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -30,9 +30,9 @@ from m2t_accel.augment import (
     photometry_parameters,
     view_crop,
 )
+from m2t_accel.data_settings import ImageSettings, TrainingSettings
 from m2t_accel.decode import DecodeError, decode_image
 from m2t_accel.order import PooledOrder, ShuffledOrder, steps_per_epoch
-from m2t_accel.recipes import PretrainConfig
 from m2t_accel.settings import ConfigurationError, in_short
 from m2t_accel.shards import Shards
 
@@ -78,7 +78,7 @@ class DeviceBatches:
     def __init__(
         self,
         images: Dataset | Shards,
-        config: PretrainConfig,
+        config: TrainingSettings,
         num_processes: int,
         process_index: int,
         first_step: int = 0,
@@ -171,7 +171,7 @@ def read_rows(images: Dataset, samples: Sequence[int]) -> list[dict[str, object]
 class TwoViews:
     """A map-style torch dataset whose batch, asked for by a Request, is a ViewBatch."""
 
-    def __init__(self, images: Dataset | Shards, config: PretrainConfig) -> None:
+    def __init__(self, images: Dataset | Shards, config: TrainingSettings) -> None:
         self.images = images
         self.config = config
 
@@ -222,7 +222,7 @@ class CentralViews:
     And those that could not be decoded, whose crops are black.
     """
 
-    def __init__(self, images: Dataset, config: PretrainConfig) -> None:
+    def __init__(self, images: Dataset, config: ImageSettings) -> None:
         self.images = images
         self.config = config
 
@@ -257,7 +257,7 @@ def empty_shared(shape: tuple[int, ...]) -> Tensor:
 # --- from worker to loop
 
 
-def create_loader(dataset: TwoViews | CentralViews, batches, config: PretrainConfig, pin_memory: bool = False):
+def create_loader(dataset: TwoViews | CentralViews, batches, config: ImageSettings, pin_memory: bool = False):
     """A DataLoader of whole batches, in the order of `batches` (an iterable of what the dataset takes).
 
     It is not given to `accelerator.prepare`, which would split the batches a second time: `batches` holds

@@ -25,7 +25,7 @@ from accelerate.utils import (
     gather_object,
 )
 
-from m2t_accel.recipes import PretrainConfig, check_num_processes
+from m2t_accel.data_settings import TrainingSettings, check_num_processes
 from m2t_accel.settings import ConfigurationError
 
 FILES = (
@@ -38,8 +38,10 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)
 Result = TypeVar("Result")
 
 
-def start_accelerator(config: PretrainConfig) -> Accelerator:
-    """The Accelerator of this launch, its gradient accumulation set for the virtual devices.
+def start_accelerator(
+    config: TrainingSettings | None = None, tracker: str = "none", project_dir: str | None = None
+) -> Accelerator:
+    """The Accelerator of this launch; its gradient accumulation is set for the virtual devices where training has them.
 
     Raises:
         ConfigurationError: the launch is not what its file promises, or the processes cannot share the batch.
@@ -47,20 +49,21 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
     num_devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     check_launch(os.environ, num_devices, read_promise(launcher_words()))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    check_num_processes(config, world_size)
+    num_steps = 1
+    if config is not None:
+        check_num_processes(config, world_size)
+        num_steps = config.num_virtual_devices // world_size
     accelerator = Accelerator(
         cpu=wants_cpu(os.environ),
         # As a plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS would override a number.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.num_virtual_devices // world_size, sync_with_dataloader=False
-        ),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=num_steps, sync_with_dataloader=False),
         kwargs_handlers=[
             # The student's running statistics serve nothing; those of the teacher are averaged on commit.
             DistributedDataParallelKwargs(broadcast_buffers=False),
             InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
         ],
-        log_with=None if config.tracker == "none" else config.tracker,
-        project_dir=config.output_dir,
+        log_with=None if tracker == "none" else tracker,
+        project_dir=project_dir,
     )
     if accelerator.num_processes != world_size:
         raise ConfigurationError(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from m2t_accel.recipes import PretrainConfig
+from m2t_accel.data_settings import TrainingSettings
 
 # Apart from one another, and from the views of m2t_accel.augment, which is stream 1.
 ORDER_STREAM, PIECES_STREAM, POOL_STREAM = 0, 2, 3
@@ -62,7 +62,7 @@ class ShuffledOrder:
     A global batch is cut into sub-batches of `device_batch_size`, one for each virtual device.
     """
 
-    def __init__(self, num_samples: int, config: PretrainConfig) -> None:
+    def __init__(self, num_samples: int, config: TrainingSettings) -> None:
         self.num_samples = num_samples
         self.seed = config.seed
         self.size = config.device_batch_size
@@ -98,7 +98,7 @@ class PooledOrder:
     devices, every one of them reads a part of a piece, and throws the rest away.
     """
 
-    def __init__(self, piece_sizes: np.ndarray, config: PretrainConfig) -> None:
+    def __init__(self, piece_sizes: np.ndarray, config: TrainingSettings) -> None:
         self.piece_sizes = piece_sizes
         self.num_samples = int(piece_sizes.sum(dtype=np.int64))
         self.seed = config.seed

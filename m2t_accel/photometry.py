@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from m2t_accel.augment import BRIGHTNESS, CONTRAST, HUE, SATURATION, Photometry
+from m2t_accel.data_settings import ImageSettings
 from m2t_accel.recipes import PretrainConfig
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL and torchvision weigh gray
@@ -32,7 +33,7 @@ def photometry(crops: Tensor, parameters: Photometry, config: PretrainConfig) ->
     return on(crops, parameters, config)
 
 
-def evaluation_view(crops: Tensor, config: PretrainConfig) -> Tensor:
+def evaluation_view(crops: Tensor, config: ImageSettings) -> Tensor:
     """Central views (N, H, W, 3) uint8 as normalised images (N, 3, H, W) float32."""
     return normalise(crops.permute(0, 3, 1, 2).float() / 255, config)
 
@@ -62,7 +63,7 @@ def photometry_batched(crops: Tensor, parameters: Photometry, config: PretrainCo
     return normalise(images, config)
 
 
-def normalise(images: Tensor, config: PretrainConfig) -> Tensor:
+def normalise(images: Tensor, config: ImageSettings) -> Tensor:
     # Numbers, not tensors of them: a copy to a GPU would wait for all that the GPU has yet to do.
     channels = zip(images.unbind(dim=1), config.image_mean, config.image_std, strict=True)
     channels = [(channel - mean) / std for channel, mean, std in channels]

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from m2t_accel import __version__
 from m2t_accel.data import DeviceBatches, TwoViews, ViewBatch, create_loader, dead_workers_in_one_line, read
+from m2t_accel.data_settings import check_enough_images
 from m2t_accel.hub import model_card, save_encoder
 from m2t_accel.launch import command, hardware, on_all_processes, start_accelerator
 from m2t_accel.model import (
@@ -45,11 +46,12 @@ def pretrain(config: PretrainConfig) -> Teacher:
         ConfigurationError: the launch, the images, the encoder or the output folder do not allow the run, and
             nothing has been written; or the loss is no longer finite.
     """
-    accelerator = start_accelerator(config)
+    accelerator = start_accelerator(config, config.tracker, config.output_dir)
     is_main = accelerator.is_main_process
     on_all_processes(accelerator, lambda: check_output_dir(config.output_dir) if is_main else None)
     on_all_processes(accelerator, lambda: check_inputs(config))
     data = on_all_processes(accelerator, lambda: load_images(config))  # the first fills the cache of `datasets`
+    check_enough_images(len(data.train), config)
     check_same_images(accelerator, data)
     config = settle_evaluation(config, data)
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import yaml
-
-from m2t_accel.settings import ConfigurationError, check_limits, convert_all, did_you_mean, is_hub_id, setting
+from m2t_accel.data_settings import TrainingSettings, check_dataset, check_ordered
+from m2t_accel.settings import ConfigurationError, convert_all, did_you_mean, is_hub_id, setting
 
 # Encoders by name: arguments of transformers.ResNetConfig. All but the last are the standard ResNets.
 ENCODERS: Mapping[str, Mapping[str, object]] = {
@@ -38,7 +36,7 @@ ENCODERS: Mapping[str, Mapping[str, object]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class PretrainConfig(TrainingSettings):
     """All settings of a pretraining run, checked. The defaults are the ImageNet ones.
 
     Raises:
@@ -46,11 +44,7 @@ class PretrainConfig:
     """
 
     recipe: str = setting("digits", "name of a recipe; `list` prints them all", heading="the run")
-    dataset: str | None = setting(
-        None, "`digits`, a folder of class folders or of images, of parquet files or of tars, or a Hub id"
-    )
     output_dir: str | None = setting(None, "folder of the run (default: runs/RECIPE)")
-    seed: int = setting(0, "seed of the weights, the order and the views", at_least=0, at_most=2**32 - 1)
 
     encoder: str = setting(
         "resnet50",
@@ -63,25 +57,13 @@ class PretrainConfig:
         0.99, "the teacher's weight momentum at step 0; rises to 1 by a cosine", at_least=0, at_most=1
     )
 
-    epochs: int = setting(100, "passes over the images", at_least=1, heading="training")
-    batch_size: int = setting(1024, "images per optimizer step, over all devices", at_least=2, at_most=2**20)
-    device_batch_size: int | None = setting(
-        None,
-        "images that one BatchNorm sees; batch_size / device_batch_size virtual devices (default: batch_size)",
-        at_least=2,
-    )
-    optimizer: str = setting("sgd", "sgd or lars", choices=("sgd", "lars"))
+    optimizer: str = setting("sgd", "sgd or lars", choices=("sgd", "lars"), heading="training")
     learning_rate_per_256: float = setting(0.05, "peak learning rate for each 256 images of batch_size", above=0)
     warmup_epochs: float = setting(10.0, "epochs of linear warmup from 1e-6, then cosine to 0", at_least=0)
     weight_decay: float = setting(1e-4, "weight decay", at_least=0)
     optimizer_momentum: float = setting(0.9, "momentum of SGD or LARS", at_least=0, below=1)
 
-    image_size: int = setting(224, "side of a view, in pixels", at_least=8, heading="views")
-    crop_scale: tuple[float, float] = setting((0.08, 1.0), "area of a crop as a share of the image's", above=0)
-    crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "width / height of a crop", above=0)
-    rotation: float = setting(0.0, "crops are turned by up to this many degrees", at_least=0, at_most=180)
-    flip_probability: float = setting(0.5, "chance of a horizontal flip", at_least=0, at_most=1)
-    jitter_probability: float = setting(0.8, "chance of colour jitter", at_least=0, at_most=1)
+    jitter_probability: float = setting(0.8, "chance of colour jitter", at_least=0, at_most=1, heading="views")
     brightness: float = setting(0.4, "strength of jitter: factor 1 ± this", at_least=0, at_most=1)
     contrast: float = setting(0.4, "strength of jitter: factor 1 ± this", at_least=0, at_most=1)
     saturation: float = setting(0.2, "strength of jitter: factor 1 ± this", at_least=0, at_most=1)
@@ -94,29 +76,12 @@ class PretrainConfig:
     solarize_probability: tuple[float, float] = setting(
         (0.0, 0.2), "chance of solarization, view 1 and view 2", at_least=0, at_most=1
     )
-    image_mean: tuple[float, float, float] = setting(
-        (0.485, 0.456, 0.406), "mean per channel, 0 to 1", at_least=0, at_most=1
-    )
-    image_std: tuple[float, float, float] = setting(
-        (0.229, 0.224, 0.225), "standard deviation per channel, of 0 to 1", above=0
-    )
-    evaluation_crop: float = setting(
-        0.875, "evaluation sees the centre: this share of the shorter side", above=0, at_most=1
-    )
 
     streaming: bool = setting(
         False, "read parquet files and tars piece by piece from where they are, without a copy", heading="data"
     )
-    image_column: str | None = setting(None, "column of the images (default: found)")
-    label_column: str | None = setting(None, "column of the labels (default: found)")
-    validation_fraction: float = setting(
-        0.1, "labelled images without a validation split: share held out for kNN", at_least=0, at_most=0.5
-    )
     max_bad_fraction: float = setting(
         0.001, "share of images that may be undecodable before the run stops; ten always may", at_least=0, at_most=1
-    )
-    num_workers: int | None = setting(
-        None, "processes that decode images, per device (default: the spare cores, at most 8)", at_least=0
     )
 
     log_every: int = setting(10, "steps between lines of metrics.jsonl", at_least=1, heading="reports")
@@ -129,54 +94,23 @@ class PretrainConfig:
     tracker: str = setting("none", "none or tensorboard", choices=("none", "tensorboard"))
 
     def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            check_limits(item.name, getattr(self, item.name), item.metadata)
-        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ConfigurationError(f"--{name} {low} {high}: the first must not exceed the second")
+        super().__post_init__()
+        check_ordered(self, "blur_sigma")
         if self.warmup_epochs >= self.epochs:
             raise ConfigurationError(
                 f"--warmup_epochs {self.warmup_epochs:g} must be less than --epochs {self.epochs}: "
                 f"add --warmup_epochs {self.epochs / 10:g}"
             )
-        device_batch_size = self.device_batch_size or self.batch_size
-        if self.batch_size % device_batch_size:
-            divisors = [n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0]
-            nearest = min(divisors, key=lambda n: abs(n - device_batch_size))
-            below = self.batch_size // device_batch_size * device_batch_size
-            choices = " or ".join(str(n) for n in (below, below + device_batch_size) if n)
-            raise ConfigurationError(
-                f"--batch_size {self.batch_size} is not a multiple of --device_batch_size {device_batch_size}: "
-                f"use --batch_size {choices}, or --device_batch_size {nearest}"
-            )
-        # A frozen dataclass is written once more here, so that config.yaml shows what was used.
-        object.__setattr__(self, "device_batch_size", device_batch_size)
         object.__setattr__(self, "output_dir", self.output_dir or f"runs/{self.recipe}")
-        if self.dataset is None:
-            raise ConfigurationError(
-                f"recipe {self.recipe} needs --dataset: a folder of class folders (train/ and val/ in it, or "
-                "not), of images, of parquet files or of tars, or a Hub id such as ILSVRC/imagenet-1k"
-            )
-        if self.image_column is not None and self.image_column == self.label_column:
-            raise ConfigurationError(
-                f"--image_column and --label_column are both {self.image_column}: they must differ"
-            )
 
     @property
-    def num_virtual_devices(self) -> int:
-        """Sub-batches of one optimizer step, each with its own BatchNorm statistics."""
-        return self.batch_size // self.device_batch_size
+    def evaluates(self) -> bool:
+        return self.evaluate_every != 0
 
     @property
     def learning_rate(self) -> float:
         """Peak learning rate of the whole batch."""
         return self.learning_rate_per_256 * self.batch_size / 256
-
-    def to_yaml(self) -> str:
-        """The configuration as YAML, in the order of the fields; `--config` reads it back."""
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-        return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)
 
 
 @dataclass(frozen=True)
@@ -310,11 +244,7 @@ def check_inputs(config: PretrainConfig) -> None:
     Raises:
         ConfigurationError: one of them is not.
     """
-    if config.dataset != "digits" and not os.path.exists(config.dataset) and not is_hub_id(config.dataset):
-        raise ConfigurationError(
-            f"--dataset {config.dataset}: no such file or folder; "
-            "give `digits`, a folder that exists, or a Hub id USER/NAME"
-        )
+    check_dataset(config.dataset)
     if config.encoder not in ENCODERS and not os.path.exists(config.encoder) and not is_hub_id(config.encoder):
         raise ConfigurationError(
             f"--encoder {config.encoder}: unknown{did_you_mean(config.encoder, ENCODERS)}; give one of "
@@ -325,29 +255,6 @@ def check_inputs(config: PretrainConfig) -> None:
         raise ConfigurationError(
             f"--tracker {config.tracker} is not installed: type `pip install {config.tracker}`, or leave the flag out"
         )
-
-
-def check_num_processes(config: PretrainConfig, num_processes: int) -> None:
-    """Check that the processes share the virtual devices evenly.
-
-    Raises:
-        ConfigurationError: they do not; the message names process counts and batches that work.
-    """
-    devices = config.num_virtual_devices
-    if devices % num_processes == 0:
-        return
-    counts = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
-    counts += " processes" if devices > 1 else " process"
-    chunk = config.device_batch_size * num_processes
-    below = config.batch_size // chunk * chunk
-    batches = " or ".join(str(n) for n in (below, below + chunk) if n)
-    smaller = f", or --device_batch_size {config.batch_size // num_processes}"
-    fits = config.batch_size % num_processes == 0 and config.batch_size // num_processes >= 2
-    raise ConfigurationError(
-        f"{num_processes} processes cannot share --batch_size {config.batch_size} in sub-batches of "
-        f"--device_batch_size {config.device_batch_size}: use {counts}, "
-        f"or --batch_size {batches}{smaller if fits else ''}"
-    )
 
 
 def check_output_dir(output_dir: str) -> None:

@@ -5,7 +5,9 @@ This module imports no torch, and nothing of the house: every room may raise its
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import inspect
 import math
 import re
 import textwrap
@@ -26,6 +28,16 @@ def setting(default: object, help: str, **limits: object):
     begins a group in `--help`.
     """
     return field(default=default, metadata={"help": help, **limits})
+
+
+def check_all_limits(config: object) -> None:
+    """Check every field of a dataclass of settings.
+
+    Raises:
+        ConfigurationError: a value is out of its limits.
+    """
+    for item in dataclasses.fields(config):
+        check_limits(item.name, getattr(config, item.name), item.metadata)
 
 
 def check_limits(name: str, value: object, limits: Mapping[str, object]) -> None:
@@ -60,6 +72,12 @@ def convert(name: str, kind: object, value: object) -> object:
         kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)
+        if ... in kinds:  # as many as one likes, written one after the other or with commas
+            items = value if isinstance(value, list | tuple) else [value]
+            items = [part for item in items for part in (item.split(",") if isinstance(item, str) else [item])]
+            if not items:
+                raise ConfigurationError(f"--{name} is empty: leave it out, or give it a value")
+            return tuple(convert(name, kinds[0], item) for item in items)
         if not isinstance(value, list | tuple) or len(value) != len(kinds):
             shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
             raise ConfigurationError(f"--{name} {shown}: {len(kinds)} numbers are needed")
@@ -90,6 +108,19 @@ def convert_all(kind: type, given: Mapping[str, object]) -> dict[str, object]:
         if name not in hints:
             raise ConfigurationError(f"unknown setting {name}{did_you_mean(name, hints)}; --help lists them all")
     return {name: convert(name, hints[name], value) for name, value in given.items()}
+
+
+def fields_by_heading(kind: type) -> dict[str, list[dataclasses.Field]]:
+    """The fields of a dataclass of settings in groups, a class's own before those that it inherits."""
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    groups: dict[str, list[dataclasses.Field]] = {}
+    for level in kind.__mro__:
+        heading = ""
+        for name in inspect.get_annotations(level):
+            heading = level.__dataclass_fields__[name].metadata.get("heading", heading)
+            if name in fields:
+                groups.setdefault(heading, []).append(fields.pop(name))
+    return groups
 
 
 # --- words of an error

@@ -17,8 +17,8 @@ import pyarrow.types
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from pyarrow import compute
 
+from m2t_accel.data_settings import ImageSettings
 from m2t_accel.index import IMAGE_EXTENSIONS, SHARD_EXTENSIONS, find_files, index_tars
-from m2t_accel.recipes import PretrainConfig
 from m2t_accel.settings import ConfigurationError, did_you_mean, in_short
 from m2t_accel.shards import ParquetShards, Shards, TarShards
 
@@ -45,11 +45,11 @@ class ImageData:
     note: str  # one line for people: what was found
 
 
-def load_images(config: PretrainConfig) -> ImageData:
+def load_images(config: ImageSettings) -> ImageData:
     """The images of `config.dataset`, and a validation split where there are labels.
 
     Raises:
-        ConfigurationError: there are no images, no such column, or fewer images than one batch.
+        ConfigurationError: there are no images, or no such column.
     """
     remarks: list[str] = []
     if config.dataset == "digits":
@@ -71,18 +71,12 @@ def load_images(config: PretrainConfig) -> ImageData:
         splits = standard_columns({name: splits[name] for name in wanted}, config)
         train, bank, validation = with_held_out(splits[train_name], splits.get(validation_name), config)
     class_names = bank.features["label"].names if bank is not None else None
-    if len(train) < config.batch_size:
-        smaller = f"use --batch_size {len(train) // 2 * 2} --device_batch_size {len(train) // 2 * 2} or smaller"
-        raise ConfigurationError(
-            f"--dataset {config.dataset} has {len(train)} images to train on, fewer than one batch of "
-            f"{config.batch_size}: {smaller if len(train) >= 2 else 'two are the least'}"
-        )
     note = f"{config.dataset}: {len(train):,} images"
     if class_names is not None:
         note += f" of {len(class_names)} classes"
-    if validation is not None and config.evaluate_every != 0:
+    if validation is not None and config.evaluates:
         origin = "held out of the training images" if len(train) < num_images else "its own validation split"
-        note += f"; kNN is measured on {len(validation):,} others ({origin})"
+        note += f"; evaluation on {len(validation):,} others ({origin})"
     if config.streaming and isinstance(train, Dataset):
         if "offset" in train.features:
             train = TarShards(train)
@@ -97,14 +91,14 @@ def load_images(config: PretrainConfig) -> ImageData:
 
 
 def with_held_out(
-    train: Dataset, validation: Dataset | None, config: PretrainConfig
+    train: Dataset, validation: Dataset | None, config: ImageSettings
 ) -> tuple[Dataset, Dataset | None, Dataset | None]:
     """Training images, the same again where they have labels, and validation images, which may be held out of them."""
     if "label" not in train.features:
         return train, None, None
     if validation is not None and "label" in validation.features:
         return train, train, validation
-    if config.validation_fraction == 0 or config.evaluate_every == 0:
+    if config.validation_fraction == 0 or not config.evaluates:
         return train, train, None
     num_held_out = max(1, round(config.validation_fraction * len(train)))
     # Not the run's seed: the figure must not depend on a lucky split. Scattered: files come class by class.
@@ -115,7 +109,7 @@ def with_held_out(
 
 
 def streamed(
-    train: ParquetShards, validation: ParquetShards | None, config: PretrainConfig, remarks: list[str]
+    train: ParquetShards, validation: ParquetShards | None, config: ImageSettings, remarks: list[str]
 ) -> tuple[ParquetShards, Dataset | None, Dataset | None]:
     """Training images as shards and, where they have labels, some of them and of the validation images in memory."""
     image, label = find_columns(train.features, config)
@@ -126,7 +120,7 @@ def streamed(
     for shards in (train, validation):
         if shards is not None:
             shards.column = image
-    if label is None or config.evaluate_every == 0:  # what serves evaluation alone would be held in memory
+    if label is None or not config.evaluates:  # what serves evaluation alone would be held in memory
         return train, None, None
     if validation is not None and label not in validation.features:
         validation = None
@@ -213,7 +207,7 @@ def load_digits() -> dict[str, Dataset]:
 
 
 def load_folder(
-    folder: Path, config: PretrainConfig, remarks: list[str]
+    folder: Path, config: ImageSettings, remarks: list[str]
 ) -> dict[str, Dataset] | dict[str, ParquetShards]:
     """The splits of a folder of image files, of parquet files or of tars.
 
@@ -329,7 +323,7 @@ def files_by_split(files: Sequence[str]) -> dict[str, list[str]]:
     return by_split
 
 
-def load_hub(config: PretrainConfig) -> dict[str, Dataset] | dict[str, ParquetShards]:
+def load_hub(config: ImageSettings) -> dict[str, Dataset] | dict[str, ParquetShards]:
     """The splits of a dataset on the Hub, downloaded to the cache or, with `--streaming`, where they are."""
     if not config.streaming:
         return call_datasets(config, config.dataset)
@@ -345,14 +339,14 @@ def load_hub(config: PretrainConfig) -> dict[str, Dataset] | dict[str, ParquetSh
     return {name: ParquetShards(paths) for name, paths in splits.items()}
 
 
-def call_datasets(config: PretrainConfig, *arguments: object, **options: object) -> dict[str, Dataset]:
+def call_datasets(config: ImageSettings, *arguments: object, **options: object) -> dict[str, Dataset]:
     """`datasets.load_dataset`, its many ways to fail as one line."""
     with datasets_errors(config):
         return dict(datasets.load_dataset(*arguments, **options))
 
 
 @contextlib.contextmanager
-def datasets_errors(config: PretrainConfig) -> Iterator[None]:
+def datasets_errors(config: ImageSettings) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of datasets, huggingface_hub, pyarrow, fsspec, httpx: no common ancestor
@@ -364,7 +358,7 @@ def datasets_errors(config: PretrainConfig) -> Iterator[None]:
         ) from error
 
 
-def find_columns(features: Features, config: PretrainConfig) -> tuple[str, str | None]:
+def find_columns(features: Features, config: ImageSettings) -> tuple[str, str | None]:
     """The columns of images and of labels: those that the flags name, else the usual ones.
 
     Raises:
@@ -388,7 +382,7 @@ def find_columns(features: Features, config: PretrainConfig) -> tuple[str, str |
     return image, label
 
 
-def standard_columns(splits: dict[str, Dataset], config: PretrainConfig) -> dict[str, Dataset]:
+def standard_columns(splits: dict[str, Dataset], config: ImageSettings) -> dict[str, Dataset]:
     """The splits with a column `image`, undecoded, and a ClassLabel column `label` where they have labels.
 
     The first split says what the columns are and which classes there are.
@@ -410,7 +404,7 @@ def standard_columns(splits: dict[str, Dataset], config: PretrainConfig) -> dict
     return standard if label is None else with_class_labels(standard, label, config)
 
 
-def with_class_labels(splits: dict[str, Dataset], column: str, config: PretrainConfig) -> dict[str, Dataset]:
+def with_class_labels(splits: dict[str, Dataset], column: str, config: ImageSettings) -> dict[str, Dataset]:
     """The splits with `label` as one ClassLabel: of class labels, whole numbers from 0, words or booleans.
 
     A split of which a label is missing or negative (the Hub's way to withhold them) loses the column, and so

@@ -8,7 +8,8 @@ accelerate launch --config_file accelerate_configs/8gpu.yaml scripts/pretrain.py
 import os
 
 from m2t_accel.command_line import errors_in_one_line, parse_command_line
-from m2t_accel.recipes import check_inputs, check_num_processes, check_output_dir
+from m2t_accel.data_settings import check_num_processes
+from m2t_accel.recipes import check_inputs, check_output_dir
 
 
 def main() -> None:

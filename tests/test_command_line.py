@@ -114,7 +114,7 @@ BAD = [
         "--batch_size 100 is not a multiple of --device_batch_size 32: use --batch_size 96 or 128, "
         "or --device_batch_size 25",
     ),
-    (["--recipe", "8x2080Ti-b256-100ep"], "recipe 8x2080Ti-b256-100ep needs --dataset: a folder of class folders"),
+    (["--recipe", "8x2080Ti-b256-100ep"], "--dataset is needed: a folder of class folders"),
     (["--dataset", ""], "--dataset is empty: leave it out, or give it a value"),
     (["--config", ""], "--config : cannot be read"),
     (["--seed", 2**32], "--seed 4.29497e+09 is out of range"),

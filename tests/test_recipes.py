@@ -1,7 +1,7 @@
 import pytest
 
 from m2t_accel import recipes
-from m2t_accel.recipes import RECIPES, build_config, check_num_processes, check_output_dir
+from m2t_accel.recipes import RECIPES, build_config, check_output_dir
 from m2t_accel.settings import ConfigurationError
 
 # --- the table. Source: arXiv 2101.07525; name, batch, per device, optimizer, rate, decay, epochs, top-1, hours
@@ -66,20 +66,6 @@ def test_a_tracker_that_is_not_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match=r"tensorboard is not installed: type `pip install tensorboard`"):
         recipes.check_inputs(config)
-
-
-def test_processes_that_do_not_divide_the_batch():
-    config = build_config({"recipe": "8x2080Ti-b256-100ep", "dataset": "digits"})
-    for number in (1, 2, 4, 8):
-        check_num_processes(config, number)
-    with pytest.raises(ConfigurationError) as caught:
-        check_num_processes(config, 3)
-    assert str(caught.value) == (
-        "3 processes cannot share --batch_size 256 in sub-batches of --device_batch_size 32: use 1, 2, 4, 8 "
-        "processes, or --batch_size 192 or 288"
-    )
-    with pytest.raises(ConfigurationError, match=r"or --batch_size 512, or --device_batch_size 16$"):
-        check_num_processes(config, 16)
 
 
 def test_an_output_folder_that_holds_a_run_or_cannot_be(tmp_path):

@@ -8,7 +8,7 @@ from conftest import ROOT
 # From the foundation up. settings comes first: it imports nothing of the house, and everyone may say what a
 # user did wrong.
 ROOMS = (
-    *("settings", "recipes", "command_line", "launch", "schedules", "momentum_norm", "model", "optim"),
+    *("settings", "data_settings", "recipes", "command_line", "launch", "schedules", "momentum_norm", "model", "optim"),
     *("augment", "photometry", "decode", "order", "index", "shards", "sources", "data"),
     *("checkpoint", "monitor", "hub", "pretrain", "probe", "benchmark", "preview"),
 )
