@@ -78,15 +78,15 @@ def parse_settings(
     usage: str,
     kind: type[Settings],
     build: Callable[[Mapping[str, object]], Settings],
-    preset: str,
-    table: Callable[[], str],
+    preset: str = "",
+    table: Callable[[], str] | None = None,
     options: argparse.ArgumentParser | None = None,
     arguments: Sequence[str] | None = None,
 ) -> tuple[Settings, argparse.Namespace]:
     """Settings of the dataclass `kind` that the command line asks for, and the script's own options beside them.
 
     Of a preset (a recipe, a protocol), then of the `--config` file, then of flags; later wins. `preset` is the
-    setting that names it; `--PRESET list` prints the table of all and exits, and so does `--help`.
+    setting that names it, where there are any; `--PRESET list` prints the table of all and exits, and so does `--help`.
 
     Raises:
         ConfigurationError: an unknown flag, key or preset, or a value that is not allowed.
@@ -97,8 +97,8 @@ def parse_settings(
         description=description,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
-        epilog="Every setting may also stand in the --config file, as `name: value`; flags win.\n"
-        f"The defaults shown are those for ImageNet; a {preset} sets its own.",
+        epilog="Every setting may also stand in the --config file, as `name: value`; flags win."
+        + (f"\nThe defaults shown are those for ImageNet; a {preset} sets its own." if preset else ""),
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="settings from a file, such as a run's config.yaml")
     hints = typing.get_type_hints(kind)
@@ -112,7 +112,7 @@ def parse_settings(
         flag = unknown[0].split("=")[0]
         names = [name for action in parser._actions for name in action.option_strings]
         raise ConfigurationError(f"unknown flag {flag}{did_you_mean(flag, names)}; --help lists them all")
-    if flags.get(preset) == "list":
+    if table is not None and flags.get(preset) == "list":
         print(table())
         raise SystemExit(0)
     settings = {item.name for item in dataclasses.fields(kind)}

@@ -7,6 +7,7 @@ and are applied on the training device (`m2t_accel.photometry`).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import time
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from m2t_accel.augment import (
+    FLIP,
     NUM_UNIFORMS,
     Photometry,
     central_view,
@@ -31,7 +33,7 @@ from m2t_accel.augment import (
     view_crop,
 )
 from m2t_accel.data_settings import ImageSettings, TrainingSettings
-from m2t_accel.decode import DecodeError, decode_image
+from m2t_accel.decode import DecodeError, decode_bytes, decode_image, read_bytes
 from m2t_accel.order import PooledOrder, ShuffledOrder, steps_per_epoch
 from m2t_accel.settings import ConfigurationError, in_short
 from m2t_accel.shards import Shards
@@ -56,10 +58,10 @@ class BadImage(NamedTuple):
 
 
 class ViewBatch(NamedTuple):
-    """Two views of N images, not yet coloured: view 1 of all images, then view 2 of all."""
+    """Two views of N images, not yet coloured: view 1 of all images, then view 2 of all. Or one, not yet flipped."""
 
-    crops: Tensor  # (2 N, H, W, 3) uint8
-    photometry: Photometry  # of 2 N views
+    crops: Tensor  # (2 N, H, W, 3) uint8, or (N, H, W, 3)
+    photometry: Photometry | Tensor  # of 2 N views, or flips (N,) bool
     samples: Tensor  # (N,) int64: whose views they are
     bad: tuple[BadImage, ...] = ()  # those in whose place others are shown
 
@@ -171,6 +173,8 @@ def read_rows(images: Dataset, samples: Sequence[int]) -> list[dict[str, object]
 class TwoViews:
     """A map-style torch dataset whose batch, asked for by a Request, is a ViewBatch."""
 
+    num_views = 2
+
     def __init__(self, images: Dataset | Shards, config: TrainingSettings) -> None:
         self.images = images
         self.config = config
@@ -183,10 +187,10 @@ class TwoViews:
         random numbers of the place: an epoch stays a function of the seed and the files.
         """
         size, num_images = self.config.image_size, len(request.samples)
-        crops = empty_shared((2, num_images, size, size, 3))
-        uniforms = np.empty((2, num_images, NUM_UNIFORMS))
+        crops = empty_shared((self.num_views, num_images, size, size, 3))
+        uniforms = np.empty((self.num_views, num_images, NUM_UNIFORMS))
         for i, sample in enumerate(request.samples.tolist()):
-            for view in range(2):
+            for view in range(self.num_views):
                 uniforms[view, i] = draw_uniforms(self.config.seed, request.epoch, sample, view)
         images = read_rows(self.images, request.samples) if request.images is None else request.images
         places = crops.numpy()  # a slice of it costs a tenth of a tensor's
@@ -202,25 +206,43 @@ class TwoViews:
                 other = next(j % num_images for j in range(i + 1, i + num_images) if j % num_images not in broken)
                 self.cut(images[other], uniforms[:, i], places[:, i])
                 shown[i] = request.samples[other]
-        views = np.repeat([0, 1], num_images)
         return ViewBatch(
             crops=crops.view(-1, size, size, 3),
-            photometry=photometry_parameters(uniforms.reshape(-1, NUM_UNIFORMS), views, self.config),
+            photometry=self.parameters(uniforms),
             samples=torch.from_numpy(shown),
             bad=tuple(image for _, image in bad),
         )
 
     def cut(self, image: Mapping[str, object], uniforms: np.ndarray, crops: np.ndarray) -> None:
         pixels = decode_image(image)
-        for view in range(2):
+        for view in range(self.num_views):
             view_crop(pixels, uniforms[view], self.config, out=crops[view])
+
+    def parameters(self, uniforms: np.ndarray) -> Photometry | Tensor:
+        """What is left to do on the device, of views with these random numbers (views, N, NUM_UNIFORMS)."""
+        views = np.repeat([0, 1], uniforms.shape[1])
+        return photometry_parameters(uniforms.reshape(-1, NUM_UNIFORMS), views, self.config)
+
+
+class FlippedCrops(TwoViews):
+    """As TwoViews, but of each image one crop, with no change but a flip; for training with labels."""
+
+    num_views = 1
+
+    def parameters(self, uniforms: np.ndarray) -> Tensor:
+        return torch.from_numpy(uniforms[0, :, FLIP] < self.config.flip_probability)
+
+
+class CentralBatch(NamedTuple):
+    """What evaluation sees of N images; the crops of those that cannot be decoded are black."""
+
+    crops: Tensor  # (N, H, W, 3) uint8
+    digests: Tensor  # (N,) int64: of their files
+    bad: list[BadImage]
 
 
 class CentralViews:
-    """A map-style torch dataset whose batch, asked for by samples, is their evaluation crops (N, H, W, 3) uint8.
-
-    And those that could not be decoded, whose crops are black.
-    """
+    """A map-style torch dataset whose batch, asked for by samples, is a CentralBatch."""
 
     def __init__(self, images: Dataset, config: ImageSettings) -> None:
         self.images = images
@@ -229,15 +251,17 @@ class CentralViews:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, samples: Sequence[int]) -> tuple[Tensor, list[BadImage]]:
+    def __getitems__(self, samples: Sequence[int]) -> CentralBatch:
         size, bad = self.config.image_size, []
-        crops = np.zeros((len(samples), size, size, 3), np.uint8)
+        crops, digests = np.zeros((len(samples), size, size, 3), np.uint8), np.zeros(len(samples), np.int64)
         for i, row in enumerate(read_rows(self.images, samples)):
             try:
-                crops[i] = central_view(decode_image(row), size, self.config.evaluation_crop)
+                content = read_bytes(row)
+                digests[i] = int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
+                crops[i] = central_view(decode_bytes(content), size, self.config.evaluation_crop)
             except DecodeError as error:
                 bad.append(BadImage(int(samples[i]), describe(row), str(error)))
-        return torch.from_numpy(crops), bad
+        return CentralBatch(torch.from_numpy(crops), torch.from_numpy(digests), bad)
 
 
 def describe(image: Mapping[str, object]) -> str:

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import psutil
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
@@ -49,6 +50,7 @@ def start_accelerator(
     num_devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     check_launch(os.environ, num_devices, read_promise(launcher_words()))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    transformers.logging.disable_progress_bar()  # of each file of weights that it reads or writes
     num_steps = 1
     if config is not None:
         check_num_processes(config, world_size)
@@ -149,6 +151,22 @@ def on_all_processes(accelerator: Accelerator, action: Callable[[], Result]) -> 
         if other is not None:
             raise ConfigurationError(other)
     return result
+
+
+def check_same_images(accelerator: Accelerator, note: str) -> None:
+    """Check that all processes found the same images, told by their note: each machine may have a copy of its own.
+
+    A collective call.
+
+    Raises:
+        ConfigurationError: they did not; the same on every process.
+    """
+    found = gather_object([note])
+    other = next((other for other in found if other != found[0]), None)
+    if other is not None:
+        raise ConfigurationError(
+            f"the machines have different images ({found[0]}; but elsewhere {other}): give all the same copy"
+        )
 
 
 def launcher_words() -> list[str] | None:

@@ -142,8 +142,12 @@ def create_student(
 
 
 def plain_encoder(encoder: PreTrainedModel) -> PreTrainedModel:
-    """The teacher's encoder as a stock transformers model, its history as running statistics, in evaluation."""
+    """The teacher's encoder as a stock transformers model, its history as running statistics, in evaluation.
+
+    Its config.json says that it is the teacher's, for evaluations to tell.
+    """
     config: PretrainedConfig = copy.deepcopy(encoder.config)
+    config.momentum2_teacher = {"network": "teacher"}
     plain = type(encoder)(config)
     plain.load_state_dict(encoder.state_dict(), strict=True)
     return plain.eval()

@@ -13,14 +13,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from datasets import Dataset
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
-from m2t_accel.data import BadImage, CentralViews, create_loader, read
-from m2t_accel.model import embed
-from m2t_accel.photometry import evaluation_view
+from m2t_accel.data import BadImage
+from m2t_accel.features import measure_knn
 from m2t_accel.recipes import PretrainConfig
 from m2t_accel.settings import ConfigurationError
 from m2t_accel.sources import ImageData
@@ -28,9 +25,6 @@ from m2t_accel.sources import ImageData
 # kNN during training is a sign of health, not a result: on large sets an even sample is enough for it.
 MAX_KNN_BANK = 50_000
 MAX_KNN_QUERIES = 10_000
-KNN_NEIGHBOURS = 20
-KNN_TEMPERATURE = 0.07
-EVALUATION_BATCH_SIZE = 128
 MIN_BAD_ALLOWED = 10  # undecodable images, whatever their share
 MAX_BAD_TOLD = 10  # of them on the screen; all are in bad_images.jsonl
 
@@ -44,25 +38,6 @@ def embedding_std(embeddings: Tensor) -> Tensor:
     return embeddings.std(dim=0).mean() * math.sqrt(embeddings.shape[1])
 
 
-def knn_accuracy(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, num_classes: int, chunk: int = 1024
-) -> float:
-    """Share of the queries that a vote of their 20 nearest in the bank, weighted by exp(cosine / 0.07), gets right.
-
-    bank (M, C) and queries (N, C): features of any norm; labels (M,) and (N,) int64.
-    Source: Wu et al. (arXiv 1805.01978), section 3.4.
-    """
-    bank, queries = functional.normalize(bank, dim=1), functional.normalize(queries, dim=1)
-    num_correct = 0
-    for start in range(0, len(queries), chunk):
-        similarity = queries[start : start + chunk] @ bank.T
-        nearest, indices = similarity.topk(min(KNN_NEIGHBOURS, len(bank)), dim=1)
-        votes = torch.zeros(len(nearest), num_classes, dtype=nearest.dtype, device=nearest.device)
-        votes.scatter_add_(1, bank_labels[indices], (nearest / KNN_TEMPERATURE).exp())
-        num_correct += (votes.argmax(dim=1) == labels[start : start + chunk]).sum().item()
-    return num_correct / len(queries)
-
-
 class KnnMonitor:
     """kNN accuracy of an encoder on the held-out images."""
 
@@ -71,59 +46,18 @@ class KnnMonitor:
         self.accelerator = accelerator
         self.num_classes = len(data.class_names)
         self.told = False
-        self.parts = []
-        for images, limit in ((data.bank, MAX_KNN_BANK), (data.validation, MAX_KNN_QUERIES)):
-            if len(images) > limit:
-                images = images.select(np.linspace(0, len(images) - 1, limit).astype(int))
-            labels = torch.tensor(images.with_format("numpy")["label"][:], device=accelerator.device)
-            self.parts.append((images, labels))
+        self.bank, self.queries = (
+            images.select(np.linspace(0, len(images) - 1, limit).astype(int)) if len(images) > limit else images
+            for images, limit in ((data.bank, MAX_KNN_BANK), (data.validation, MAX_KNN_QUERIES))
+        )
 
     def measure(self, encoder: nn.Module) -> float:
         """Top-1 accuracy in evaluation mode, from 0 to 1, of what can be decoded; the same on every process."""
-        (bank_images, bank_labels_all), (query_images, query_labels_all) = self.parts
-        bank, decoded = embed_images(encoder, bank_images, self.config, self.accelerator)
-        bank, bank_labels = bank[decoded], bank_labels_all[decoded]
-        queries, decoded = embed_images(encoder, query_images, self.config, self.accelerator)
-        queries, query_labels = queries[decoded], query_labels_all[decoded]
-        if not len(bank) or not len(queries):
-            raise ConfigurationError(
-                f"--dataset {self.config.dataset}: of the images that kNN is measured with, none can be decoded; "
-                "use --evaluate_every 0"
-            )
-        num_broken = len(bank_labels_all) - len(bank_labels) + len(query_labels_all) - len(query_labels)
-        if num_broken and not self.told:
+        result = measure_knn(encoder, self.bank, self.queries, self.num_classes, self.config, self.accelerator)
+        if result.num_broken and not self.told:
             self.told = True
-            self.accelerator.print(f"kNN is measured without {num_broken} images that cannot be decoded")
-        return knn_accuracy(bank, bank_labels, queries, query_labels, self.num_classes)
-
-
-@torch.no_grad()
-def embed_images(
-    encoder: nn.Module, images: Dataset, config: PretrainConfig, accelerator: Accelerator
-) -> tuple[Tensor, Tensor]:
-    """Features (N, C) float32 of N images in their order, in evaluation mode, computed by all processes together.
-
-    And which of them could be decoded, (N,) bool.
-
-    A collective call; every process gets all features. The encoder is left in the mode it came in.
-    """
-    # Each process takes a run of images; the last ones are filled up to the same length, and cut after the gather.
-    share = math.ceil(len(images) / accelerator.num_processes)
-    mine = [min(share * accelerator.process_index + i, len(images) - 1) for i in range(share)]
-    batches = [mine[start : start + EVALUATION_BATCH_SIZE] for start in range(0, share, EVALUATION_BATCH_SIZE)]
-    loader = create_loader(CentralViews(images, config), batches, config)
-    parameter = next(encoder.parameters())
-    was_training = encoder.training
-    encoder.eval()
-    features, decoded = [], []
-    for samples, (crops, bad) in zip(batches, read(loader), strict=True):
-        inputs = evaluation_view(crops.to(accelerator.device), config).to(parameter.dtype)
-        with accelerator.autocast():
-            features.append(embed(encoder, inputs).float())
-        broken = {image.sample: image for image in bad}
-        decoded.append(torch.tensor([sample not in broken for sample in samples], device=accelerator.device))
-    encoder.train(was_training)
-    return tuple(accelerator.gather(torch.cat(parts))[: len(images)] for parts in (features, decoded))
+            self.accelerator.print(f"kNN is measured without {result.num_broken} images that cannot be decoded")
+        return result.accuracies[20]
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, float]]:

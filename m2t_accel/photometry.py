@@ -38,6 +38,11 @@ def evaluation_view(crops: Tensor, config: ImageSettings) -> Tensor:
     return normalise(crops.permute(0, 3, 1, 2).float() / 255, config)
 
 
+def flipped_view(crops: Tensor, flip: Tensor, config: ImageSettings) -> Tensor:
+    """Crops (N, H, W, 3) uint8, mirrored where `flip` (N,) bool is true, as normalised images (N, 3, H, W) float32."""
+    return evaluation_view(torch.where(per_image(flip), crops.flip(2), crops), config)
+
+
 def uses_jitter(config: PretrainConfig) -> bool:
     strengths = (config.brightness, config.contrast, config.saturation, config.hue)
     return config.jitter_probability > 0 and any(strengths)

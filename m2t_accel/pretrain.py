@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device, set_seed
+from accelerate.utils import send_to_device, set_seed
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -18,7 +18,7 @@ from m2t_accel import __version__
 from m2t_accel.data import DeviceBatches, TwoViews, ViewBatch, create_loader, dead_workers_in_one_line, read
 from m2t_accel.data_settings import check_enough_images
 from m2t_accel.hub import model_card, save_encoder
-from m2t_accel.launch import command, hardware, on_all_processes, start_accelerator
+from m2t_accel.launch import check_same_images, command, hardware, on_all_processes, start_accelerator
 from m2t_accel.model import (
     Student,
     Teacher,
@@ -52,7 +52,7 @@ def pretrain(config: PretrainConfig) -> Teacher:
     on_all_processes(accelerator, lambda: check_inputs(config))
     data = on_all_processes(accelerator, lambda: load_images(config))  # the first fills the cache of `datasets`
     check_enough_images(len(data.train), config)
-    check_same_images(accelerator, data)
+    check_same_images(accelerator, data.note)
     config = settle_evaluation(config, data)
 
     set_seed(config.seed)
@@ -142,20 +142,6 @@ def train_step(
 
 
 # --- the start
-
-
-def check_same_images(accelerator: Accelerator, data: ImageData) -> None:
-    """Check that all processes found the same images: each machine may have a copy of its own.
-
-    Raises:
-        ConfigurationError: they did not; the same on every process.
-    """
-    found = gather_object([data.note])
-    other = next((note for note in found if note != found[0]), None)
-    if other is not None:
-        raise ConfigurationError(
-            f"the machines have different images ({found[0]}; but elsewhere {other}): give all the same copy"
-        )
 
 
 def settle_evaluation(config: PretrainConfig, data: ImageData) -> PretrainConfig:

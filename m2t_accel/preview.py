@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from m2t_accel.augment import BRIGHTNESS, CONTRAST, HUE, SATURATION, draw_crop, draw_uniforms
 from m2t_accel.data import Request, TwoViews, describe, read_rows
+from m2t_accel.data_settings import check_enough_images
 from m2t_accel.decode import DecodeError, decode_image
 from m2t_accel.order import PooledOrder, ShuffledOrder
 from m2t_accel.photometry import photometry
@@ -34,6 +35,7 @@ def draw_preview(config: PretrainConfig, picture: Path) -> list[str]:
     # Two are enough to look at, and nothing is held out.
     config = dataclasses.replace(config, batch_size=2, device_batch_size=2, evaluate_every=0)
     data = load_images(config)
+    check_enough_images(len(data.train), config)
     lines = [data.note]
     shown = []
     for sample, image in first_images(data.train, config):

@@ -111,16 +111,19 @@ def convert_all(kind: type, given: Mapping[str, object]) -> dict[str, object]:
 
 
 def fields_by_heading(kind: type) -> dict[str, list[dataclasses.Field]]:
-    """The fields of a dataclass of settings in groups, a class's own before those that it inherits."""
+    """The fields of a dataclass of settings in groups, a class's own before those that it inherits.
+
+    The group `the run` comes first.
+    """
     fields = {item.name: item for item in dataclasses.fields(kind)}
-    groups: dict[str, list[dataclasses.Field]] = {}
+    groups: dict[str, list[dataclasses.Field]] = {"the run": []}
     for level in kind.__mro__:
         heading = ""
         for name in inspect.get_annotations(level):
             heading = level.__dataclass_fields__[name].metadata.get("heading", heading)
             if name in fields:
                 groups.setdefault(heading, []).append(fields.pop(name))
-    return groups
+    return {heading: items for heading, items in groups.items() if items}
 
 
 # --- words of an error

@@ -22,8 +22,13 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="m2t-accel-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # After the variables above: datasets reads them when it is imported.
+import torch  # noqa: E402
 from datasets import ClassLabel, Dataset, Features, Image  # noqa: E402
 from pyarrow import parquet  # noqa: E402
+
+from m2t_accel.data_settings import ImageSettings  # noqa: E402
+from m2t_accel.hub import image_processor  # noqa: E402
+from m2t_accel.model import create_encoder, plain_encoder  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,6 +97,34 @@ def write_tar(path, first, number, labels=True):
                 member = tarfile.TarInfo(f"{first + i:06}.{extension}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    """A run's folder as far as its encoder goes, of random weights."""
+    torch.manual_seed(0)
+    encoder = plain_encoder(create_encoder("resnet10-quarter"))
+    encoder.save_pretrained(tmp_path / "run" / "encoder")
+    settings = ImageSettings(
+        dataset="digits", image_size=16, image_mean=(0.4, 0.5, 0.6), image_std=(0.2, 0.25, 0.3), evaluation_crop=0.8
+    )
+    image_processor(settings).save_pretrained(tmp_path / "run" / "encoder")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def small_images(tmp_path):
+    """Class folders of 42 images to train on and 21 to evaluate with, of three colours and much noise."""
+    rng = np.random.default_rng(0)
+    for split, number in (("train", 14), ("val", 7)):
+        for channel, name in enumerate(("blue", "green", "red")):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = rng.normal(100, 40, (20, 24, 3))
+                pixels[:, :, channel] += 60
+                pixels = np.clip(pixels, 0, 255).astype(np.uint8)
+                cv2.imwrite(str(tmp_path / "images" / split / name / f"{i}.png"), pixels)
+    return tmp_path / "images"
 
 
 @pytest.fixture

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, tiny, write_image
 from safetensors.torch import load_file
 
-from m2t_accel.launch import Promise, check_launch, read_promise
+from m2t_accel.launch import Promise, check_launch, check_same_images, read_promise
 from m2t_accel.settings import ConfigurationError
 
 CONFIGS = ROOT / "accelerate_configs"
@@ -194,3 +195,12 @@ def test_a_launch_is_what_was_promised(environment, num_devices, promise, messag
 )
 def test_what_a_launch_command_promises(words, promise):
     assert read_promise(words) == promise
+
+
+def test_machines_with_different_images_are_refused(monkeypatch):
+    check_same_images(Accelerator(), "digits: 1,437 images")
+    monkeypatch.setattr("m2t_accel.launch.gather_object", lambda found: [*found, "elsewhere: 3 images"])
+    with pytest.raises(
+        ConfigurationError, match=r"different images \(digits: 1,437 images; but elsewhere elsewhere: 3 images"
+    ):
+        check_same_images(Accelerator(), "digits: 1,437 images")

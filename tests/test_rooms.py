@@ -8,9 +8,34 @@ from conftest import ROOT
 # From the foundation up. settings comes first: it imports nothing of the house, and everyone may say what a
 # user did wrong.
 ROOMS = (
-    *("settings", "data_settings", "recipes", "command_line", "launch", "schedules", "momentum_norm", "model", "optim"),
+    *(
+        "settings",
+        "data_settings",
+        "recipes",
+        "protocols",
+        "command_line",
+        "launch",
+        "schedules",
+        "momentum_norm",
+        "model",
+        "optim",
+        "keys",
+        "encoders",
+    ),
     *("augment", "photometry", "decode", "order", "index", "shards", "sources", "data"),
-    *("checkpoint", "monitor", "hub", "pretrain", "probe", "benchmark", "preview"),
+    *(
+        "features",
+        "checkpoint",
+        "monitor",
+        "hub",
+        "pretrain",
+        "metrics",
+        "heads",
+        "evaluation",
+        "probe",
+        "benchmark",
+        "preview",
+    ),
 )
 
 

@@ -2,7 +2,16 @@ import dataclasses
 
 import pytest
 
-from m2t_accel.settings import ConfigurationError, check_limits, convert_all, did_you_mean, in_short, is_hub_id, setting
+from m2t_accel.settings import (
+    ConfigurationError,
+    check_limits,
+    convert_all,
+    did_you_mean,
+    fields_by_heading,
+    in_short,
+    is_hub_id,
+    setting,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +59,35 @@ def test_what_is_not_allowed(given, message):
     with pytest.raises(ConfigurationError) as caught:
         built(**given)
     assert str(caught.value) == message
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoreSettings(Settings):
+    speed: float = setting(1.0, "a number", heading="training")
+    name: str = setting("plain", "a word", choices=("plain", "fancy"), heading="the run")
+    seed: int = setting(0, "a whole number")
+
+
+def test_settings_come_in_groups_a_classs_own_first():
+    groups = fields_by_heading(MoreSettings)
+    names = {heading: [item.name for item in items] for heading, items in groups.items()}
+    assert names == {"the run": ["name", "seed"], "training": ["speed"], "": ["number", "rate", "pair", "switch"]}
+    assert next(iter(names)) == "the run"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ManyNumbers:
+    rates: tuple[float, ...] = setting((0.1,), "numbers", above=0)
+    size: tuple[float, float] | None = setting(None, "two numbers, or none")
+
+
+@pytest.mark.parametrize("given", ["0.1,2", ["0.1,2"], ["0.1", 2], [0.1, "2"]])
+def test_as_many_numbers_as_one_likes(given):
+    assert convert_all(ManyNumbers, {"rates": given}) == {"rates": (0.1, 2.0)}
+    assert convert_all(ManyNumbers, {"size": ["1", 2]}) == {"size": (1.0, 2.0)}
+    assert convert_all(ManyNumbers, {"size": "none", "rates": 3}) == {"size": None, "rates": (3.0,)}
+    with pytest.raises(ConfigurationError, match="--rates fast: a number is needed"):
+        convert_all(ManyNumbers, {"rates": "1,fast"})
 
 
 def test_words_of_an_error():

@@ -1,0 +1,24 @@
+"""Measure an encoder by weighted k-nearest-neighbour classification of labelled images.
+
+python scripts/knn.py --encoder runs/digits --dataset digits
+accelerate launch --config_file accelerate_configs/8gpu.yaml scripts/knn.py \\
+    --encoder runs/imagenet --dataset /data/imagenet
+"""
+
+from m2t_accel.command_line import errors_in_one_line, parse_settings
+from m2t_accel.protocols import KnnConfig, build_knn
+
+
+def main() -> None:
+    with errors_in_one_line():
+        config, _ = parse_settings(__doc__, "--encoder SOURCE --dataset SOURCE", KnnConfig, build_knn)
+        from accelerate import PartialState  # late: torch and transformers take seconds to import
+
+        from m2t_accel.probe import evaluate_knn
+
+        evaluate_knn(config)
+        PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

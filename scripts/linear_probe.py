@@ -1,0 +1,31 @@
+"""Measure an encoder by a linear classifier that is trained on its frozen features.
+
+python scripts/linear_probe.py --encoder runs/digits --dataset digits
+accelerate launch --config_file accelerate_configs/8gpu.yaml scripts/linear_probe.py \\
+    --encoder runs/imagenet --dataset /data/imagenet --protocol byol
+"""
+
+import os
+
+from m2t_accel.command_line import errors_in_one_line, parse_settings
+from m2t_accel.data_settings import check_num_processes
+from m2t_accel.protocols import LinearProbeConfig, build_linear_probe, protocol_table
+
+
+def main() -> None:
+    with errors_in_one_line():
+        usage = "--encoder SOURCE --dataset SOURCE [--protocol NAME] [--output_dir DIR]"
+        config, _ = parse_settings(
+            __doc__, usage, LinearProbeConfig, build_linear_probe, preset="protocol", table=protocol_table
+        )
+        check_num_processes(config, int(os.environ.get("WORLD_SIZE", "1")))
+        from accelerate import PartialState  # late: torch and transformers take seconds to import
+
+        from m2t_accel.probe import evaluate_linear
+
+        evaluate_linear(config)
+        PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
