@@ -6,12 +6,13 @@ import copy
 import json
 import math
 import os
+import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from m2t_accel.keys import from_torchvision, resnet_config
-from m2t_accel.model import embed
+from m2t_accel.model import embed, quiet_transformers
 from m2t_accel.settings import ConfigurationError, in_short
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
@@ -100,16 +101,13 @@ def load_encoder(source: str) -> LoadedEncoder:
 
 
 def load_transformers(source: str, described: Mapping[str, object]) -> LoadedEncoder:
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # what it would report of keys is in the note
     try:
-        model, info = AutoModel.from_pretrained(
-            source, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-        )
+        with quiet_transformers():
+            model, info = AutoModel.from_pretrained(
+                source, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+            )
     except Exception as error:  # a model can be wrong in any way that its code can trip over
         raise ConfigurationError(f"--encoder {source} cannot be loaded ({in_short(error)})") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
     if lacking:
         raise ConfigurationError(
@@ -131,7 +129,7 @@ def load_timm(source: str, described: Mapping[str, object]) -> LoadedEncoder:
             file = Path(source) / "model.safetensors"
         else:
             file = Path(hf_hub_download(source, "model.safetensors"))
-        model, unused = resnet(read_state(file))
+        model, unused = plain_resnet(read_state(file))
         told = described.get("pretrained_cfg") or described
         channels, size, width = told.get("input_size", (3, 224, 224))
         if channels != 3 or size != width:
@@ -151,7 +149,7 @@ def load_file_of_weights(path: Path) -> LoadedEncoder:
     if path.suffix not in WEIGHT_FILES:
         raise ConfigurationError(f"--encoder {path}: a folder, a Hub id, or a file of weights {' '.join(WEIGHT_FILES)}")
     try:
-        model, unused = resnet(read_state(path))
+        model, unused = plain_resnet(read_state(path))
     except ConfigurationError as error:
         raise ConfigurationError(f"--encoder {path}: {error}") from None
     view = View(remark="224 pixels and ImageNet's mean and deviation are assumed")
@@ -195,9 +193,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of pickle, zipfile, torch, safetensors: no common ancestor
-        reason = in_short(error)
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if re.search("Unsupported (global|class)", str(error), re.IGNORECASE):
             reason = "it holds more than tensors, which would have to be executed"
+        else:
+            # What torch says of a file that is no pickle is to load it by executing it.
+            said = "" if isinstance(error, pickle.UnpicklingError) else f" ({in_short(error)})"
+            reason = f"it is none of tensors, or damaged{said}"
         raise ConfigurationError(f"the file cannot be loaded: {reason}") from None
     for name in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
@@ -215,10 +216,20 @@ def resnet(state: Mapping[str, Tensor]) -> tuple[ResNetModel, list[str]]:
     """
     model = ResNetModel(ResNetConfig(**resnet_config(state)))
     mapped, unused = from_torchvision(state, model.state_dict())
+    model.load_state_dict(mapped, strict=True)
+    return model.eval(), unused
+
+
+def plain_resnet(state: Mapping[str, Tensor]) -> tuple[ResNetModel, list[str]]:
+    """As resnet; what has no use may be of the last layer only.
+
+    Raises:
+        ConfigurationError: as resnet, or the network has more than a ResNet, and so is another.
+    """
+    model, unused = resnet(state)
     other = [name for name in unused if not name.startswith("fc.")]
     if other:
         raise ConfigurationError(f"{len(other)} tensors that no plain ResNet has: {in_groups(other)}")
-    model.load_state_dict(mapped, strict=True)
     return model, unused
 
 

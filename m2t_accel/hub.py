@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import BitImageProcessor, PreTrainedModel
 
+from m2t_accel.model import quiet_transformers
 from m2t_accel.recipes import RECIPES, PretrainConfig
 
 
@@ -31,7 +32,8 @@ def save_encoder(encoder: PreTrainedModel, config: PretrainConfig, card: ModelCa
     `encoder` is a stock transformers model (`m2t_accel.model.plain_encoder`), so that AutoModel loads the
     folder without this package.
     """
-    encoder.save_pretrained(folder)
+    with quiet_transformers():
+        encoder.save_pretrained(folder)
     image_processor(config).save_pretrained(folder)
     card.save(folder / "README.md")
 

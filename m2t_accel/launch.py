@@ -15,7 +15,6 @@ from typing import TypeVar
 
 import psutil
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
@@ -50,7 +49,6 @@ def start_accelerator(
     num_devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     check_launch(os.environ, num_devices, read_promise(launcher_words()))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    transformers.logging.disable_progress_bar()  # of each file of weights that it reads or writes
     num_steps = 1
     if config is not None:
         check_num_processes(config, world_size)

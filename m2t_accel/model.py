@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, ResNetConfig, ResNetModel
@@ -18,6 +21,20 @@ from m2t_accel.momentum_norm import (
 )
 from m2t_accel.recipes import ENCODERS
 from m2t_accel.settings import ConfigurationError, in_short
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Around loading and saving: without a bar for each file, and without a report of keys, which are checked here."""
+    verbosity, has_bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if has_bar:
+            transformers.logging.enable_progress_bar()
 
 
 def create_encoder(name: str) -> PreTrainedModel:

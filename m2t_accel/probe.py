@@ -25,7 +25,7 @@ from m2t_accel.features import embed_images, fingerprint, gather_features, gathe
 from m2t_accel.heads import Heads, classifier, rate_factor
 from m2t_accel.hub import image_processor
 from m2t_accel.launch import on_all_processes
-from m2t_accel.model import embed
+from m2t_accel.model import embed, quiet_transformers
 from m2t_accel.order import ShuffledOrder, steps_per_epoch
 from m2t_accel.photometry import flipped_view
 from m2t_accel.protocols import KnnConfig, LinearProbeConfig
@@ -355,7 +355,8 @@ def save_classifier(evaluation: Evaluation, head: torch.nn.Sequential) -> None:
         raise ValueError(f"the folded classifier's logits differ by {difference:.2g}")
     temporary = folder.with_name(".classifier")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    with quiet_transformers():
+        model.save_pretrained(temporary)
     image_processor(config).save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)

@@ -215,7 +215,8 @@ def test_a_shard_that_is_cut_while_it_is_read_ends_the_run(tmp_path):
         list(data.read(loader))
 
 
-# The queue to the dead worker breaks in a thread of its own.
+# The queue to the dead worker breaks in a thread of its own, which may close a handle that is closed already.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("in_the_loop", [True, False])
 def test_a_worker_that_is_killed_ends_the_run(in_the_loop):

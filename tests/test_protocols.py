@@ -89,7 +89,8 @@ def test_where_a_result_goes(tmp_path):
     assert build_knn({**GIVEN, "encoder": str(tmp_path / "resnet.pth")}).output_dir == "runs/resnet/knn"
 
 
-def test_an_encoder_that_is_not_there():
+def test_an_encoder_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     protocols.check_encoder("a/b")
     with pytest.raises(ConfigurationError, match="--encoder runs/digits/encoder: no such file or folder"):
         protocols.check_encoder("runs/digits/encoder")

@@ -7,36 +7,16 @@ from conftest import ROOT
 
 # From the foundation up. settings comes first: it imports nothing of the house, and everyone may say what a
 # user did wrong.
+# fmt: off
 ROOMS = (
-    *(
-        "settings",
-        "data_settings",
-        "recipes",
-        "protocols",
-        "command_line",
-        "launch",
-        "schedules",
-        "momentum_norm",
-        "model",
-        "optim",
-        "keys",
-        "encoders",
-    ),
-    *("augment", "photometry", "decode", "order", "index", "shards", "sources", "data"),
-    *(
-        "features",
-        "checkpoint",
-        "monitor",
-        "hub",
-        "pretrain",
-        "metrics",
-        "heads",
-        "evaluation",
-        "probe",
-        "benchmark",
-        "preview",
-    ),
+    "settings", "data_settings", "recipes", "protocols", "command_line", "launch",
+    "schedules", "momentum_norm", "model", "optim", "keys", "encoders",
+    "augment", "photometry", "decode", "order", "index", "shards", "sources", "data",
+    "features", "checkpoint", "monitor", "hub", "pretrain",
+    "evaluation", "heads", "metrics", "probe",
+    "export", "reference", "benchmark", "preview",
 )
+# fmt: on
 
 
 def imported_rooms(path):

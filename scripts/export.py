@@ -1,0 +1,33 @@
+"""Write an encoder's weights for another library, verified there.
+
+python scripts/export.py --encoder runs/imagenet --format torchvision --output resnet50.safetensors
+
+torchvision and timm: .safetensors or .pth; detectron2: .pkl; onnx: .onnx, of any encoder. timm and onnx need
+`pip install -e ".[export]"`.
+"""
+
+from argparse import RawDescriptionHelpFormatter
+from pathlib import Path
+
+from m2t_accel.command_line import OneLineParser, errors_in_one_line
+from m2t_accel.protocols import check_encoder
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--encoder", metavar="SOURCE", required=True, help="a run, a folder, a Hub id, a file of weights"
+    )
+    parser.add_argument("--format", required=True, choices=("torchvision", "timm", "detectron2", "onnx"), help="whose")
+    parser.add_argument("--output", metavar="FILE", required=True, type=Path, help="the file to write")
+    with errors_in_one_line():
+        given = parser.parse_args()
+        check_encoder(given.encoder)
+        from m2t_accel.encoders import load_encoder  # late: torch takes seconds to import
+        from m2t_accel.export import export
+
+        print("\n".join(export(load_encoder(given.encoder), given.format, given.output)))
+
+
+if __name__ == "__main__":
+    main()

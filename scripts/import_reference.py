@@ -1,0 +1,27 @@
+"""Make an encoder folder of a checkpoint of the published Momentum² Teacher code, or of a torchvision or timm ResNet.
+
+python scripts/import_reference.py last_epoch_ckpt.pth.tar --output encoders/published
+"""
+
+from argparse import RawDescriptionHelpFormatter
+from pathlib import Path
+
+from m2t_accel.command_line import OneLineParser, errors_in_one_line
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=".pth.tar, .pth, .pt, .bin or .safetensors")
+    parser.add_argument("--output", metavar="DIR", required=True, type=Path, help="the folder to make")
+    parser.add_argument(
+        "--network", choices=("teacher", "student"), default="teacher", help="whose encoder (default: teacher)"
+    )
+    with errors_in_one_line():
+        given = parser.parse_args()
+        from m2t_accel.reference import import_reference  # late: torch takes seconds to import
+
+        print("\n".join(import_reference(given.checkpoint, given.network, given.output)))
+
+
+if __name__ == "__main__":
+    main()
