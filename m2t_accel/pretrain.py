@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import shlex
 import warnings
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from torch import Tensor
@@ -207,16 +209,17 @@ def finish(accelerator: Accelerator, config: PretrainConfig, data: ImageData, te
     rows = list(read_metrics(folder / "metrics.jsonl"))
     accuracies = [row["knn_top1"] for row in rows if "knn_top1" in row]
     images_seen = rows[-1]["step"] * config.batch_size
-    facts = {
-        "recipe": config.recipe,
+    training = {
         "data": data.note,
-        "epochs": str(config.epochs),
-        "images seen": f"{images_seen:,}",
+        "images_seen": images_seen,
         "hardware": hardware(accelerator),
+        "seconds": round(seconds, 1),
         "time": duration(seconds),
-        "software": f"m2t_accel {__version__}, torch {torch.__version__}",
+        "command": command(),
+        "versions": {"m2t_accel": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
-    card = model_card(config, facts, accuracies, command())
+    (folder / "training.json").write_text(json.dumps(training, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    card = model_card(config, training, accuracies)
     save_encoder(plain_encoder(teacher.encoder), config, card, folder / "encoder")
     draw_curves(
         folder / "metrics.jsonl",

@@ -91,6 +91,7 @@ class PretrainConfig(TrainingSettings):
         "labels are)",
         at_least=0,
     )
+    push_to_hub: str | None = setting(None, "where on the Hub the run is published when it ends: USER/NAME")
     tracker: str = setting("none", "none or tensorboard", choices=("none", "tensorboard"))
 
     def __post_init__(self) -> None:
@@ -250,6 +251,8 @@ def check_inputs(config: PretrainConfig) -> None:
             f"--encoder {config.encoder}: unknown{did_you_mean(config.encoder, ENCODERS)}; give one of "
             f"{', '.join(ENCODERS)}, a folder with a transformers config.json, or a Hub id USER/NAME"
         )
+    if config.push_to_hub is not None and not is_hub_id(config.push_to_hub):
+        raise ConfigurationError(f"--push_to_hub {config.push_to_hub}: a name on the Hub is needed, USER/NAME")
     # Accelerate leaves out a tracker that is not installed, in silence.
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
         raise ConfigurationError(
@@ -264,7 +267,7 @@ def check_output_dir(output_dir: str) -> None:
         ConfigurationError: it cannot, or it does.
     """
     folder = os.path.abspath(output_dir)
-    for name in ("config.yaml", "metrics.jsonl", "encoder", "checkpoints"):
+    for name in ("config.yaml", "metrics.jsonl", "training.json", "encoder", "checkpoints"):
         if os.path.exists(os.path.join(folder, name)):
             raise ConfigurationError(
                 f"--output_dir {output_dir} holds another run ({name}): give another folder, or remove that one"

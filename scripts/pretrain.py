@@ -6,6 +6,7 @@ accelerate launch --config_file accelerate_configs/8gpu.yaml scripts/pretrain.py
 """
 
 import os
+from pathlib import Path
 
 from m2t_accel.command_line import errors_in_one_line, parse_command_line
 from m2t_accel.data_settings import check_num_processes
@@ -25,7 +26,12 @@ def main() -> None:
         from m2t_accel.pretrain import pretrain
 
         pretrain(config)
+        is_main = PartialState().is_main_process
         PartialState().destroy_process_group()
+        if config.push_to_hub and is_main:
+            from m2t_accel.publish import publish
+
+            print(f"Published: {publish(Path(config.output_dir), config.push_to_hub)}")
 
 
 if __name__ == "__main__":

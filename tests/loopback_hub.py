@@ -1,8 +1,10 @@
-"""A Hub on this machine's loopback that serves datasets, and files of models, from a folder: enough for loading.
+"""A Hub on this machine's loopback, over a folder: it serves datasets and models, and takes commits of models.
 
-A repository whose name begins with `gated` asks for a login.
+A repository whose name begins with `gated` asks for a login. What writes needs the token of TOKEN; a repository of
+`somebody-else` is refused, and `server.fails` (a part of a path, and the status to answer it with) makes it fail.
 """
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -13,10 +15,14 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_a_token_that_nobody_may_see"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """`/api/datasets/USER/NAME…` and `/datasets/USER/NAME/resolve/REVISION/FILE` over `server.folder / USER / NAME`."""
+    """`/api/datasets/USER/NAME…`, `/datasets/USER/NAME/resolve/REVISION/FILE` and the same of models.
+
+    Over `server.folder / USER / NAME`; a branch other than main is `NAME@BRANCH`.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -30,21 +36,95 @@ class Handler(BaseHTTPRequestHandler):
         self.answer()
 
     def do_POST(self):
-        length = int(self.headers.get("Content-Length", 0))
-        self.body = json.loads(self.rfile.read(length) or b"{}")
+        self.content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            while size := int(self.rfile.readline(), 16):
+                self.content += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
         self.answer()
+
+    def do_PUT(self):
+        self.do_POST()
 
     def answer(self) -> None:
         self.server.requests.append(f"{self.command} {self.path}")
         parts = unquote(urlparse(self.path).path).strip("/").split("/")
-        if parts[:2] == ["api", "datasets"] and len(parts) >= 4:
+        part, status = self.server.fails
+        if part and part in self.path:
+            self.send(b'{"error": "on purpose"}', status)
+        elif self.command in ("POST", "PUT") and parts[1] != "datasets" and "paths-info" not in parts:
+            self.write(parts)
+        elif parts[:2] == ["api", "models"] and len(parts) >= 4:
+            revision = parts[parts.index("revision") + 1] if "revision" in parts else "main"
+            self.api(self.model(parts[2], parts[3], revision), parts[4:])
+        elif parts[:2] == ["api", "datasets"] and len(parts) >= 4:
             self.api(self.server.folder / parts[2] / parts[3], parts[4:])
         elif "resolve" in parts:
             owner = parts.index("resolve") - 2  # datasets/USER/NAME/resolve/…, or USER/NAME/resolve/… of a model
-            folder = self.server.folder / parts[owner] / parts[owner + 1]
+            folder = self.model(parts[owner], parts[owner + 1], parts[owner + 3])
             self.file(folder.joinpath(*parts[owner + 4 :]))
         else:
             self.missing("RepoNotFound")
+
+    def model(self, owner: str, name: str, revision: str) -> Path:
+        branch = self.server.folder / owner / f"{name}@{revision}"
+        return branch if branch.is_dir() else self.server.folder / owner / name
+
+    def write(self, parts: list[str]) -> None:
+        """Create, branch, upload and commit, as huggingface_hub asks for it."""
+        body = self.content if parts[0] == "upload" or "commit" in parts else json.loads(self.content or b"{}")
+        if parts[0] == "upload":  # large files, before the commit that names them
+            self.server.large[hashlib.sha256(body).hexdigest()] = body
+            self.send(b"")
+        elif parts == ["api", "validate-yaml"]:
+            self.send(b'{"errors": [], "warnings": []}')
+        elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self.send(b'{"error": "Invalid credentials"}', 401)
+        elif "somebody-else" in (*parts, body.get("organization") if isinstance(body, dict) else None):
+            self.send(b'{"error": "You have no rights"}', 403)
+        elif parts[:2] == ["api", "repos"]:
+            folder = self.server.folder / body["organization"] / body["name"]
+            status = 409 if folder.is_dir() else 200
+            if status == 200:
+                folder.mkdir(parents=True)
+                self.server.private = body.get("private") or body.get("visibility") == "private"
+            self.send(json.dumps({"url": f"{self.server.url}/{body['organization']}/{body['name']}"}).encode(), status)
+        elif parts[4:5] == ["branch"]:
+            (self.server.folder / parts[2] / f"{parts[3]}@{parts[5]}").mkdir(exist_ok=True)
+            self.send(b"{}")
+        elif "preupload" in parts:
+            files = [
+                {"path": f["path"], "shouldIgnore": False}
+                | {"uploadMode": "lfs" if f["path"].endswith((".safetensors", ".png")) else "regular"}
+                for f in body["files"]
+            ]
+            self.send(json.dumps({"files": files}).encode())
+        elif "batch" in parts:
+            action = {"upload": {"href": f"{self.server.url}/upload/here"}}
+            objects = [{**f, "actions": action} for f in body["objects"]]
+            answer = json.dumps({"transfer": "basic", "objects": objects}).encode()
+            self.send(answer, kind="application/vnd.git-lfs+json")
+        elif "commit" in parts:
+            self.commit(parts, [json.loads(line) for line in body.splitlines() if line.strip()])
+        else:
+            self.missing("EntryNotFound")
+
+    def commit(self, parts: list[str], lines: list[dict[str, dict]]) -> None:
+        folder = self.model(parts[2], parts[3], parts[5])
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                content = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                content = self.server.large[value["oid"]]
+            else:
+                continue
+            (folder / value["path"]).parent.mkdir(parents=True, exist_ok=True)
+            (folder / value["path"]).write_bytes(content)
+        self.server.commits.append([line["value"].get("path") for line in lines])
+        url = f"{self.server.url}/{parts[2]}/{parts[3]}/commit/{COMMIT}"
+        self.send(json.dumps({"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""}).encode())
 
     def api(self, folder: Path, rest: list[str]) -> None:
         if not folder.is_dir():
@@ -62,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
             paths = root.rglob("*") if recursive else root.iterdir()
             self.send(json.dumps([entry(folder, path) for path in sorted(paths)]).encode())
         elif rest[:1] == ["paths-info"]:
-            paths = [folder / path for path in self.body.get("paths", [])]
+            paths = [folder / path for path in json.loads(self.content).get("paths", [])]
             self.send(json.dumps([entry(folder, path) for path in paths if path.exists()]).encode())
         elif not rest or rest[0] == "revision":
             info = {"id": "/".join(folder.parts[-2:]), "sha": COMMIT, "private": False, "gated": False, "tags": []}
@@ -89,8 +169,11 @@ class Handler(BaseHTTPRequestHandler):
     def missing(self, code: str) -> None:
         self.send(b"{}", 404, {"X-Error-Code": code})
 
-    def send(self, content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+    def send(
+        self, content: bytes, status: int = 200, headers: dict[str, str] | None = None, kind: str = "application/json"
+    ) -> None:
         self.send_response(status)
+        self.send_header("Content-Type", kind)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
@@ -115,7 +198,8 @@ def etag(path: Path) -> str:
 def loopback_hub(folder: Path) -> Iterator[ThreadingHTTPServer]:
     """Serve `folder / USER / NAME` as datasets and models; `.url` is the endpoint, `.requests` what was asked."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.folder, server.requests = folder, []
+    server.folder, server.requests, server.commits, server.large = folder, [], [], {}
+    server.fails, server.private = ("", 200), None
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -61,6 +61,7 @@ def test_every_setting_is_a_flag_and_a_key():
         "image_column": "picture",
         "label_column": "kind",
         "tracker": "tensorboard",
+        "push_to_hub": "me/encoder",
     }
     numbers = {"weight_momentum": 0.5, "optimizer_momentum": 0.5, "validation_fraction": 0.25, "evaluation_crop": 0.5}
     numbers |= {"num_workers": 3, "evaluate_every": 7, "hue": 0.25}

@@ -1,14 +1,18 @@
 """The published encoder, loaded as others load it: stock libraries, in a process without this package."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import tiny
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
+from m2t_accel import hub
 from m2t_accel.augment import central_view
 from m2t_accel.hub import image_processor
 from m2t_accel.model import embed
@@ -107,8 +111,6 @@ def test_the_processor_is_written_out(run):
 
 
 def test_the_card_tells_the_run(run):
-    from huggingface_hub import ModelCard
-
     folder, _, _ = run
     card = ModelCard.load(folder / "encoder" / "README.md")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -118,3 +120,120 @@ def test_the_card_tells_the_run(run):
     assert f"**{100 * accuracies[-1]:.2f} %**" in card.text
     for words in ("AutoModel.from_pretrained", "arXiv 2101.07525", "batch_size: 256", "images seen | 2,560 |"):
         assert words in card.text
+
+
+# --- what may be published
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("/data/imagenet", "imagenet"),
+        ("~/pictures of me", "pictures of me"),
+        ("../elsewhere/x", "x"),
+        ("/home/someone/pictures: 12 images", "pictures: 12 images"),
+        ("images at 100 images/s, of runs/digits", "images at 100 images/s, of runs/digits"),
+        ("https://arxiv.org/abs/2101.07525", "https://arxiv.org/abs/2101.07525"),
+        ("ILSVRC/imagenet-1k", "ILSVRC/imagenet-1k"),
+        ("--dataset=/mnt/a/b --seed 1", "--dataset=b --seed 1"),
+    ],
+)
+def test_paths_of_a_machine_are_not_published(text, clean):
+    assert hub.without_paths(text) == clean
+
+
+def test_a_command_is_published_without_paths():
+    command = "accelerate launch --config_file /home/me/c.yaml scripts/pretrain.py --dataset '/mnt/my pictures/x'"
+    assert hub.clean_command(command) == ("accelerate launch --config_file c.yaml scripts/pretrain.py --dataset x")
+    assert hub.clean({"a": ["/x/y", 1, None], "b": {"c": "~/z"}}) == {"a": ["y", 1, None], "b": {"c": "z"}}
+
+
+TRAINING = {
+    "data": "/data/my pictures: 12 images",
+    "images_seen": 1200,
+    "hardware": "1 × cpu",
+    "time": "3 s",
+    "command": "python scripts/pretrain.py --dataset '/data/my pictures'",
+    "versions": {"torch": "2.15.0"},
+}
+
+
+def result(evaluation="linear probe", top1=0.5, **protocol):
+    return {"evaluation": evaluation, "dataset": "/data/flowers", "figures": {"top1": top1}, "protocol": protocol}
+
+
+def card(accuracies=(0.3, 0.4), results=(), **settings):
+    given = {"recipe": "8x2080Ti-b256-100ep", "dataset": "/data/my pictures", "output_dir": "/home/me/runs/x"}
+    return hub.model_card(build_config({**given, **settings}), TRAINING, accuracies, results, "me/flowers")
+
+
+def test_a_card_with_results_and_without_paths():
+    text = card(results=[result(epochs=80, image_size=224), result("knn", 0.3, random_weights=True)])
+    assert "| linear probe | flowers, ? images | top1: **50.00 %** | epochs 80, image_size 224 |" in text
+    assert "| knn, random weights |" in text
+    assert 'AutoModel.from_pretrained("me/flowers")' in text
+    assert not any(part in text for part in ("/data", "/home", "my pictures/", "published linear top-1"))
+    found = ModelCard(text).data.eval_results
+    assert [(r.dataset_name, r.metric_name, r.metric_value) for r in found] == [
+        ("my pictures", "kNN top-1 (k=20, T=0.07), while training", 0.4),
+        ("flowers", "linear probe top1", 0.5),
+    ], "random weights are no result of the encoder"
+    assert found[1].metric_args == {"epochs": 80, "image_size": 224}
+    assert "published linear top-1 on ImageNet is 70.4 %; this run was not evaluated so" in card()
+    assert "It was not measured in this run." in card(accuracies=())
+    assert "licence of the weights is their author's to choose" in text
+
+
+def test_the_cards_code_loads_the_encoder(run):
+    folder, _, _ = run
+    text = (folder / "encoder" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(code.strip().splitlines()) == 5, "an import and four lines"
+    places = {"image": Image.new("RGB", (40, 30))}
+    exec(code.replace("PATH_OR_ID", str(folder / "encoder")), places)
+    assert places["features"].shape == (1, 128)
+
+
+# --- a second card
+
+
+def test_a_card_that_nobody_has_edited_is_written_anew():
+    there, ours = card(accuracies=(0.1, 0.2)), card(results=[result()])
+    assert hub.parts_of(hub.merged_card(there, ours))[1] == hub.parts_of(ours)[1]
+    again = hub.merged_card(there, ours)
+    assert hub.merged_card(again, ours) == again, "nothing changes twice"
+
+
+def test_the_prose_of_an_edited_card_stays_and_its_results_are_updated():
+    there = card(accuracies=(0.1, 0.2)).replace("## Limits", "## Thanks\n\nTo my mother.\n\n## Limits")
+    merged = hub.merged_card(there, card(results=[result(top1=0.625)]))
+    assert "To my mother." in merged
+    assert "**62.50 %**" in merged
+    assert "**20.00 %**" not in merged
+    assert merged.count(hub.RESULTS) == 1
+    without_marks = there.replace(hub.RESULTS, "").replace(hub.END_OF_RESULTS, "")
+    merged = hub.merged_card(without_marks, card(results=[result(top1=0.625)]))
+    assert "**62.50 %**" not in merged, "whoever took the marks out wants the text as it is"
+    assert "**20.00 %**" in merged
+    assert [r.metric_value for r in ModelCard(merged).data.eval_results] == [0.4, 0.625]
+
+
+def test_metadata_that_others_added_stays():
+    data, body = hub.parts_of(card())
+    data |= {"license": "cc-by-4.0", "tags": ["flowers"]}
+    other = {"task": {"type": "image-classification"}, "dataset": {"name": "CUB", "type": "cub"}}
+    data["model-index"][0]["results"].append(
+        {**other, "metrics": [{"type": "accuracy", "value": 0.9, "name": "theirs"}]}
+    )
+    there = f"---\n{yaml.safe_dump(data)}---\n{body}"
+    merged, _ = hub.parts_of(hub.merged_card(there, card(accuracies=(0.3, 0.7))))
+    assert (merged["license"], merged["tags"]) == ("cc-by-4.0", ["flowers"])
+    metrics = [metric for found in merged["model-index"][0]["results"] for metric in found["metrics"]]
+    assert sorted(metric["value"] for metric in metrics) == [0.7, 0.9]
+
+
+@pytest.mark.parametrize("there", ["", "Just words.", "---\n- a list\n---\nwords", "---\nlicense: mit\n---\n"])
+def test_any_card_may_be_there(there):
+    merged = hub.merged_card(there, card())
+    assert there.split("---")[-1].strip() in merged
+    assert ModelCard(merged).data.eval_results[0].metric_value == 0.4

@@ -176,7 +176,8 @@ def run(tmp_path_factory):
 
 def test_the_folder_of_a_run(run):
     folder, _, _ = run
-    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "curves.png", "encoder", "metrics.jsonl"]
+    names = ["config.yaml", "curves.png", "encoder", "metrics.jsonl", "training.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     files = {path.name for path in (folder / "encoder").iterdir()}
     assert files == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
 
