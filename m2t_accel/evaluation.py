@@ -41,7 +41,7 @@ class Evaluation(NamedTuple):
     loaded: LoadedEncoder
     weights: str  # a fingerprint of the encoder's
     num_features: int
-    images: ImageData  # with labels, and a validation split
+    images: ImageData  # with labels, and a validation split, where something is measured
 
 
 def start_evaluation(config: EvaluationSettings) -> Evaluation:
@@ -57,7 +57,7 @@ def start_evaluation(config: EvaluationSettings) -> Evaluation:
     config = dataclasses.replace(config, **{k: v for k, v in view.items() if getattr(config, k) is None})
     images = on_all_processes(accelerator, lambda: load_images(config))
     check_same_images(accelerator, images.note)
-    if images.validation is None:
+    if images.validation is None and config.evaluates:
         lacking = "no labels (class folders, or a column named by --label_column)"
         if images.class_names is not None:
             lacking = "no validation split, and --validation_fraction is 0"
@@ -161,6 +161,14 @@ def in_one_line(result: Mapping[str, object]) -> str:
     figures = ", ".join(f"{name} {100 * share:.2f} %" for name, share in result["figures"].items())
     network = " with random weights" if result["protocol"]["random_weights"] else ""
     return f"{result['encoder']}{network}, {result['evaluation']} on {result['dataset']}: {figures}"
+
+
+def say(result: dict[str, object], evaluation: Evaluation) -> None:
+    """A line for people, and where the rest is."""
+    broken = result["data"]["undecodable"]
+    note = f" ({broken} images cannot be decoded, and are left out)" if broken else ""
+    file = Path(evaluation.config.output_dir) / "result.json"
+    evaluation.accelerator.print(f"{in_one_line(result)}{note}\nProtocol: {file}")
 
 
 def write_text(path: Path, content: str) -> None:

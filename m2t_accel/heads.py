@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD
 from transformers import AutoModelForImageClassification, PreTrainedModel
+
+from m2t_accel.data_settings import ImageSettings
+from m2t_accel.hub import image_processor
+from m2t_accel.model import quiet_transformers
+from m2t_accel.settings import ConfigurationError
 
 
 class Heads(nn.Module):
@@ -75,23 +83,41 @@ def folded(head: nn.Sequential) -> nn.Linear:
     return both
 
 
-def classifier(encoder: PreTrainedModel, head: nn.Sequential, class_names: Sequence[str]) -> PreTrainedModel:
-    """The encoder with the head folded into it, as transformers' own model for classification, with label names.
+def classifier(encoder: PreTrainedModel, linear: nn.Linear, class_names: Sequence[str]) -> PreTrainedModel:
+    """The encoder with a linear layer on its features, as transformers' own model for classification, with label names.
 
     Of a ResNetModel that is a ResNetForImageClassification, which `pipeline("image-classification")` runs.
 
     Raises:
-        ValueError: transformers has no classifier of this encoder that ends in one linear layer on its features.
+        ConfigurationError: transformers has no classifier of this encoder that ends in one linear layer on features.
     """
     config = copy.deepcopy(encoder.config)
     config.id2label = dict(enumerate(class_names))
     config.label2id = {name: i for i, name in enumerate(class_names)}
-    model = AutoModelForImageClassification.from_config(config)
-    linear = folded(head).cpu()
+    try:
+        model = AutoModelForImageClassification.from_config(config)
+    except ValueError:
+        raise ConfigurationError(f"transformers has no image classifier with a {type(encoder).__name__}") from None
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-    body = getattr(model, model.base_model_prefix, None)
+    body = body_of(model)
     if not layers or layers[-1].weight.shape != linear.weight.shape or type(body) is not type(encoder):
-        raise ValueError(f"{type(model).__name__} does not end in one linear layer on the features")
+        raise ConfigurationError(f"{type(model).__name__} does not end in one linear layer on the features")
     body.load_state_dict(encoder.state_dict(), strict=True)
     layers[-1].load_state_dict(linear.state_dict())
     return model.eval()
+
+
+def body_of(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The encoder of a model for classification."""
+    return getattr(model, model.base_model_prefix, None)
+
+
+def save_classifier(model: PreTrainedModel, config: ImageSettings, folder: Path) -> None:
+    """Write a classifier and its image processor, whole or not at all; what was there before is replaced."""
+    temporary = folder.with_name(f".{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with quiet_transformers():
+        model.save_pretrained(temporary)
+    image_processor(config).save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,12 +19,11 @@ from tqdm import tqdm
 
 from m2t_accel.data import DeviceBatches, FlippedCrops, create_loader, dead_workers_in_one_line, read
 from m2t_accel.data_settings import check_enough_images
-from m2t_accel.evaluation import Evaluation, in_one_line, open_folder, start_evaluation, write_result
+from m2t_accel.evaluation import Evaluation, open_folder, say, start_evaluation, write_result
 from m2t_accel.features import embed_images, fingerprint, gather_features, gather_rows, labels_of, measure_knn
-from m2t_accel.heads import Heads, classifier, rate_factor
-from m2t_accel.hub import image_processor
+from m2t_accel.heads import Heads, classifier, folded, rate_factor, save_classifier
 from m2t_accel.launch import on_all_processes
-from m2t_accel.model import embed, quiet_transformers
+from m2t_accel.model import embed
 from m2t_accel.order import ShuffledOrder, steps_per_epoch
 from m2t_accel.photometry import flipped_view
 from m2t_accel.protocols import KnnConfig, LinearProbeConfig
@@ -74,14 +72,6 @@ def evaluate_knn(config: KnnConfig) -> dict[str, object]:
         result = write_result(evaluation, figures, data, time.perf_counter() - started)
     say(result, evaluation)
     return result
-
-
-def say(result: dict[str, object], evaluation: Evaluation) -> None:
-    """A line for people, and where the rest is."""
-    broken = result["data"]["undecodable"]
-    note = f" ({broken} images cannot be decoded, and are left out)" if broken else ""
-    file = Path(evaluation.config.output_dir) / "result.json"
-    evaluation.accelerator.print(f"{in_one_line(result)}{note}\nProtocol: {file}")
 
 
 # --- linear classifiers
@@ -167,7 +157,7 @@ def train_and_measure(evaluation: Evaluation, train: Dataset, held_out: Dataset 
 
         metric = TopKAccuracy(len(images.class_names))
         figures = metric.compute(predictions=classes[:, 0].tolist(), references=labels.tolist())
-        save_classifier(evaluation, head)
+        write_classifier(evaluation, head)
         result = write_result(evaluation, figures, data, time.perf_counter() - started, **told)
         (Path(config.output_dir) / CHECKPOINT).unlink(missing_ok=True)
     return broadcast_object_list([result])[0]
@@ -339,24 +329,18 @@ def load_checkpoint(path: Path, heads: Heads, broken: set[int], evaluation: Eval
     return state["step"]
 
 
-def save_classifier(evaluation: Evaluation, head: torch.nn.Sequential) -> None:
-    """Write classifier/: the encoder and the head folded into one stock transformers model, and its image processor.
+def write_classifier(evaluation: Evaluation, head: torch.nn.Sequential) -> None:
+    """Write classifier/: the encoder and the head folded into one stock transformers model.
 
     Raises:
         ValueError: its logits are not those of encoder and head.
     """
-    config, folder = evaluation.config, Path(evaluation.config.output_dir) / "classifier"
-    model = classifier(evaluation.encoder, head, evaluation.images.class_names).to(evaluation.accelerator.device)
-    images = torch.rand(4, 3, config.image_size, config.image_size, device=evaluation.accelerator.device)
+    config, device = evaluation.config, evaluation.accelerator.device
+    model = classifier(evaluation.encoder, folded(head), evaluation.images.class_names).to(device)
+    images = torch.rand(4, 3, config.image_size, config.image_size, device=device)
     with torch.no_grad():
         wanted = head(embed(evaluation.encoder, images))
         difference = (model(pixel_values=images).logits - wanted).abs().max().item()
-    if difference > 1e-4 * max(1.0, wanted.abs().max().item()):
+    if not difference <= 1e-4 * max(1.0, wanted.abs().max().item()):
         raise ValueError(f"the folded classifier's logits differ by {difference:.2g}")
-    temporary = folder.with_name(".classifier")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with quiet_transformers():
-        model.save_pretrained(temporary)
-    image_processor(config).save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    save_classifier(model, config, Path(config.output_dir) / "classifier")

@@ -6,10 +6,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from m2t_accel.data_settings import ImageSettings, TrainingSettings
 from m2t_accel.settings import ConfigurationError, convert_all, did_you_mean, is_hub_id, setting
+
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +136,7 @@ class LinearProbeConfig(EvaluationSettings, TrainingSettings):
 
 @dataclass(frozen=True)
 class Protocol:
-    """A named set of settings of a linear probe."""
+    """A named set of settings of an evaluation."""
 
     settings: Mapping[str, object]
     source: str
@@ -161,6 +163,80 @@ PROTOCOLS: Mapping[str, Protocol] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(EvaluationSettings, TrainingSettings):
+    """The whole network trained with labels, of all or of some images: SGD with Nesterov momentum 0.9.
+
+    Source: BYOL (arXiv 2006.07733), its semi-supervised evaluation: batches of 1024, no weight decay; it chooses the
+    learning rate among 0.005, 0.01, 0.02, 0.05 and 0.1 (of the whole batch) and the epochs among 30 and 50 on images
+    held out. The presets take one of these; none has been run here on ImageNet.
+    """
+
+    evaluation: ClassVar[str] = "fine-tuning"
+
+    protocol: str = setting("1percent", "1percent, 10percent, all or digits; `list` prints them", heading="the run")
+
+    labels: float = setting(
+        0.01,
+        "share of the training images whose labels are used, the same of each class",
+        above=0,
+        at_most=1,
+        heading="training",
+    )
+    learning_rate_per_256: float = setting(
+        0.0125, "learning rate at the start for each 256 images; by a cosine to 0", above=0
+    )
+    weight_decay: float = setting(0.0, "weight decay", at_least=0)
+    epochs: int = setting(50, "passes over the images", at_least=1)
+    batch_size: int = setting(1024, "images per optimizer step, over all devices", at_least=2, at_most=2**20)
+    device_batch_size: int | None = setting(128, "images that one BatchNorm sees", at_least=2)
+
+
+FINETUNE_PROTOCOLS: Mapping[str, Protocol] = {
+    "1percent": Protocol({"labels": 0.01, "epochs": 50}, "ImageNet: BYOL's semi-supervised evaluation"),
+    "10percent": Protocol({"labels": 0.1, "epochs": 50}, "ImageNet: BYOL's semi-supervised evaluation"),
+    "all": Protocol({"labels": 1.0, "epochs": 30}, "ImageNet: the same, with all labels"),
+    "digits": Protocol(
+        {
+            "labels": 0.1,
+            "learning_rate_per_256": 0.2,
+            "epochs": 60,
+            "batch_size": 32,
+            "device_batch_size": 16,
+            "crop_scale": (0.6, 1.0),
+            "flip_probability": 0.0,
+        },
+        "the quickstart's",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(EvaluationSettings):
+    """Features of a dataset's images, written to a file, and pictures of them; labels are not needed."""
+
+    evaluation: ClassVar[str] = "embedding"
+
+    dataset: str | None = setting(None, "as of pretraining: `digits`, a folder, or a Hub id", heading="the run")
+    split: str = setting("train", "train or validation", choices=("train", "validation"))
+    format: str = setting("parquet", "parquet or safetensors", choices=("parquet", "safetensors"))
+
+    map_images: int = setting(
+        2000, "images on the map, evenly chosen; 0 for no map", at_least=0, at_most=20000, heading="pictures"
+    )
+    query_images: int = setting(8, "images shown with their nearest; 0 for no sheet", at_least=0, at_most=64)
+    nearest: int = setting(8, "how many nearest", at_least=1, at_most=32)
+
+    @property
+    def evaluates(self) -> bool:
+        return False
+
+
+def build_embed(given: Mapping[str, object]) -> EmbedConfig:
+    """As build_knn."""
+    return EmbedConfig(**convert_all(EmbedConfig, given))
+
+
 def build_linear_probe(given: Mapping[str, object]) -> LinearProbeConfig:
     """The configuration of the settings given over those of the protocol they name.
 
@@ -169,22 +245,43 @@ def build_linear_probe(given: Mapping[str, object]) -> LinearProbeConfig:
     Raises:
         ConfigurationError: an unknown protocol or setting, or a value that is not allowed.
     """
-    converted = convert_all(LinearProbeConfig, given)
-    protocol = converted.setdefault("protocol", "digits" if converted.get("dataset") == "digits" else "byol")
-    if protocol not in PROTOCOLS:
+    return build(LinearProbeConfig, PROTOCOLS, "byol", given)
+
+
+def build_finetune(given: Mapping[str, object]) -> FinetuneConfig:
+    """As build_linear_probe; without a name it is `1percent`, or `digits` for that dataset."""
+    return build(FinetuneConfig, FINETUNE_PROTOCOLS, "1percent", given)
+
+
+def build(kind: type[Config], protocols: Mapping[str, Protocol], usual: str, given: Mapping[str, object]) -> Config:
+    converted = convert_all(kind, given)
+    protocol = converted.setdefault("protocol", "digits" if converted.get("dataset") == "digits" else usual)
+    if protocol not in protocols:
         raise ConfigurationError(
-            f"--protocol {protocol}: unknown{did_you_mean(protocol, PROTOCOLS)}; one of {', '.join(PROTOCOLS)}"
+            f"--protocol {protocol}: unknown{did_you_mean(protocol, protocols)}; one of {', '.join(protocols)}"
         )
-    return LinearProbeConfig(**{**PROTOCOLS[protocol].settings, **converted})
+    return kind(**{**protocols[protocol].settings, **converted})
 
 
 def protocol_table() -> str:
-    """The protocols as a table of text."""
+    """The protocols of linear probes as a table of text."""
     lines = ["protocol  lr/256  epochs  batch  schedule"]
     for name, protocol in PROTOCOLS.items():
         config = build_linear_probe({"protocol": name, "encoder": "any", "dataset": "digits"})
         lines.append(
             f"{name:8}  {config.learning_rates[0]:<6g}  {config.epochs:<6}  {config.batch_size:<5}  {config.schedule:8}"
             f"  {protocol.source}"
+        )
+    return "\n".join(lines)
+
+
+def finetune_table() -> str:
+    """The protocols of fine-tuning as a table of text."""
+    lines = ["protocol   labels  lr/256  epochs  batch"]
+    for name, protocol in FINETUNE_PROTOCOLS.items():
+        config = build_finetune({"protocol": name, "encoder": "any", "dataset": "digits"})
+        lines.append(
+            f"{name:9}  {config.labels:<6g}  {config.learning_rate_per_256:<6g}  {config.epochs:<6}  "
+            f"{config.batch_size:<5}  {protocol.source}"
         )
     return "\n".join(lines)

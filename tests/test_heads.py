@@ -113,7 +113,7 @@ def test_a_classifier_of_transformers(kind):
         features = embed(encoder, images)
         heads = Heads(features.shape[1], 3, (1.0,))
         heads.heads[0][1].running_mean.normal_()
-        model = classifier(encoder, heads.eval().heads[0], ["cat", "dog", "owl"])
+        model = classifier(encoder, folded(heads.eval().heads[0]), ["cat", "dog", "owl"])
         torch.testing.assert_close(model(images).logits, heads.heads[0](features), rtol=0, atol=1e-5)
     assert type(model).__name__ == {"resnet": "ResNet", "regnet": "RegNet"}[kind] + "ForImageClassification"
     assert model.config.id2label == {0: "cat", 1: "dog", 2: "owl"}

@@ -13,8 +13,8 @@ ROOMS = (
     "schedules", "momentum_norm", "model", "optim", "keys", "encoders",
     "augment", "photometry", "decode", "order", "index", "shards", "sources", "data",
     "features", "checkpoint", "monitor", "hub", "pretrain",
-    "evaluation", "heads", "metrics", "probe",
-    "export", "reference", "benchmark", "preview",
+    "evaluation", "heads", "metrics", "probe", "finetune", "embedding",
+    "publish", "export", "reference", "benchmark", "preview",
 )
 # fmt: on
 

@@ -1,0 +1,31 @@
+"""Fine-tune an encoder with the labels of all images, or of a few of each class, and measure it.
+
+python scripts/finetune.py --encoder runs/digits --dataset digits
+accelerate launch --config_file accelerate_configs/8gpu.yaml scripts/finetune.py \\
+    --encoder runs/imagenet --dataset /data/imagenet --protocol 1percent
+"""
+
+import os
+
+from m2t_accel.command_line import errors_in_one_line, parse_settings
+from m2t_accel.data_settings import check_num_processes
+from m2t_accel.protocols import FinetuneConfig, build_finetune, finetune_table
+
+
+def main() -> None:
+    with errors_in_one_line():
+        usage = "--encoder SOURCE --dataset SOURCE [--protocol NAME] [--output_dir DIR]"
+        config, _ = parse_settings(
+            __doc__, usage, FinetuneConfig, build_finetune, preset="protocol", table=finetune_table
+        )
+        check_num_processes(config, int(os.environ.get("WORLD_SIZE", "1")))
+        from accelerate import PartialState  # late: torch and transformers take seconds to import
+
+        from m2t_accel.finetune import evaluate_finetuned
+
+        evaluate_finetuned(config)
+        PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
