@@ -168,7 +168,12 @@ def say(result: dict[str, object], evaluation: Evaluation) -> None:
     broken = result["data"]["undecodable"]
     note = f" ({broken} images cannot be decoded, and are left out)" if broken else ""
     file = Path(evaluation.config.output_dir) / "result.json"
-    evaluation.accelerator.print(f"{in_one_line(result)}{note}\nProtocol: {file}")
+    lines = [f"{in_one_line(result)}{note}", f"Protocol: {file}"]
+    if (file.parent / "classifier").is_dir():
+        lines.append(
+            f"Load it:  from transformers import pipeline; pipeline('image-classification', '{file.parent}/classifier')"
+        )
+    evaluation.accelerator.print("\n".join(lines))
 
 
 def write_text(path: Path, content: str) -> None:

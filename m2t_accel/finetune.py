@@ -25,10 +25,11 @@ from m2t_accel.data_settings import check_enough_images
 from m2t_accel.evaluation import Evaluation, open_folder, say, start_evaluation, write_result, write_text
 from m2t_accel.features import fingerprint, labels_of
 from m2t_accel.heads import body_of, classifier, save_classifier
+from m2t_accel.launch import on_all_processes
 from m2t_accel.optim import set_learning_rate
 from m2t_accel.order import steps_per_epoch
 from m2t_accel.photometry import flipped_view
-from m2t_accel.probe import ranked
+from m2t_accel.probe import accuracy, ranked
 from m2t_accel.protocols import FinetuneConfig
 from m2t_accel.settings import ConfigurationError
 
@@ -95,15 +96,16 @@ def train_and_measure(evaluation: Evaluation, train: Dataset) -> dict[str, objec
         "test": {"images": len(samples), "fingerprint": fingerprint(digests, labels)},
         "undecodable": num_broken + len(images.validation) - len(samples),
     }
-    result = None
-    if accelerator.is_main_process:
-        from m2t_accel.metrics import TopKAccuracy  # late: `evaluate` takes 7 seconds to import
+    seconds = time.perf_counter() - started
 
-        metric = TopKAccuracy(len(images.class_names))
-        figures = metric.compute(predictions=classes[:, 0].tolist(), references=labels.tolist())
+    def finish() -> dict[str, object] | None:
+        if not accelerator.is_main_process:
+            return None
+        figures = accuracy(classes[:, 0], labels, len(images.class_names))
         save_classifier(model, config, Path(config.output_dir) / "classifier")
-        result = write_result(evaluation, figures, data, time.perf_counter() - started)
-    return broadcast_object_list([result])[0]
+        return write_result(evaluation, figures, data, seconds)
+
+    return broadcast_object_list([on_all_processes(accelerator, finish)])[0]
 
 
 def train_model(model: nn.Module, train: Dataset, evaluation: Evaluation) -> int:

@@ -96,10 +96,6 @@ def evaluate_linear(config: LinearProbeConfig) -> dict[str, object]:
         with dead_workers_in_one_line():
             result = train_and_measure(evaluation, train, held_out)
     say(result, evaluation)
-    accelerator.print(
-        f"Load it:  from transformers import pipeline; pipeline('image-classification', "
-        f"'{config.output_dir}/classifier')"
-    )
     return result
 
 
@@ -133,8 +129,11 @@ def introduction(evaluation: Evaluation, train: Dataset, held_out: Dataset | Non
 def train_and_measure(evaluation: Evaluation, train: Dataset, held_out: Dataset | None) -> dict[str, object]:
     """Train the heads, choose one, measure it, and write the classifier and the result."""
     config, accelerator, images = evaluation.config, evaluation.accelerator, evaluation.images
+    without_classifier = why_no_classifier(evaluation)
+    if without_classifier is not None:
+        accelerator.print(f"no classifier/ will be written: {without_classifier}")
     started = time.perf_counter()
-    heads, broken = train_heads(evaluation, train)
+    heads, broken, before = train_heads(evaluation, train)
     chosen, told = 0, {}
     if held_out is not None:
         samples, classes, _ = ranked(evaluation, held_out, heads.heads)
@@ -151,20 +150,42 @@ def train_and_measure(evaluation: Evaluation, train: Dataset, held_out: Dataset 
         "test": {"images": len(samples), "fingerprint": fingerprint(digests, labels)},
         "undecodable": len(broken) + len(images.validation) - len(samples),
     }
-    result = None
-    if accelerator.is_main_process:
-        from m2t_accel.metrics import TopKAccuracy  # late: `evaluate` takes 7 seconds to import
+    seconds = before + time.perf_counter() - started
 
-        metric = TopKAccuracy(len(images.class_names))
-        figures = metric.compute(predictions=classes[:, 0].tolist(), references=labels.tolist())
-        write_classifier(evaluation, head)
-        result = write_result(evaluation, figures, data, time.perf_counter() - started, **told)
+    def finish() -> dict[str, object] | None:
+        if not accelerator.is_main_process:
+            return None
+        figures = accuracy(classes[:, 0], labels, len(images.class_names))
+        if without_classifier is None:
+            write_classifier(evaluation, head)
+        result = write_result(evaluation, figures, data, seconds, **told)
         (Path(config.output_dir) / CHECKPOINT).unlink(missing_ok=True)
-    return broadcast_object_list([result])[0]
+        return result
+
+    return broadcast_object_list([on_all_processes(accelerator, finish)])[0]
 
 
-def train_heads(evaluation: Evaluation, train: Dataset) -> tuple[Heads, set[int]]:
-    """The heads, trained, and which images could not be decoded; every process trains all of them, alike.
+def accuracy(classes: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
+    """Top-1 and top-5 of ranked classes (N, 5) and labels (N,)."""
+    from m2t_accel.metrics import TopKAccuracy  # late: `evaluate` takes 7 seconds to import
+
+    return TopKAccuracy(num_classes).compute(predictions=classes.tolist(), references=labels.tolist())
+
+
+def why_no_classifier(evaluation: Evaluation) -> str | None:
+    """Why encoder and head cannot be one model of transformers, or None; better known before the training."""
+    try:
+        linear = torch.nn.Linear(evaluation.num_features, len(evaluation.images.class_names))
+        classifier(evaluation.encoder, linear, evaluation.images.class_names)
+    except ConfigurationError as error:
+        return str(error)
+    return None
+
+
+def train_heads(evaluation: Evaluation, train: Dataset) -> tuple[Heads, set[int], float]:
+    """The heads, trained, which images could not be decoded, and the seconds of earlier runs.
+
+    Every process trains all heads, alike.
 
     The processes share the work of the encoder. Its features are gathered, which is less to send than the gradients of
     one head, and every process takes the same step on the whole batch.
@@ -177,7 +198,8 @@ def train_heads(evaluation: Evaluation, train: Dataset) -> tuple[Heads, set[int]
     steps_an_epoch = steps_per_epoch(source.num_images, config.batch_size)
     total_steps = config.epochs * steps_an_epoch
     checkpoint = Path(config.output_dir) / CHECKPOINT
-    first_step = load_checkpoint(checkpoint, heads, source.broken, evaluation)
+    first_step, before = load_checkpoint(checkpoint, heads, source.broken, evaluation)
+    started = time.perf_counter() - before
     interval = 0.5 if sys.stderr.isatty() else 30.0
     bar = tqdm(
         total=total_steps,
@@ -198,8 +220,9 @@ def train_heads(evaluation: Evaluation, train: Dataset) -> tuple[Heads, set[int]
                 losses = []
                 bar.set_postfix_str("loss " + " ".join(f"{loss:.3f}" for loss in mean), refresh=False)
                 if step + 1 < total_steps:
-                    save_checkpoint(checkpoint, heads, step + 1, source.broken, evaluation)
-    return heads.eval(), source.broken
+                    seconds = time.perf_counter() - started
+                    save_checkpoint(checkpoint, heads, step + 1, source.broken, seconds, evaluation)
+    return heads.eval(), source.broken, before
 
 
 class AugmentedFeatures:
@@ -288,19 +311,21 @@ def ranked(evaluation: Evaluation, images: Dataset, heads: Sequence[torch.nn.Mod
 # --- what is kept
 
 
-def save_checkpoint(path: Path, heads: Heads, step: int, broken: set[int], evaluation: Evaluation) -> None:
+def save_checkpoint(
+    path: Path, heads: Heads, step: int, broken: set[int], seconds: float, evaluation: Evaluation
+) -> None:
     """Write the state after `step` steps, whole or not at all; of the first process."""
     if not evaluation.accelerator.is_main_process:
         return
-    state = {"step": step, "weights": evaluation.weights, "broken": sorted(broken)}
+    state = {"step": step, "weights": evaluation.weights, "broken": sorted(broken), "seconds": seconds}
     state |= {"heads": heads.state_dict(), "optimizer": heads.optimizer.state_dict()}
     temporary = path.with_name(f".{path.name}")
     torch.save(state, temporary)
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: Path, heads: Heads, broken: set[int], evaluation: Evaluation) -> int:
-    """Take up the state of a checkpoint, if there is one; the number of its steps, else 0. A collective call.
+def load_checkpoint(path: Path, heads: Heads, broken: set[int], evaluation: Evaluation) -> tuple[int, float]:
+    """Take up the state of a checkpoint, if there is one; its steps and seconds, else 0. A collective call.
 
     Raises:
         ConfigurationError: it cannot be read, or is of an encoder with other weights; the same on every process.
@@ -321,12 +346,12 @@ def load_checkpoint(path: Path, heads: Heads, broken: set[int], evaluation: Eval
 
     state = broadcast_object_list([on_all_processes(accelerator, load)])[0]
     if state is None:
-        return 0
+        return 0, 0.0
     heads.load_state_dict(state["heads"])
     heads.optimizer.load_state_dict(state["optimizer"])
     broken |= set(state["broken"])
     accelerator.print(f"goes on after {state['step']} steps, from {path}")
-    return state["step"]
+    return state["step"], state["seconds"]
 
 
 def write_classifier(evaluation: Evaluation, head: torch.nn.Sequential) -> None:

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,14 +126,28 @@ def test_a_probe_that_was_stopped_goes_on_as_if_it_had_not_been(given, tmp_path,
     ]
 
 
+def test_an_encoder_that_transformers_has_no_classifier_of(given, monkeypatch, capsys):
+    def none(*_):
+        raise ConfigurationError("transformers has none")
+
+    monkeypatch.setattr(probe, "classifier", none)
+    config = linear(given)
+    result = probe.evaluate_linear(config)
+    said = capsys.readouterr().out
+    assert "no classifier/ will be written: transformers has none" in said
+    assert "pipeline" not in said
+    assert result["figures"]["top1"] >= 0
+    assert sorted(path.name for path in Path(config.output_dir).iterdir()) == ["config.yaml", "result.json"]
+
+
 def test_a_broken_checkpoint_and_one_of_another_encoder(given, tmp_path):
     config = linear(given, output_dir=str(tmp_path / "probe"))
     evaluation = start_evaluation(config)
     path = tmp_path / "checkpoint.pt"
     heads = Heads(evaluation.num_features, 3, (0.2,))
-    probe.save_checkpoint(path, heads, 4, {7}, evaluation)
+    probe.save_checkpoint(path, heads, 4, {7}, 1.5, evaluation)
     broken = set()
-    assert probe.load_checkpoint(path, heads, broken, evaluation) == 4
+    assert probe.load_checkpoint(path, heads, broken, evaluation) == (4, 1.5)
     assert broken == {7}
     with pytest.raises(ConfigurationError, match="of an encoder with other weights: remove it to begin anew"):
         probe.load_checkpoint(path, heads, broken, evaluation._replace(weights="other"))
