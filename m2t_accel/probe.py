@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import broadcast_object_list, send_to_device, set_seed
 from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
@@ -192,6 +192,7 @@ def train_heads(evaluation: Evaluation, train: Dataset) -> tuple[Heads, set[int]
     """
     config, accelerator = evaluation.config, evaluation.accelerator
     source = CachedFeatures(evaluation, train) if config.features == "cached" else AugmentedFeatures(evaluation, train)
+    set_seed(config.seed)  # whatever was made before
     heads = Heads(evaluation.num_features, len(evaluation.images.class_names), config.learning_rates).to(
         accelerator.device
     )
