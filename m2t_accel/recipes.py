@@ -240,7 +240,7 @@ def build_config(given: Mapping[str, object]) -> PretrainConfig:
 
 
 def check_inputs(config: PretrainConfig) -> None:
-    """Check that the dataset and the encoder can be found, and that the tracker is installed.
+    """Check that the dataset and the encoder can be found, the tracker is installed, and the Hub knows who publishes.
 
     Raises:
         ConfigurationError: one of them is not.
@@ -251,8 +251,15 @@ def check_inputs(config: PretrainConfig) -> None:
             f"--encoder {config.encoder}: unknown{did_you_mean(config.encoder, ENCODERS)}; give one of "
             f"{', '.join(ENCODERS)}, a folder with a transformers config.json, or a Hub id USER/NAME"
         )
-    if config.push_to_hub is not None and not is_hub_id(config.push_to_hub):
-        raise ConfigurationError(f"--push_to_hub {config.push_to_hub}: a name on the Hub is needed, USER/NAME")
+    if config.push_to_hub is not None:
+        if not is_hub_id(config.push_to_hub):
+            raise ConfigurationError(f"--push_to_hub {config.push_to_hub}: a name on the Hub is needed, USER/NAME")
+        from huggingface_hub import get_token  # late: few runs need it
+
+        if get_token() is None:
+            raise ConfigurationError(
+                f"--push_to_hub {config.push_to_hub} needs a login: type `hf auth login`, or set HF_TOKEN"
+            )
     # Accelerate leaves out a tracker that is not installed, in silence.
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
         raise ConfigurationError(

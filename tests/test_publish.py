@@ -156,6 +156,16 @@ def test_a_hub_that_does_not_take_it(run, hub, run_script):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
+def test_training_ends_with_a_push(hub, run_script, tmp_path):
+    flags = [part for name, value in tiny(tmp_path / "run").items() for part in (f"--{name}", value)]
+    done = run_script("scripts/pretrain.py", *flags, "--push_to_hub", "me/digits", environment=hub.environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"Published: {hub.url}/me/digits/commit/")
+    assert len(hub.commits) == 1
+    assert (hub.folder / "me" / "digits" / "model.safetensors").is_file()
+
+
 # --- what is stopped before the Hub is asked
 
 

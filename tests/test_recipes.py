@@ -68,6 +68,16 @@ def test_a_tracker_that_is_not_installed(monkeypatch):
         recipes.check_inputs(config)
 
 
+def test_where_a_run_is_published(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
+    recipes.check_inputs(build_config({"push_to_hub": "me/digits"}))
+    with pytest.raises(ConfigurationError, match="--push_to_hub digits: a name on the Hub is needed, USER/NAME"):
+        recipes.check_inputs(build_config({"push_to_hub": "digits"}))
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(ConfigurationError, match="--push_to_hub me/digits needs a login: type `hf auth login`"):
+        recipes.check_inputs(build_config({"push_to_hub": "me/digits"}))
+
+
 def test_an_output_folder_that_holds_a_run_or_cannot_be(tmp_path):
     check_output_dir(str(tmp_path / "new" / "deep"))
     (tmp_path / "notes.txt").write_text("not of a run")
