@@ -149,6 +149,22 @@ def check_dataset(dataset: str) -> None:
         )
 
 
+def check_push(repo_id: str | None) -> None:
+    """Check that the Hub can be asked to take what will be there in the end.
+
+    Raises:
+        ConfigurationError: `--push_to_hub` is no name on the Hub, or nobody is logged in.
+    """
+    if repo_id is None:
+        return
+    if not is_hub_id(repo_id):
+        raise ConfigurationError(f"--push_to_hub {repo_id}: a name on the Hub is needed, USER/NAME")
+    from huggingface_hub import get_token  # late: few runs need it
+
+    if get_token() is None:
+        raise ConfigurationError(f"--push_to_hub {repo_id} needs a login: type `hf auth login`, or set HF_TOKEN")
+
+
 def check_num_processes(config: TrainingSettings, num_processes: int) -> None:
     """Check that the processes share the virtual devices evenly.
 

@@ -29,7 +29,7 @@ from m2t_accel.sources import ImageData, load_images
 
 PACKAGES = ("m2t_accel", "torch", "torchvision", "transformers", "accelerate", "datasets", "opencv-python-headless")
 # Settings that may differ between two runs of the same evaluation.
-FREE = ("output_dir", "num_workers")
+FREE = ("output_dir", "num_workers", "push_to_hub")
 
 
 class Evaluation(NamedTuple):

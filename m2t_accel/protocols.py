@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-from m2t_accel.data_settings import ImageSettings, TrainingSettings
+from m2t_accel.data_settings import ImageSettings, TrainingSettings, check_push
 from m2t_accel.settings import ConfigurationError, convert_all, did_you_mean, is_hub_id, setting
 
 Config = TypeVar("Config")
+PUSH_TO_HUB = setting(None, "where on the Hub the encoder's run is published, with this result: USER/NAME")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,23 @@ def check_encoder(encoder: str) -> None:
         )
 
 
+def check_publishing(config: LinearProbeConfig | FinetuneConfig) -> None:
+    """Check that the result can be published in the end, if that is asked for: it is, with the run that it is of.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    check_push(config.push_to_hub)
+    home = home_of(config.encoder)
+    if config.push_to_hub is not None and (
+        not (home / "training.json").is_file() or Path(config.output_dir).resolve().parent != home.resolve()
+    ):
+        raise ConfigurationError(
+            f"--push_to_hub {config.push_to_hub}: a run is published with its results, but {config.encoder} is none, "
+            "or --output_dir is not directly in its folder"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class KnnConfig(EvaluationSettings):
     """Weighted kNN. Source: Wu et al. (arXiv 1805.01978), section 3.4, whose k and temperature are the defaults."""
@@ -110,6 +128,7 @@ class LinearProbeConfig(EvaluationSettings, TrainingSettings):
     evaluation: ClassVar[str] = "linear probe"
 
     protocol: str = setting("byol", "byol, moco or digits; `list` prints them", heading="the run")
+    push_to_hub: str | None = PUSH_TO_HUB
 
     learning_rates: tuple[float, ...] = setting(
         (0.2,),
@@ -175,6 +194,7 @@ class FinetuneConfig(EvaluationSettings, TrainingSettings):
     evaluation: ClassVar[str] = "fine-tuning"
 
     protocol: str = setting("1percent", "1percent, 10percent, all or digits; `list` prints them", heading="the run")
+    push_to_hub: str | None = PUSH_TO_HUB
 
     labels: float = setting(
         0.01,

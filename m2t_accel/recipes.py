@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from m2t_accel.data_settings import TrainingSettings, check_dataset, check_ordered
+from m2t_accel.data_settings import TrainingSettings, check_dataset, check_ordered, check_push
 from m2t_accel.settings import ConfigurationError, convert_all, did_you_mean, is_hub_id, setting
 
 # Encoders by name: arguments of transformers.ResNetConfig. All but the last are the standard ResNets.
@@ -251,15 +251,7 @@ def check_inputs(config: PretrainConfig) -> None:
             f"--encoder {config.encoder}: unknown{did_you_mean(config.encoder, ENCODERS)}; give one of "
             f"{', '.join(ENCODERS)}, a folder with a transformers config.json, or a Hub id USER/NAME"
         )
-    if config.push_to_hub is not None:
-        if not is_hub_id(config.push_to_hub):
-            raise ConfigurationError(f"--push_to_hub {config.push_to_hub}: a name on the Hub is needed, USER/NAME")
-        from huggingface_hub import get_token  # late: few runs need it
-
-        if get_token() is None:
-            raise ConfigurationError(
-                f"--push_to_hub {config.push_to_hub} needs a login: type `hf auth login`, or set HF_TOKEN"
-            )
+    check_push(config.push_to_hub)
     # Accelerate leaves out a tracker that is not installed, in silence.
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
         raise ConfigurationError(

@@ -9,7 +9,7 @@ import os
 
 from m2t_accel.command_line import errors_in_one_line, parse_settings
 from m2t_accel.data_settings import check_num_processes
-from m2t_accel.protocols import LinearProbeConfig, build_linear_probe, protocol_table
+from m2t_accel.protocols import LinearProbeConfig, build_linear_probe, check_publishing, home_of, protocol_table
 
 
 def main() -> None:
@@ -18,13 +18,19 @@ def main() -> None:
         config, _ = parse_settings(
             __doc__, usage, LinearProbeConfig, build_linear_probe, preset="protocol", table=protocol_table
         )
+        check_publishing(config)
         check_num_processes(config, int(os.environ.get("WORLD_SIZE", "1")))
         from accelerate import PartialState  # late: torch and transformers take seconds to import
 
         from m2t_accel.probe import evaluate_linear
 
         evaluate_linear(config)
+        is_main = PartialState().is_main_process
         PartialState().destroy_process_group()
+        if config.push_to_hub and is_main:
+            from m2t_accel.publish import publish
+
+            print(f"Published: {publish(home_of(config.encoder), config.push_to_hub)}")
 
 
 if __name__ == "__main__":

@@ -89,6 +89,22 @@ def test_where_a_result_goes(tmp_path):
     assert build_knn({**GIVEN, "encoder": str(tmp_path / "resnet.pth")}).output_dir == "runs/resnet/knn"
 
 
+def test_a_result_is_published_with_its_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
+    given = {**GIVEN, "encoder": str(tmp_path / "run"), "push_to_hub": "me/digits"}
+    (tmp_path / "run" / "encoder").mkdir(parents=True)
+    with pytest.raises(ConfigurationError, match=r"a run is published with its results, but .*run is none"):
+        protocols.check_publishing(build_linear_probe(given))
+    (tmp_path / "run" / "training.json").write_text("{}")
+    protocols.check_publishing(build_linear_probe(given))
+    protocols.check_publishing(protocols.build_finetune(given))
+    with pytest.raises(ConfigurationError, match="--output_dir is not directly in its folder"):
+        protocols.check_publishing(build_linear_probe({**given, "output_dir": str(tmp_path / "elsewhere")}))
+    with pytest.raises(ConfigurationError, match="--push_to_hub digits: a name on the Hub is needed"):
+        protocols.check_publishing(build_linear_probe({**given, "push_to_hub": "digits"}))
+    protocols.check_publishing(build_linear_probe(GIVEN))
+
+
 def test_an_encoder_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     protocols.check_encoder("a/b")

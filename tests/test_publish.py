@@ -157,13 +157,18 @@ def test_a_hub_that_does_not_take_it(run, hub, run_script):
 
 
 @pytest.mark.slow
-def test_training_ends_with_a_push(hub, run_script, tmp_path):
+def test_training_and_a_probe_end_with_a_push(hub, run_script, tmp_path):
     flags = [part for name, value in tiny(tmp_path / "run").items() for part in (f"--{name}", value)]
     done = run_script("scripts/pretrain.py", *flags, "--push_to_hub", "me/digits", environment=hub.environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith(f"Published: {hub.url}/me/digits/commit/")
     assert len(hub.commits) == 1
     assert (hub.folder / "me" / "digits" / "model.safetensors").is_file()
+    flags = ["--encoder", tmp_path / "run", "--dataset", "digits", "--epochs", 1, "--num_workers", 0]
+    done = run_script("scripts/linear_probe.py", *flags, "--push_to_hub", "me/digits", environment=hub.environment)
+    assert done.returncode == 0, done.stderr
+    assert (hub.folder / "me" / "digits" / "results" / "linear_probe.json").is_file()
+    assert "| linear probe | digits, 360 images |" in (hub.folder / "me" / "digits" / "README.md").read_text()
 
 
 # --- what is stopped before the Hub is asked
