@@ -186,9 +186,11 @@ PROTOCOLS: Mapping[str, Protocol] = {
 class FinetuneConfig(EvaluationSettings, TrainingSettings):
     """The whole network trained with labels, of all or of some images: SGD with Nesterov momentum 0.9.
 
-    Source: BYOL (arXiv 2006.07733), its semi-supervised evaluation: batches of 1024, no weight decay; it chooses the
+    Source: BYOL (arXiv 2006.07733), appendix C.1: batches of 1024, crops and flips, no weight decay; it chooses the
     learning rate among 0.005, 0.01, 0.02, 0.05 and 0.1 (of the whole batch) and the epochs among 30 and 50 on images
-    held out. The presets take one of these; none has been run here on ImageNet.
+    held out. The presets take one of these; none has been run here on ImageNet. Deviations: it names no schedule, here
+    it is a cosine; its test images are resized bicubically, here bilinearly; its 1 and 10 % are SimCLR's lists of
+    images, here they are drawn by the seed, as it does for other shares.
     """
 
     evaluation: ClassVar[str] = "fine-tuning"
