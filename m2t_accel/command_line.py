@@ -20,7 +20,7 @@ from typing import TypeVar
 import yaml
 
 from m2t_accel.recipes import RECIPES, PretrainConfig, build_config
-from m2t_accel.settings import ConfigurationError, did_you_mean, fields_by_heading
+from m2t_accel.settings import STATUS_CTRL_C, ConfigurationError, Interrupted, did_you_mean, fields_by_heading
 
 Settings = TypeVar("Settings")
 
@@ -131,7 +131,11 @@ def add_flag(group: argparse._ArgumentGroup, item: dataclasses.Field, hint: obje
     if typing.get_origin(hint) is types.UnionType:  # `something | None`
         hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
     items = typing.get_args(hint)  # of a tuple
-    default = " ".join(f"{n:.3g}" for n in item.default) if isinstance(item.default, tuple) else item.default
+    default = (
+        " ".join(n if isinstance(n, str) else f"{n:.3g}" for n in item.default)
+        if isinstance(item.default, tuple)
+        else item.default
+    )
     shown = "" if default is None else f" (default: {default})"
     letter = {int: "N", float: "X", str: "NAME", bool: "true|false"}[items[0] if items else hint]
     count = {"nargs": len(items), "metavar": (letter,) * len(items)} if items else {"metavar": letter}
@@ -177,7 +181,9 @@ def recipe_table() -> str:
 
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Print a ConfigurationError as one line and exit with status 2 (Ctrl-C: 130); other errors keep their traceback.
+    """Print a ConfigurationError as one line and exit with status 2 (a run that was stopped: 75; Ctrl-C: 130).
+
+    Other errors keep their traceback.
 
     Of several processes on a machine, the first speaks at once. The others wait: if the mistake is theirs too, their
     launcher ends them meanwhile; if it is not the first one's, they speak.
@@ -190,6 +196,9 @@ def errors_in_one_line() -> Iterator[None]:
         line = " ".join(str(error).split())  # a value that was given may hold line breaks
         print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except Interrupted as interruption:
+        print(f"{Path(sys.argv[0]).name}: {interruption}", file=sys.stderr, flush=True)
+        raise SystemExit(interruption.status) from None
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
-        raise SystemExit(130) from None
+        raise SystemExit(STATUS_CTRL_C) from None

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import re
+import signal
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -298,7 +299,7 @@ def create_loader(dataset: TwoViews | CentralViews, batches, config: ImageSettin
         # Batches ahead of each worker: 1, 2, 4 and 8 gave two workers the same images/s to 6 %, whether the loop was
         # slower than they are or faster. Each batch takes its shared memory.
         prefetch_factor=2 if num_workers > 0 else None,
-        worker_init_fn=quiet_worker,
+        worker_init_fn=settle_worker,
         generator=torch.Generator(),  # its own: the global one must not depend on how often a loader started
     )
 
@@ -354,7 +355,10 @@ def as_it_is(batch):
     return batch
 
 
-def quiet_worker(worker: int) -> None:
+def settle_worker(worker: int) -> None:
+    """One thread, and no ear for signals: the run's process ends its workers, and may have a step to finish first."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 

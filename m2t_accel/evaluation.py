@@ -7,7 +7,6 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,14 +15,15 @@ from typing import NamedTuple
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 
 from m2t_accel.data_settings import TrainingSettings, check_dataset
 from m2t_accel.encoders import LoadedEncoder, load_encoder, random_weights
-from m2t_accel.launch import check_same_images, command, hardware, on_all_processes, start_accelerator
+from m2t_accel.launch import check_same_images, command, hardware, on_all_processes, start_accelerator, tell_all
 from m2t_accel.model import embed
 from m2t_accel.protocols import EvaluationSettings, check_encoder
+from m2t_accel.run_folder import write_text
 from m2t_accel.settings import ConfigurationError
 from m2t_accel.sources import ImageData, load_images
 
@@ -90,7 +90,7 @@ def open_folder(evaluation: Evaluation) -> dict[str, object] | None:
     """
     is_main = evaluation.accelerator.is_main_process
     result = on_all_processes(evaluation.accelerator, lambda: open_folder_here(evaluation) if is_main else None)
-    return gather_object([result])[0]
+    return tell_all(result)
 
 
 def open_folder_here(evaluation: Evaluation) -> dict[str, object] | None:
@@ -174,10 +174,3 @@ def say(result: dict[str, object], evaluation: Evaluation) -> None:
             f"Load it:  from transformers import pipeline; pipeline('image-classification', '{file.parent}/classifier')"
         )
     evaluation.accelerator.print("\n".join(lines))
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)

@@ -7,7 +7,7 @@ last digit.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,16 +39,20 @@ class Features(NamedTuple):
 
 @torch.no_grad()
 def embed_images(
-    encoder: nn.Module, images: Dataset, config: ImageSettings, accelerator: Accelerator, batches_a_turn: int = 1
+    encoder: nn.Module,
+    images: Dataset,
+    config: ImageSettings,
+    accelerator: Accelerator,
+    batches_a_turn: int = 1,
+    after_batch: Callable[[], None] | None = None,
 ) -> Iterator[Features]:
     """Features of this process's batches of central views, in evaluation mode, on its device.
 
-    The processes take so many batches in turn. The encoder is left in the mode it came in.
+    The processes take so many batches in turn. The encoder is left in the mode it came in. `after_batch` is called
+    equally often by every process, so it may be a collective call; what it raises ends the work.
     """
-    turn = batches_a_turn * BATCH_SIZE
-    starts = range(accelerator.process_index * turn, len(images), accelerator.num_processes * turn)
-    mine = [range(first, min(first + turn, len(images))) for first in starts]
-    batches = [list(part[start : start + BATCH_SIZE]) for part in mine for start in range(0, len(part), BATCH_SIZE)]
+    batches = batches_of(accelerator.process_index, len(images), accelerator.num_processes, batches_a_turn)
+    most = len(batches_of(0, len(images), accelerator.num_processes, batches_a_turn))
     parameter = next(encoder.parameters())
     was_training = encoder.training
     encoder.eval()
@@ -61,9 +65,21 @@ def embed_images(
                 features = embed(encoder, inputs).float()
             broken = {image.sample for image in batch.bad}
             good = torch.tensor([i for i, sample in enumerate(samples) if sample not in broken], dtype=torch.int64)
+            if after_batch is not None:
+                after_batch()
             yield Features(torch.tensor(samples)[good], features[good.to(features.device)], batch.digests[good])
+        for _ in range(most - len(batches) if after_batch is not None else 0):
+            after_batch()
     finally:
         encoder.train(was_training)
+
+
+def batches_of(process_index: int, num_images: int, num_processes: int, batches_a_turn: int) -> list[list[int]]:
+    """The batches of one process, as the numbers of their images; the first process has the most."""
+    turn = batches_a_turn * BATCH_SIZE
+    starts = range(process_index * turn, num_images, num_processes * turn)
+    turns = [range(first, min(first + turn, num_images)) for first in starts]
+    return [list(part[start : start + BATCH_SIZE]) for part in turns for start in range(0, len(part), BATCH_SIZE)]
 
 
 def gather_features(parts: Sequence[Features], accelerator: Accelerator) -> Features:
@@ -116,17 +132,21 @@ def measure_knn(
     accelerator: Accelerator,
     ks: Sequence[int] = (20,),
     temperature: float = KNN_TEMPERATURE,
+    after_batch: Callable[[], None] | None = None,
 ) -> KnnResult:
     """Weighted kNN accuracy of an encoder: labelled `queries` by labelled `bank`; a collective call.
 
     Each process holds its share of the bank's features, in the main memory, and all those of the queries.
+    `after_batch` is as in `embed_images`.
 
     Raises:
         ConfigurationError: none of the images can be decoded; the same on every process.
     """
     size = block_size(len(bank))
-    blocks = list(joined(embed_images(encoder, bank, config, accelerator, size // BATCH_SIZE), size))
-    found = gather_features(list(embed_images(encoder, queries, config, accelerator)), accelerator)
+    blocks = list(joined(embed_images(encoder, bank, config, accelerator, size // BATCH_SIZE, after_batch), size))
+    found = gather_features(
+        list(embed_images(encoder, queries, config, accelerator, after_batch=after_batch)), accelerator
+    )
     no_number = torch.empty(0, dtype=torch.int64)
     voters, voter_digests = gather_rows(
         [torch.cat([no_number, *column]) for column in zip(*((b.samples, b.digests) for b in blocks), strict=True)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,15 +22,16 @@ from tqdm import tqdm
 
 from m2t_accel.data import DeviceBatches, FlippedCrops, create_loader, dead_workers_in_one_line, read
 from m2t_accel.data_settings import check_enough_images
-from m2t_accel.evaluation import Evaluation, open_folder, say, start_evaluation, write_result, write_text
+from m2t_accel.evaluation import Evaluation, open_folder, say, start_evaluation, write_result
 from m2t_accel.features import fingerprint, labels_of
 from m2t_accel.heads import body_of, classifier, save_classifier
-from m2t_accel.launch import on_all_processes
+from m2t_accel.launch import on_all_processes, tell_all
 from m2t_accel.optim import set_learning_rate
 from m2t_accel.order import steps_per_epoch
 from m2t_accel.photometry import flipped_view
 from m2t_accel.probe import accuracy, ranked
 from m2t_accel.protocols import FinetuneConfig
+from m2t_accel.run_folder import write_text
 from m2t_accel.settings import ConfigurationError
 
 STATISTICS_MOMENTUM = 0.1  # of BatchNorm's running statistics, as torch's default
@@ -105,7 +106,7 @@ def train_and_measure(evaluation: Evaluation, train: Dataset) -> dict[str, objec
         save_classifier(model, config, Path(config.output_dir) / "classifier")
         return write_result(evaluation, figures, data, seconds)
 
-    return broadcast_object_list([on_all_processes(accelerator, finish)])[0]
+    return tell_all(on_all_processes(accelerator, finish))
 
 
 def train_model(model: nn.Module, train: Dataset, evaluation: Evaluation) -> int:

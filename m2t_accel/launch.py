@@ -6,8 +6,9 @@ import contextlib
 import io
 import os
 import shlex
+import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TypeVar
 
 import psutil
 import torch
+import torch.distributed
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
@@ -22,8 +24,9 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
-    gather_object,
 )
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from m2t_accel.data_settings import TrainingSettings, check_num_processes
 from m2t_accel.settings import ConfigurationError
@@ -32,16 +35,22 @@ FILES = (
     "use accelerate_configs/cpu.yaml (1 process), cpu2.yaml (2), 1gpu.yaml or 8gpu.yaml, with --num_processes N "
     "for another number of GPUs"
 )
-# The others wait while the first process of a machine downloads a dataset or measures kNN.
-COLLECTIVE_TIMEOUT = timedelta(hours=2)
+# The others wait while the first process of a machine downloads a dataset.
+PATIENCE = timedelta(hours=2)
 
 Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 
 def start_accelerator(
-    config: TrainingSettings | None = None, tracker: str = "none", project_dir: str | None = None
+    config: TrainingSettings | None = None,
+    tracker: str = "none",
+    project_dir: str | None = None,
+    timeout: timedelta = PATIENCE,
 ) -> Accelerator:
     """The Accelerator of this launch; its gradient accumulation is set for the virtual devices where training has them.
+
+    timeout: how long a process waits for the others in a collective call of tensors.
 
     Raises:
         ConfigurationError: the launch is not what its file promises, or the processes cannot share the batch.
@@ -53,6 +62,7 @@ def start_accelerator(
     if config is not None:
         check_num_processes(config, world_size)
         num_steps = config.num_virtual_devices // world_size
+    route_gloo(os.environ)
     accelerator = Accelerator(
         cpu=wants_cpu(os.environ),
         # As a plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS would override a number.
@@ -60,7 +70,7 @@ def start_accelerator(
         kwargs_handlers=[
             # The student's running statistics serve nothing; those of the teacher are averaged on commit.
             DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+            InitProcessGroupKwargs(timeout=timeout),
         ],
         log_with=None if tracker == "none" else tracker,
         project_dir=project_dir,
@@ -70,6 +80,7 @@ def start_accelerator(
             f"{world_size} processes were launched but Accelerate joined {accelerator.num_processes}, and each would "
             f"train alone: {FILES}"
         )
+    control_group()
     return accelerator
 
 
@@ -140,12 +151,15 @@ def on_all_processes(accelerator: Accelerator, action: Callable[[], Result]) -> 
         ConfigurationError: of the first process on which the action raised it.
     """
     result, message = None, None
-    with accelerator.local_main_process_first():
-        try:
-            result = action()
-        except ConfigurationError as error:
-            message = str(error)
-    for other in gather_object([message]):
+    if not accelerator.is_local_main_process:
+        wait_for_all()
+    try:
+        result = action()
+    except ConfigurationError as error:
+        message = str(error)
+    if accelerator.is_local_main_process:
+        wait_for_all()
+    for other in gather_from_all(message):
         if other is not None:
             raise ConfigurationError(other)
     return result
@@ -159,12 +173,112 @@ def check_same_images(accelerator: Accelerator, note: str) -> None:
     Raises:
         ConfigurationError: they did not; the same on every process.
     """
-    found = gather_object([note])
+    found = gather_from_all(note)
     other = next((other for other in found if other != found[0]), None)
     if other is not None:
         raise ConfigurationError(
             f"the machines have different images ({found[0]}; but elsewhere {other}): give all the same copy"
         )
+
+
+# --- words between processes: objects and tensors in the main memory, over a group of its own
+
+
+def control_group() -> ProcessGroup | None:
+    """A group of all processes over gloo, whatever trains, or None where there is one process.
+
+    The first call is collective. What is said there waits for no device, and may wait long for a download.
+    """
+    global _control_group
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    if _control_group is None or _control_group[0] is not torch.distributed.group.WORLD:
+        group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        _control_group = (torch.distributed.group.WORLD, group)
+    return _control_group[1]
+
+
+_control_group: tuple[ProcessGroup, ProcessGroup] | None = None  # and the world that it is of
+
+
+def route_gloo(environment: MutableMapping[str, str]) -> None:
+    """Between machines, let gloo use the network that leads to the first one, unless GLOO_SOCKET_IFNAME says another.
+
+    By itself it takes the address of the host's name, which on many machines is that of the machine alone.
+    """
+    several = environment.get("LOCAL_WORLD_SIZE", "1") != environment.get("WORLD_SIZE", "1")
+    if not several or "GLOO_SOCKET_IFNAME" in environment or "MASTER_ADDR" not in environment:
+        return
+    with contextlib.suppress(OSError):  # gloo then says what is wrong
+        host, port = environment["MASTER_ADDR"], int(environment.get("MASTER_PORT", "29500"))
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # of a datagram: nothing is sent
+            mine = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if mine in (each.address for each in addresses):
+                environment["GLOO_SOCKET_IFNAME"] = name
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here; a collective call."""
+    group = control_group()
+    if group is not None:
+        torch.distributed.barrier(group)
+
+
+def gather_from_all(value: Value) -> list[Value]:
+    """The value of every process, on every process, in their order; a collective call."""
+    group = control_group()
+    if group is None:
+        return [value]
+    values = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
+
+
+def gather_to_main(value: Value) -> list[Value] | None:
+    """The value of every process, in their order, on the first one; None on the others; a collective call."""
+    group = control_group()
+    if group is None:
+        return [value]
+    is_main = torch.distributed.get_rank() == 0
+    values = [None] * torch.distributed.get_world_size(group) if is_main else None
+    torch.distributed.gather_object(value, values, dst=0, group=group)
+    return values
+
+
+def tell_all(value: Value) -> Value:
+    """The value of the first process, on every process; a collective call."""
+    group = control_group()
+    if group is None:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0, group=group)
+    return values[0]
+
+
+def broadcast_from_main(files: dict[str, dict[str, Tensor]] | None) -> dict[str, dict[str, Tensor]]:
+    """Tensors in the main memory, by file and name, from the first process to every process; a collective call."""
+    group = control_group()
+    if group is None:
+        return files
+    described = {
+        file: {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        for file, tensors in (files or {}).items()
+    }
+    there = {}
+    for file, names in tell_all(described).items():
+        there[file] = {}
+        for name, (shape, dtype) in names.items():
+            tensor = torch.empty(shape, dtype=dtype) if files is None else files[file][name]
+            if tensor.numel():
+                torch.distributed.broadcast(tensor, src=0, group=group)
+            there[file][name] = tensor
+    return there
+
+
+# --- what a launch is, in words
 
 
 def launcher_words() -> list[str] | None:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from m2t_accel.data import BadImage
 from m2t_accel.features import measure_knn
+from m2t_accel.launch import gather_from_all, tell_all
 from m2t_accel.recipes import PretrainConfig
+from m2t_accel.run_folder import JsonLines, RunFolder
 from m2t_accel.settings import ConfigurationError
 from m2t_accel.sources import ImageData
 
@@ -26,6 +26,7 @@ from m2t_accel.sources import ImageData
 MAX_KNN_BANK = 50_000
 MAX_KNN_QUERIES = 10_000
 MIN_BAD_ALLOWED = 10  # undecodable images, whatever their share
+COLLAPSED = 0.01  # spread of embeddings (1 at most) that differ by rounding and little more
 MAX_BAD_TOLD = 10  # of them on the screen; all are in bad_images.jsonl
 
 
@@ -51,9 +52,20 @@ class KnnMonitor:
             for images, limit in ((data.bank, MAX_KNN_BANK), (data.validation, MAX_KNN_QUERIES))
         )
 
-    def measure(self, encoder: nn.Module) -> float:
-        """Top-1 accuracy in evaluation mode, from 0 to 1, of what can be decoded; the same on every process."""
-        result = measure_knn(encoder, self.bank, self.queries, self.num_classes, self.config, self.accelerator)
+    def measure(self, encoder: nn.Module, after_batch: Callable[[], None]) -> float:
+        """Top-1 accuracy in evaluation mode, from 0 to 1, of what can be decoded; the same on every process.
+
+        `after_batch` may end it by an exception, if it does so on every process.
+        """
+        result = measure_knn(
+            encoder,
+            self.bank,
+            self.queries,
+            self.num_classes,
+            self.config,
+            self.accelerator,
+            after_batch=after_batch,
+        )
         if result.num_broken and not self.told:
             self.told = True
             self.accelerator.print(f"kNN is measured without {result.num_broken} images that cannot be decoded")
@@ -61,10 +73,8 @@ class KnnMonitor:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, float]]:
-    """The lines of a metrics.jsonl."""
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
+    """The whole lines of a metrics.jsonl."""
+    return JsonLines(path).read()
 
 
 def draw_curves(metrics: Path, picture: Path, title: str) -> None:
@@ -108,11 +118,10 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
 class BadImages:
     """The images of a run that cannot be decoded: each is told of once and written to bad_images.jsonl."""
 
-    def __init__(self, config: PretrainConfig, num_images: int) -> None:
-        self.file = Path(config.output_dir) / "bad_images.jsonl"
+    def __init__(self, config: PretrainConfig, num_images: int, known: Iterable[BadImage] = ()) -> None:
         self.config = config
         self.num_images = num_images
-        self.known: dict[int, BadImage] = {}
+        self.known: dict[int, BadImage] = {image.sample: image for image in known}
 
     def add(self, images: Sequence[BadImage]) -> list[BadImage]:
         """Take in what all processes have met; what is new comes back, in the order of the samples."""
@@ -120,16 +129,16 @@ class BadImages:
         self.known |= new
         return [new[sample] for sample in sorted(new)]
 
-    def write(self, new: Sequence[BadImage]) -> Iterator[str]:
-        """Write them down; a line for people about each of the first ten, and about the others together."""
-        with self.file.open("a", encoding="utf-8") as file:
-            for image in new:
-                file.write(json.dumps(image._asdict()) + "\n")
-        told = max(0, MAX_BAD_TOLD - (len(self.known) - len(new)))
-        for image in new[:told]:
+    def told(self, new: Sequence[BadImage]) -> Iterator[str]:
+        """A line for people about each of the first ten, and about the others together."""
+        number = max(0, MAX_BAD_TOLD - (len(self.known) - len(new)))
+        for image in new[:number]:
             yield f"cannot be decoded, another image is shown instead: {image.path} ({image.reason})"
-        if new[told:]:
-            yield f"{len(new[told:])} more images cannot be decoded, {len(self.known)} in all: see {self.file}"
+        if new[number:]:
+            yield (
+                f"{len(new[number:])} more images cannot be decoded, {len(self.known)} in all: see "
+                f"{self.config.output_dir}/bad_images.jsonl"
+            )
 
     def check(self) -> None:
         """Stop where there are too many.
@@ -142,37 +151,57 @@ class BadImages:
             raise ConfigurationError(
                 f"{len(self.known)} of {self.num_images:,} images cannot be decoded, more than the {allowed} that "
                 f"--max_bad_fraction {self.config.max_bad_fraction:g} allows (ten always are): they are listed in "
-                f"{self.file}; repair or remove them, or give a larger --max_bad_fraction"
+                f"{self.config.output_dir}/bad_images.jsonl; repair or remove them, or give a larger "
+                "--max_bad_fraction"
             )
 
 
 class Report:
     """What a run shows and writes while it trains: a progress bar, metrics.jsonl and a tracker.
 
-    `add` and `tick` cost the device nothing; `averages` waits for it and is a collective call.
+    `add` and `tick` cost the device nothing; `averages` waits for it and is a collective call. Where a line cannot be
+    written, the run goes on, and the line is written with the next one.
     """
 
-    def __init__(self, config: PretrainConfig, accelerator: Accelerator, total_steps: int, num_images: int) -> None:
-        self.bad_images = BadImages(config, num_images)
+    def __init__(
+        self,
+        config: PretrainConfig,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        total_steps: int,
+        num_images: int,
+        first_step: int = 0,
+        seconds: float = 0.0,
+        rows: Sequence[Tensor] = (),
+    ) -> None:
+        """`seconds` were spent before `first_step`; `rows`: as the attribute, of steps before it."""
         self.accelerator = accelerator
         self.config = config
-        self.metrics = Path(config.output_dir) / "metrics.jsonl"
-        self.num_steps = 0
-        self.sums: list[Tensor] = []
+        self.folder = folder
+        # Each process knows what all have met: the first has it from the file.
+        known = [BadImage(**row) for row in folder.bad_images.read()] if accelerator.is_main_process else []
+        self.bad_images = BadImages(config, num_images, tell_all(known))
+        self.rows = list(rows)  # (loss, spread) of this process's sub-batches since the last line
         self.bad: list[BadImage] = []
-        self.started = self.last = time.perf_counter()
+        self.num_steps = 0
+        self.told_of_collapse = False
+        self.last = time.perf_counter()
+        self.started = self.last - seconds
         self.bar = None
         if config.tracker != "none":
             settings = {k: str(v) if isinstance(v, tuple) or v is None else v for k, v in vars(config).items()}
             accelerator.init_trackers("tracker", config=settings)
+        self.trackers = accelerator.trackers if config.tracker != "none" else []
         if accelerator.is_main_process:
             # A log file gets a line every half minute, a terminal a bar that moves.
             interval = 0.5 if sys.stderr.isatty() else 30.0
-            self.bar = tqdm(total=total_steps, unit="step", mininterval=interval, dynamic_ncols=True)
+            self.bar = tqdm(
+                total=total_steps, initial=first_step, unit="step", mininterval=interval, dynamic_ncols=True
+            )
 
     def add(self, loss: Tensor, spread: Tensor, bad: Sequence[BadImage]) -> None:
         """Take in a sub-batch."""
-        self.sums.append(torch.stack([loss, spread]))
+        self.rows.append(torch.stack([loss, spread]))
         self.bad += bad
 
     def tick(self) -> None:
@@ -182,56 +211,86 @@ class Report:
             self.bar.update()
 
     def averages(self) -> dict[str, float]:
-        """Loss and spread averaged over all sub-batches of all processes since the last call, and the speed.
+        """Loss and spread averaged over all sub-batches of all processes since the last line, and the speed.
 
         Raises:
-            ConfigurationError: the loss is not finite, or too many images are bad; the same on every process.
+            ConfigurationError: too many images are bad; the same on every process.
         """
-        mean = torch.stack(self.sums).mean(dim=0)
+        mean = torch.stack(self.rows).mean(dim=0)
         share_bad = mean.new_tensor([float(len(self.bad) > 0)])
         loss, spread, share_bad = self.accelerator.reduce(torch.cat([mean, share_bad]), reduction="mean").tolist()
         if share_bad > 0:
-            new = self.bad_images.add(gather_object(self.bad))
+            new = self.bad_images.add([image for images in gather_from_all(self.bad) for image in images])
             self.bad.clear()
             if self.accelerator.is_main_process:
-                for line in self.bad_images.write(new):
-                    self.bar.write(line)
+                self.write_lines(self.folder.bad_images, [image._asdict() for image in new])
+                for line in self.bad_images.told(new):
+                    self.say(line)
             self.bad_images.check()
-        if not math.isfinite(loss):
-            raise ConfigurationError(
-                f"the loss is {loss} in the last {self.num_steps} steps, and no encoder is written: try a "
-                f"--learning_rate_per_256 below {self.config.learning_rate_per_256:g}, or more --warmup_epochs"
-            )
         speed = self.num_steps * self.config.batch_size / (time.perf_counter() - self.last)
-        self.sums.clear()
-        self.num_steps = 0
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} images/s", refresh=False)
-        return {"loss": loss, "embedding_std": spread, "images_per_second": speed}
+        return {"loss": loss, "embedding_std": spread} | ({"images_per_second": speed} if self.num_steps else {})
 
     def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """Write one line of metrics; the clock of the speed starts again, so evaluations do not count."""
+        self.rows.clear()
+        self.num_steps = 0
         if self.accelerator.is_main_process:
             line = {"step": step, "epoch": round(epoch, 6), **values, "seconds": round(self.seconds(), 3)}
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self.write_lines(self.folder.metrics, [line])
             if "knn_top1" in values:
-                self.bar.write(f"epoch {epoch:g}: teacher kNN top-1 {100 * values['knn_top1']:.2f} %")
+                self.say(f"epoch {epoch:g}: teacher kNN top-1 {100 * values['knn_top1']:.2f} %")
         if self.config.tracker != "none":
             self.accelerator.log({"epoch": epoch, **values}, step=step)
         self.last = time.perf_counter()
 
+    def check_collapse(self, step: int, spread: float) -> None:
+        """Warn of embeddings that have fallen into one point, or end the run for it.
+
+        Raises:
+            ConfigurationError: they have, and --stop_on_collapse is given; the same on every process.
+        """
+        collapsed = spread < COLLAPSED
+        told, self.told_of_collapse = self.told_of_collapse, collapsed
+        if not collapsed or told:
+            return
+        message = (
+            f"step {step}: the teacher's embeddings have collapsed (embedding_std {spread:.4f}; 1 is spread evenly, "
+            f"below {COLLAPSED} is one point)"
+        )
+        if self.config.stop_on_collapse:
+            raise ConfigurationError(
+                f"{message}, and --stop_on_collapse ends the run: try a smaller --learning_rate_per_256 or a "
+                f"--weight_momentum nearer to 1, in another --output_dir"
+            )
+        self.say(f"warning: {message}; --stop_on_collapse would end the run here")
+
+    def write_lines(self, file: JsonLines, rows: Sequence[dict[str, object]]) -> None:
+        try:
+            file.add(rows)
+        except OSError as error:
+            self.say(f"warning: {file.path} cannot be written ({error.strerror}); its lines wait for the next time")
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar, by the first process."""
+        if self.bar is not None:
+            self.bar.write(line)
+        elif self.accelerator.is_main_process:
+            print(line, flush=True)
+
     def seconds(self) -> float:
-        """Seconds since the report was opened."""
+        """Seconds that the run has taken, in all its parts."""
         return time.perf_counter() - self.started
 
     def close(self) -> None:
         """End the bar and the tracker, whether the run ended well or not."""
         if self.bar is not None:
             self.bar.close()
-        if self.config.tracker != "none":
-            for tracker in self.accelerator.trackers:
-                tracker.finish()
+            self.bar = None
+        for tracker in self.trackers:
+            tracker.finish()
+        self.trackers = []
 
 
 def duration(seconds: float) -> str:

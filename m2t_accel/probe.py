@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, send_to_device, set_seed
+from accelerate.utils import send_to_device, set_seed
 from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
@@ -22,7 +22,7 @@ from m2t_accel.data_settings import check_enough_images
 from m2t_accel.evaluation import Evaluation, open_folder, say, start_evaluation, write_result
 from m2t_accel.features import embed_images, fingerprint, gather_features, gather_rows, labels_of, measure_knn
 from m2t_accel.heads import Heads, classifier, folded, rate_factor, save_classifier
-from m2t_accel.launch import on_all_processes
+from m2t_accel.launch import on_all_processes, tell_all
 from m2t_accel.model import embed
 from m2t_accel.order import ShuffledOrder, steps_per_epoch
 from m2t_accel.photometry import flipped_view
@@ -162,7 +162,7 @@ def train_and_measure(evaluation: Evaluation, train: Dataset, held_out: Dataset 
         (Path(config.output_dir) / CHECKPOINT).unlink(missing_ok=True)
         return result
 
-    return broadcast_object_list([on_all_processes(accelerator, finish)])[0]
+    return tell_all(on_all_processes(accelerator, finish))
 
 
 def accuracy(classes: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
@@ -345,7 +345,7 @@ def load_checkpoint(path: Path, heads: Heads, broken: set[int], evaluation: Eval
             raise ConfigurationError(f"{path} is of an encoder with other weights: remove it to begin anew")
         return state
 
-    state = broadcast_object_list([on_all_processes(accelerator, load)])[0]
+    state = tell_all(on_all_processes(accelerator, load))
     if state is None:
         return 0, 0.0
     heads.load_state_dict(state["heads"])

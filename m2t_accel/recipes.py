@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import yaml
 
 from m2t_accel.data_settings import TrainingSettings, check_dataset, check_ordered, check_push
 from m2t_accel.settings import ConfigurationError, convert_all, did_you_mean, is_hub_id, setting
@@ -45,6 +49,10 @@ class PretrainConfig(TrainingSettings):
 
     recipe: str = setting("digits", "name of a recipe; `list` prints them all", heading="the run")
     output_dir: str | None = setting(None, "folder of the run (default: runs/RECIPE)")
+    resume: str = setting(
+        "auto",
+        "auto: go on from the newest whole checkpoint in output_dir, if there is one; never; or a checkpoint's folder",
+    )
 
     encoder: str = setting(
         "resnet50",
@@ -84,6 +92,22 @@ class PretrainConfig(TrainingSettings):
         0.001, "share of images that may be undecodable before the run stops; ten always may", at_least=0, at_most=1
     )
 
+    checkpoint_every: tuple[str, ...] = setting(
+        ("15min",),
+        "when to save: such as 500steps, 1epoch or 15min, several if you like; or never, that is, only at the end and "
+        "when the run is stopped",
+        heading="checkpoints",
+    )
+    keep: tuple[int, int] = setting(
+        (3, 0), "checkpoints that are kept: the last N, and for good every Mth (0: none)", at_least=0
+    )
+    stop_on_collapse: bool = setting(
+        False, "end the run where the teacher's embeddings fall into one point, instead of a warning"
+    )
+    collective_timeout: float = setting(
+        10.0, "minutes that a process waits for the others in a step, before it takes them for lost", above=0
+    )
+
     log_every: int = setting(10, "steps between lines of metrics.jsonl", at_least=1, heading="reports")
     evaluate_every: int | None = setting(
         None,
@@ -102,11 +126,19 @@ class PretrainConfig(TrainingSettings):
                 f"--warmup_epochs {self.warmup_epochs:g} must be less than --epochs {self.epochs}: "
                 f"add --warmup_epochs {self.epochs / 10:g}"
             )
+        if self.keep[0] < 1:
+            raise ConfigurationError(f"--keep {self.keep[0]} {self.keep[1]}: at least the last one must be kept")
+        read_triggers(self.checkpoint_every)
         object.__setattr__(self, "output_dir", self.output_dir or f"runs/{self.recipe}")
 
     @property
     def evaluates(self) -> bool:
         return self.evaluate_every != 0
+
+    @property
+    def saves_every(self) -> Mapping[str, float]:
+        """Steps, epochs and minutes between checkpoints, by unit, where they are given."""
+        return read_triggers(self.checkpoint_every)
 
     @property
     def learning_rate(self) -> float:
@@ -259,18 +291,100 @@ def check_inputs(config: PretrainConfig) -> None:
         )
 
 
-def check_output_dir(output_dir: str) -> None:
-    """Check, writing nothing, that a run can be written to the folder and that it holds none yet.
+def read_triggers(words: Sequence[str]) -> dict[str, float]:
+    """Numbers by unit, of words such as `500steps`, `1epoch`, `15min`.
 
     Raises:
-        ConfigurationError: it cannot, or it does.
+        ConfigurationError: a word is none of them, or two have the same unit.
     """
-    folder = os.path.abspath(output_dir)
-    for name in ("config.yaml", "metrics.jsonl", "training.json", "encoder", "checkpoints"):
-        if os.path.exists(os.path.join(folder, name)):
+    triggers: dict[str, float] = {}
+    for word in words if tuple(words) != ("never",) else ():
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)(step|epoch|min(?:ute)?)s?", word)
+        unit = {"min": "minute"}.get(match[2], match[2]) if match else ""
+        if not match or unit in triggers or not float(match[1]) or (unit == "step" and "." in match[1]):
             raise ConfigurationError(
-                f"--output_dir {output_dir} holds another run ({name}): give another folder, or remove that one"
+                f"--checkpoint_every {' '.join(words)}: a number of steps, epochs or minutes is needed, such as "
+                "500steps, 1epoch, 15min or several of them; or never"
             )
+        triggers[unit] = float(match[1])
+    return triggers
+
+
+# --- a run that goes on
+
+# Settings that may change while a run goes on: they do not say what is computed. The images are compared themselves.
+FREE = (
+    *("output_dir", "resume", "dataset", "num_workers", "log_every", "push_to_hub", "tracker"),
+    *("checkpoint_every", "keep", "stop_on_collapse", "collective_timeout", "max_bad_fraction"),
+)
+RUN_FILES = ("config.yaml", "metrics.jsonl", "training.json", "encoder", "checkpoints")
+
+
+def check_same_settings(config: PretrainConfig, saved: Mapping[str, object], where: str, grown: bool) -> None:
+    """Check that a run with these settings may go on with what those of `saved` have computed.
+
+    grown: more epochs are allowed.
+
+    Raises:
+        ConfigurationError: it may not; the message lists the settings that differ.
+    """
+    others = []
+    for item in dataclasses.fields(config):
+        mine = getattr(config, item.name)
+        if item.name in FREE or (item.name == "evaluate_every" and mine is None):
+            continue
+        theirs = saved.get(item.name, item.default)  # a setting that is younger than the run
+        theirs = tuple(theirs) if isinstance(theirs, list) else theirs
+        if theirs != mine and not (item.name == "epochs" and grown and mine > theirs):
+            others.append(f"{item.name} {in_words(theirs)} there, {in_words(mine)} here")
+    if others:
+        more = ""
+        if [other.split()[0] for other in others] == ["epochs"] and config.epochs > saved.get("epochs", 0):
+            more = (
+                "; to go on for longer, which changes the schedules from there on, name the checkpoint: "
+                f"--resume {config.output_dir}/checkpoints/step-N"
+            )
+        raise ConfigurationError(
+            f"{where} is of a run with other settings ({'; '.join(others)}): give the same, or another "
+            f"--output_dir{more}"
+        )
+
+
+def in_words(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def check_output_dir(config: PretrainConfig) -> None:
+    """Check, writing nothing, that the run can be written to its folder, which is new or holds the same run.
+
+    Raises:
+        ConfigurationError: it cannot, or the folder holds another.
+    """
+    output_dir = config.output_dir
+    folder = os.path.abspath(output_dir)
+    there = [name for name in RUN_FILES if os.path.exists(os.path.join(folder, name))]
+    if there and (config.resume == "never" or "config.yaml" not in there):
+        raise ConfigurationError(
+            f"--output_dir {output_dir} holds another run ({there[0]}): give another folder, or remove that one"
+            + (", or go on with it by --resume auto" if "config.yaml" in there else "")
+        )
+    if there:
+        try:
+            with open(os.path.join(folder, "config.yaml"), encoding="utf-8") as file:
+                saved = yaml.safe_load(file)
+            known = isinstance(saved, dict)
+        except (OSError, ValueError, yaml.YAMLError):
+            known = False
+        if not known:
+            raise ConfigurationError(
+                f"--output_dir {output_dir} holds a config.yaml that is not a run's: give another folder"
+            )
+        check_same_settings(config, saved, f"--output_dir {output_dir}", grown=config.resume != "auto")
+    if config.resume not in ("auto", "never") and not os.path.isdir(config.resume):
+        raise ConfigurationError(
+            f"--resume {config.resume}: no such folder; give auto, never, or a checkpoint such as "
+            f"{output_dir}/checkpoints/step-N"
+        )
     parent = folder
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)

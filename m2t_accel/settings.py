@@ -16,9 +16,20 @@ import typing
 from collections.abc import Mapping
 from dataclasses import field
 
+STATUS_GO_ON = 75  # a run was stopped, and the same command goes on; EX_TEMPFAIL of sysexits.h
+STATUS_CTRL_C = 130
+
 
 class ConfigurationError(ValueError):
     """What a user gave cannot be run. Its message is one line: what was given, what is allowed, what to type."""
+
+
+class Interrupted(Exception):  # noqa: N818 (no error of anybody)
+    """A run ends before its time, and the same command goes on. Its message is one line; `status` is the exit's."""
+
+    def __init__(self, message: str, status: int = STATUS_GO_ON) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def setting(default: object, help: str, **limits: object):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -43,6 +45,32 @@ class ImageData:
     validation: Dataset | None
     class_names: list[str] | None
     note: str  # one line for people: what was found
+    dataset: str = ""  # where they are from, as it was given
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A name for the images to train on: their number, names, sizes and order, wherever they lie.
+
+        Their contents are not read: of ImageNet it takes a second.
+        """
+        digest = hashlib.sha256(str(len(self.train)).encode())
+        for part in outlines(self.train):
+            digest.update(part if isinstance(part, np.ndarray) else part.replace(self.dataset, "").encode())
+        return digest.hexdigest()[:16]
+
+
+def outlines(images: Dataset | Shards) -> Iterator[np.ndarray | str]:
+    """What can be told of images without reading them: names, and sizes where a table holds them."""
+    if isinstance(images, Shards):
+        yield "\n".join(images.files)
+        yield from (images.file, images.piece_sizes)
+        return
+    for chunk in images.data.column("image").chunks:
+        content, paths = chunk.flatten()
+        yield "\n".join(str(path) for path in paths.to_pylist())
+        yield compute.fill_null(compute.binary_length(content), -1).to_numpy(zero_copy_only=False)
+    for name in [name for name in ("offset", "size") if name in images.column_names]:
+        yield images.data.column(name).to_numpy()
 
 
 def load_images(config: ImageSettings) -> ImageData:
@@ -87,7 +115,7 @@ def load_images(config: ImageSettings) -> ImageData:
             f"{len(train.piece_sizes)} pieces (row groups, runs of a tar) for {config.num_virtual_devices} virtual "
             "devices: each piece is read once for every device that shows a part of it"
         )
-    return ImageData(train, bank, validation, class_names, "; ".join([note, *remarks]))
+    return ImageData(train, bank, validation, class_names, "; ".join([note, *remarks]), config.dataset)
 
 
 def with_held_out(

@@ -20,7 +20,7 @@ def main() -> None:
         check_inputs(config)
         check_num_processes(config, num_processes)
         if num_processes == 1:  # of several, one may have begun to write before another looks
-            check_output_dir(config.output_dir)
+            check_output_dir(config)
         from accelerate import PartialState  # late: torch and transformers take seconds to import
 
         from m2t_accel.pretrain import pretrain

@@ -176,8 +176,9 @@ def run(tmp_path_factory):
 
 def test_the_folder_of_a_run(run):
     folder, _, _ = run
-    names = ["config.yaml", "curves.png", "encoder", "metrics.jsonl", "training.json"]
+    names = [".lock", "checkpoints", "config.yaml", "curves.png", "encoder", "metrics.jsonl", "training.json"]
     assert sorted(path.name for path in folder.iterdir()) == names
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-10"]
     files = {path.name for path in (folder / "encoder").iterdir()}
     assert files == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
 
@@ -215,11 +216,15 @@ def test_the_resolved_configuration_reproduces_the_run(run, tmp_path):
     assert without_clock(metrics(tmp_path / "again")) == without_clock(metrics(folder))
 
 
-def test_a_second_run_in_the_folder_is_refused(run):
+def test_a_complete_run_is_left_as_it_is(run, capsys):
     folder, config, _ = run
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert pretrain(config) is None
+    assert capsys.readouterr().out == f"{folder} is complete: {folder}/encoder\n"
     with pytest.raises(ConfigurationError, match="holds another run"):
-        pretrain(config)
+        pretrain(build_config({**vars(config), "resume": "never"}))
+    with pytest.raises(ConfigurationError, match=r"of a run with other settings \(seed 0 there, 1 here\)"):
+        pretrain(build_config({**vars(config), "seed": 1}))
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
@@ -346,7 +351,7 @@ def test_a_compiled_run_is_the_same_run(tmp_path, monkeypatch, fresh_accelerator
 
 
 def test_a_run_that_diverges_ends_with_a_line_and_no_encoder(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"the loss is nan .* try a --learning_rate_per_256 below 1e\+12"):
+    with pytest.raises(ConfigurationError, match=r"the loss is nan .* Try a --learning_rate_per_256 below 1e\+12"):
         pretrain(build_config(tiny(tmp_path / "run", learning_rate_per_256=1e12)))
     assert not (tmp_path / "run" / "encoder").exists()
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():

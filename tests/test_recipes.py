@@ -78,17 +78,79 @@ def test_where_a_run_is_published(monkeypatch):
         recipes.check_inputs(build_config({"push_to_hub": "me/digits"}))
 
 
-def test_an_output_folder_that_holds_a_run_or_cannot_be(tmp_path):
-    check_output_dir(str(tmp_path / "new" / "deep"))
+def config_in(folder, **settings):
+    return build_config({"output_dir": str(folder), **settings})
+
+
+def test_an_output_folder_that_cannot_be(tmp_path):
+    check_output_dir(config_in(tmp_path / "new" / "deep"))
     (tmp_path / "notes.txt").write_text("not of a run")
-    check_output_dir(str(tmp_path))
+    check_output_dir(config_in(tmp_path))
     with pytest.raises(ConfigurationError, match=r"cannot be written: .*notes\.txt takes no files"):
-        check_output_dir(str(tmp_path / "notes.txt" / "run"))
+        check_output_dir(config_in(tmp_path / "notes.txt" / "run"))
     with pytest.raises(ConfigurationError, match="cannot be written"):
-        check_output_dir("/proc/run")
+        check_output_dir(config_in("/proc/run"))
     with pytest.raises(ConfigurationError, match="longer than 255 bytes"):
-        check_output_dir(str(tmp_path / ("x" * 300)))
-    (tmp_path / "config.yaml").write_text("")
-    with pytest.raises(ConfigurationError, match=r"holds another run \(config\.yaml\): give another folder"):
-        check_output_dir(str(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "notes.txt"]
+        check_output_dir(config_in(tmp_path / ("x" * 300)))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_output_folder_that_holds_a_run(tmp_path):
+    (tmp_path / "config.yaml").write_text("# a header\n" + config_in(tmp_path, evaluate_every=8).to_yaml())
+    check_output_dir(config_in(tmp_path))  # the same run, which goes on
+    free = {"num_workers": 0, "log_every": 3, "keep": (9, 2), "checkpoint_every": ("1epoch",)}
+    check_output_dir(config_in(tmp_path, **free))
+    with pytest.raises(
+        ConfigurationError, match=r"holds another run \(config\.yaml\): .* go on with it by --resume auto"
+    ):
+        check_output_dir(config_in(tmp_path, resume="never"))
+    with pytest.raises(
+        ConfigurationError,
+        match=r"\(encoder resnet10-quarter there, resnet18 here; blur_sigma 0\.1 2\.0 there, 0\.1 1\.0 here\)",
+    ):
+        check_output_dir(config_in(tmp_path, encoder="resnet18", blur_sigma=(0.1, 1.0)))
+    with pytest.raises(ConfigurationError, match=r"epochs 80 there, 90 here.*name the checkpoint: --resume .*/step-N"):
+        check_output_dir(config_in(tmp_path, epochs=90))
+    (tmp_path / "checkpoints" / "step-3").mkdir(parents=True)
+    named = str(tmp_path / "checkpoints" / "step-3")
+    check_output_dir(config_in(tmp_path, epochs=90, resume=named))
+    with pytest.raises(ConfigurationError, match="epochs 80 there, 70 here"):
+        check_output_dir(config_in(tmp_path, epochs=70, resume=named))
+    with pytest.raises(ConfigurationError, match=r"--resume .*step-4: no such folder; give auto, never, or"):
+        check_output_dir(config_in(tmp_path, resume=str(tmp_path / "step-4")))
+    for content in ("", "a list: [", "- a", "\0"):
+        (tmp_path / "config.yaml").write_text(content)
+        with pytest.raises(ConfigurationError, match=r"holds a config\.yaml that is not a run's"):
+            check_output_dir(config_in(tmp_path))
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(ConfigurationError, match=r"holds another run \(checkpoints\): give another folder, or remove"):
+        check_output_dir(config_in(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "triggers"),
+    [
+        (("500steps",), {"step": 500}),
+        (("1step",), {"step": 1}),
+        (("0.5epoch", "15min"), {"epoch": 0.5, "minute": 15}),
+        (("90minutes",), {"minute": 90}),
+        (("never",), {}),
+    ],
+)
+def test_when_to_save(words, triggers):
+    assert build_config({"checkpoint_every": words}).saves_every == triggers
+
+
+@pytest.mark.parametrize(
+    "words", [("5",), ("0steps",), ("1.5steps",), ("-3steps",), ("1h",), ("3steps", "4steps"), ("never", "1min")]
+)
+def test_when_to_save_in_words_that_are_none(words):
+    with pytest.raises(
+        ConfigurationError, match=r"--checkpoint_every .*: a number of steps, epochs or minutes is needed"
+    ):
+        build_config({"checkpoint_every": words})
+
+
+def test_at_least_one_checkpoint_is_kept():
+    with pytest.raises(ConfigurationError, match="--keep 0 5: at least the last one must be kept"):
+        build_config({"keep": (0, 5)})

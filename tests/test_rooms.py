@@ -9,10 +9,10 @@ from conftest import ROOT
 # user did wrong.
 # fmt: off
 ROOMS = (
-    "settings", "data_settings", "recipes", "protocols", "command_line", "launch",
+    "settings", "data_settings", "recipes", "protocols", "command_line", "launch", "interruption",
     "schedules", "momentum_norm", "model", "optim", "keys", "encoders",
     "augment", "photometry", "decode", "order", "index", "shards", "sources", "data",
-    "features", "checkpoint", "monitor", "hub", "pretrain",
+    "features", "checkpoint", "run_folder", "run_state", "saving", "monitor", "hub", "pretrain",
     "evaluation", "heads", "metrics", "probe", "finetune", "embedding",
     "publish", "export", "reference", "benchmark", "preview",
 )
