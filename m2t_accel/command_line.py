@@ -190,15 +190,13 @@ def errors_in_one_line() -> Iterator[None]:
     """
     try:
         yield
-    except ConfigurationError as error:
+    except (ConfigurationError, Interrupted) as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(3)
         line = " ".join(str(error).split())  # a value that was given may hold line breaks
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    except Interrupted as interruption:
-        print(f"{Path(sys.argv[0]).name}: {interruption}", file=sys.stderr, flush=True)
-        raise SystemExit(interruption.status) from None
+        kind, status = ("error: ", 2) if isinstance(error, ConfigurationError) else ("", error.status)
+        print(f"{Path(sys.argv[0]).name}: {kind}{line}", file=sys.stderr, flush=True)
+        raise SystemExit(status) from None
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
         raise SystemExit(STATUS_CTRL_C) from None

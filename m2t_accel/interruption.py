@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from enum import IntEnum
@@ -23,6 +24,7 @@ from m2t_accel.settings import STATUS_CTRL_C, STATUS_GO_ON, Interrupted, in_shor
 # SLURM and other schedulers send one of them before they end a job; Ctrl-C is SIGINT.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+ROLL_CALL = timedelta(seconds=10)  # for an answer, after a collective call has failed
 
 
 class StopSignals:
@@ -122,12 +124,21 @@ def lost_processes_in_one_line(accelerator: Accelerator, timeout: timedelta) -> 
 
 def who_is_missing(accelerator: Accelerator) -> str:
     """Which processes do not answer, as far as the first one can tell."""
-    try:
-        torch.distributed.monitored_barrier(control_group(), timedelta(seconds=10), wait_all_ranks=True)
-    except RuntimeError as error:
-        ranks = re.search(r"[Rr]anks? ([\d, ]+\d|\d)", str(error))
-        if accelerator.process_index == 0 and ranks is not None:
-            return f"no word from {ranks[1]}"
+    answers: list[str] = []
+
+    def ask() -> None:
+        try:
+            torch.distributed.monitored_barrier(control_group(), ROLL_CALL, wait_all_ranks=True)
+        except RuntimeError as error:
+            answers.append(str(error))
+
+    # In a thread, because the others wait for the first one's answer without an end.
+    call = threading.Thread(target=ask, daemon=True)
+    call.start()
+    call.join(ROLL_CALL.total_seconds() + 2)
+    missing = re.search(r"[Rr]anks? ([\d, ]*\d) failed to pass", answers[0]) if answers else None
+    if accelerator.process_index == 0 and missing is not None:
+        return f"no word from process {missing[1]}"
     return "one of them has ended, hangs or is cut off"
 
 

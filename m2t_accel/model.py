@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, ResNetConfig, ResNetModel
 
 from m2t_accel.momentum_norm import (
+    collect_statistics,
     commit_statistics,
     convert_batch_norm,
     momentum_layers,
@@ -115,6 +116,10 @@ class Teacher(nn.Module):
     def set_statistics_momentum(self, statistics_momentum: float) -> None:
         """Set α, the share of the batch in the statistics, for the forwards of a step."""
         set_statistics_momentum(momentum_layers(self), statistics_momentum)
+
+    def collect_statistics(self) -> None:
+        """Set the statistics of the sub-batch that was just seen apart from those of the next one."""
+        collect_statistics(momentum_layers(self))
 
     def commit_statistics(self) -> None:
         """Move the statistics' history, once per optimizer step; a collective call where there are processes."""

@@ -44,6 +44,8 @@ class MomentumBatchNorm(_BatchNorm):
         self.register_buffer("pending_var", torch.zeros_like(self.running_var), persistent=False)
         # Of one dimension: compiled by torch 2.11, additions to a 0-dimensional buffer were lost, in silence.
         self.register_buffer("num_pending", torch.zeros_like(self.running_mean[:1]), persistent=False)
+        # Of the sub-batches that were collected since the last commit; a buffer of all that is pending.
+        self.register_buffer("collected", self.running_mean.new_zeros(2 * num_features + 1), persistent=False)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -135,20 +137,34 @@ def set_statistics_momentum(layers: list[MomentumBatchNorm], statistics_momentum
 
 
 @torch.no_grad()
+def collect_statistics(layers: list[MomentumBatchNorm]) -> None:
+    """Add what is pending, of the forwards of one sub-batch, to what was collected since the last commit.
+
+    Without it the sum is right but for rounding, which then depends on how many sub-batches a process has: with it,
+    two sub-batches give the same bits on one process as on two.
+    """
+    pending = [p for layer in layers for p in (layer.pending_mean, layer.pending_var, layer.num_pending)]
+    collected = [c for layer in layers for c in layer.collected.split([layer.num_features, layer.num_features, 1])]
+    torch._foreach_add_(collected, pending)
+    torch._foreach_zero_(pending)
+
+
+@torch.no_grad()
 def commit_statistics(layers: list[MomentumBatchNorm]) -> None:
     """Move the history of all layers by the α of this step, and forget the pending batch statistics.
 
     With several processes the average is over all their forwards: one all-reduce of 2 C + 1 numbers per layer
     (ResNet-50: 0.2 MB), so every process holds the same history.
     """
-    pending = [p for layer in layers for p in (layer.pending_mean, layer.pending_var, layer.num_pending)]
+    collect_statistics(layers)
+    collected = [layer.collected for layer in layers]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        flat = torch.cat([tensor.flatten() for tensor in pending])
+        flat = torch.cat(collected)
         torch.distributed.all_reduce(flat)
-        parts = flat.split([tensor.numel() for tensor in pending])
-        torch._foreach_copy_(pending, [part.view_as(p) for part, p in zip(parts, pending, strict=True)])
+        torch._foreach_copy_(collected, flat.split([len(part) for part in collected]))
     for layer in layers:
-        mean, var = layer.pending_mean / layer.num_pending, layer.pending_var / layer.num_pending
+        mean, var, number = layer.collected.split([layer.num_features, layer.num_features, 1])
+        mean, var = mean / number, var / number
         # History is for good: it takes no average that is not finite, such as that of a step which float16
         # overflowed and the gradient scaler skips, or 0 / 0 of a layer that no forward used.
         finite = mean.isfinite() & var.isfinite()
@@ -156,4 +172,4 @@ def commit_statistics(layers: list[MomentumBatchNorm]) -> None:
         layer.running_mean.lerp_(mean, layer.statistics_momentum)
         layer.running_var.lerp_(var, layer.statistics_momentum)
         layer.num_batches_tracked.add_(1)
-    torch._foreach_zero_(pending)
+    torch._foreach_zero_(collected)

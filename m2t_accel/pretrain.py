@@ -349,6 +349,7 @@ class Run:
         with torch.no_grad():
             k1, k2 = self.teacher_forward(view_1, view_2)
         loss = momentum_teacher_loss(q1, q2, k1, k2)
+        self.teacher.collect_statistics()
         on_host = HostCopy(loss)  # before the backward, which the device then need not have ended when it is read
         self.accelerator.backward(loss)
         return SubBatch(loss.detach(), on_host, embedding_std(k1), batch.samples)

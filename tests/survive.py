@@ -1,0 +1,403 @@
+"""What a run survives, measured: `python tests/survive.py kills`, `processes`, `truncation`, `cost` or `scaling`.
+
+Every line that is printed was seen in that very call; the README's table of figures is made of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DIGITS = ("--recipe", "digits", "--warmup_epochs", "2", "--device_batch_size", "32", "--num_workers", "1")
+
+
+# --- runs in processes of their own
+
+
+def command(record: Path, output_dir: Path, num_processes: int, arguments: Sequence[object]) -> list[str]:
+    """A recorded run on one or two processes."""
+    launch = ["-m", "accelerate.commands.launch", "--quiet", "--config_file", "accelerate_configs/cpu2.yaml"]
+    words = [sys.executable, *(launch if num_processes == 2 else [])]
+    words += ["tests/pretrain_recorded.py", str(record), *map(str, arguments), "--output_dir", str(output_dir)]
+    return words
+
+
+def start(words: Sequence[str]) -> subprocess.Popen:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_", "LOCAL_", "WORLD_"))}
+    # Two processes on two cores: one thread each, so that they do not fight. Rounding depends on the threads.
+    return subprocess.Popen(
+        list(words),
+        cwd=ROOT,
+        env={**clean, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(words: Sequence[str]) -> str:
+    """Run to the end; what it printed."""
+    process = start(words)
+    printed, _ = process.communicate(timeout=600)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(words)} ended with {process.returncode}:\n{printed[-3000:]}")
+    return printed
+
+
+def wait_until_it_trains(process: subprocess.Popen) -> None:
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if re.search(r"goes on from step|epoch 0: ", line):
+            return
+    raise RuntimeError(f"it ended before it trained:\n{printed[-3000:]}")
+
+
+def kill_at_random(
+    process: subprocess.Popen, output_dir: Path, rng: random.Random, in_a_save: bool
+) -> tuple[str, bool]:
+    """Kill -9 the run, or one of its processes, at a random moment; who was killed, and whether in a save."""
+    time.sleep(rng.uniform(0.05, 1.6))
+    checkpoints = output_dir / "checkpoints"
+    deadline = time.monotonic() + 5
+    while in_a_save and time.monotonic() < deadline and not any(checkpoints.glob(".step-*.partial")):
+        time.sleep(0.0005)
+    trainers = [pid for pid in descendants(process.pid) if is_trainer(pid)]
+    which = rng.choice(["all", *range(len(trainers))]) if len(trainers) > 1 else "all"
+    victims = trainers if which == "all" else [trainers[which]]
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(0.02)
+    was_saving = any(checkpoints.glob(".step-*.partial"))
+    process.communicate(timeout=120)
+    return str(which), was_saving
+
+
+def descendants(pid: int) -> Iterator[int]:
+    yield pid
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return
+    for child in children:
+        yield from descendants(int(child))
+
+
+def is_trainer(pid: int) -> bool:
+    """Whether a process trains, and is no launcher and no worker of a loader (a fork of its parent)."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+        of_parent = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    trains = (
+        any(word.endswith(b"pretrain_recorded.py") for word in words) and b"accelerate.commands.launch" not in words
+    )
+    return trains and words != of_parent
+
+
+# --- what is compared
+
+
+def last_tensors(output_dir: Path) -> dict[str, object]:
+    """All tensors of the last checkpoint and of the encoder."""
+    from safetensors.torch import load_file
+
+    from m2t_accel.checkpoint import list_checkpoints, read_tensors, verify
+
+    files = read_tensors(verify(list_checkpoints(output_dir / "checkpoints")[0]))
+    files["encoder"] = load_file(output_dir / "encoder" / "model.safetensors")
+    return {f"{file}: {name}": tensor for file, tensors in files.items() for name, tensor in tensors.items()}
+
+
+def different(one: dict[str, object], other: dict[str, object]) -> list[str]:
+    """The names of tensors that are not the same bit for bit."""
+    names = sorted(one.keys() ^ other.keys())
+    return names + [name for name in one.keys() & other.keys() if not one[name].equal(other[name])]
+
+
+def samples_of(record: Path) -> dict[tuple[int, int], list[list[int]]]:
+    """By (step, virtual device), the samples that were shown, each time that the step was computed."""
+    shown: dict[tuple[int, int], list[list[int]]] = {}
+    for file in record.iterdir():
+        for line in file.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                step, device, samples = json.loads(line)
+                shown.setdefault((step, device), []).append(samples)
+    return shown
+
+
+def lost_and_repeated(record: Path, reference: Path) -> tuple[int, int]:
+    """Samples that a run never showed where the reference did, and that it showed where the reference did not."""
+    expected, lost, repeated = samples_of(reference), 0, 0
+    found = samples_of(record)
+    for place in expected.keys() | found.keys():
+        wanted = expected.get(place, [[]])[0]
+        for samples in found.get(place, [[]]):
+            lost += len(set(wanted) - set(samples))
+            repeated += len(samples) - len(set(samples) & set(wanted))
+    return lost, repeated
+
+
+def metrics(output_dir: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl, without what a clock says."""
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+
+
+def write_digits(folder: Path) -> Path:
+    """digits as parquet files, in row groups of 48."""
+    from m2t_accel.sources import load_digits
+
+    folder.mkdir()
+    splits = load_digits()
+    splits["train"].to_parquet(folder / "train-0.parquet", batch_size=48)
+    splits["val"].to_parquet(folder / "validation-0.parquet", batch_size=48)
+    return folder
+
+
+# --- the figures
+
+
+def kills(work: Path, number: int, num_processes: int, streamed: bool, epochs: int, seed: int = 0) -> dict[str, object]:
+    """A run that is killed so often at random moments, beside one that never is."""
+    source = ["--dataset", write_digits(work / "set"), "--streaming"] if streamed else []
+    arguments = [*DIGITS, *source, "--epochs", epochs, "--checkpoint_every", "7steps", "--log_every", 5]
+    reference, victim = work / "reference", work / "victim"
+    run(command(work / "reference-record", reference, num_processes, arguments))
+    rng = random.Random(seed)
+    words = command(work / "victim-record", victim, num_processes, arguments)
+    killed, in_saves = [], 0
+    while len(killed) < number:
+        process = start(words)
+        wait_until_it_trains(process)
+        who, was_saving = kill_at_random(process, victim, rng, in_a_save=len(killed) % 2 == 1)
+        if (victim / "training.json").exists():
+            raise RuntimeError(f"it was complete before {number} kills: give it more epochs")
+        killed.append(who)
+        in_saves += was_saving
+    run(words)
+    lost, repeated = lost_and_repeated(work / "victim-record", work / "reference-record")
+    return {
+        "kills": len(killed),
+        "in saves": in_saves,
+        "who": killed,
+        "tensors": len(last_tensors(reference)),
+        "different": different(last_tensors(reference), last_tensors(victim)),
+        "metrics equal": metrics(reference) == metrics(victim),
+        "lost": lost,
+        "repeated": repeated,
+    }
+
+
+def stopped_and_moved(work: Path, first: int, second: int, float64: bool, epochs: int = 6) -> dict[str, object]:
+    """A run that begins on `first` processes and ends on `second`, beside one on `first` alone."""
+    precision = ["--float64"] if float64 else []
+    arguments = [*precision, *DIGITS, "--epochs", epochs, "--log_every", 1, "--checkpoint_every", "1epoch"]
+    reference, moved = work / "reference", work / "moved"
+    run(command(work / "reference-record", reference, first, arguments))
+    half = (epochs // 2) * 22 + 5
+    words = command(work / "moved-record", moved, first, [*arguments, "--checkpoint_every", f"{half}steps"])
+    process = start(words)
+    wait_until_it_trains(process)
+    while not (moved / "checkpoints" / f"step-{half}").exists():
+        if process.poll() is not None:
+            raise RuntimeError("it ended before it was stopped")
+        time.sleep(0.01)
+    for pid in [pid for pid in descendants(process.pid) if is_trainer(pid)]:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    for path in (moved / "checkpoints").iterdir():
+        if path.name != f"step-{half}":
+            shutil.rmtree(path)
+    printed = run(command(work / "moved-record", moved, second, arguments))
+    assert f"goes on from step {half} of" in printed, printed
+    losses = [[row["loss"] for row in metrics(folder) if "loss" in row] for folder in (reference, moved)]
+    lost, repeated = lost_and_repeated(work / "moved-record", work / "reference-record")
+    return {
+        "steps": len(losses[0]),
+        "from step": half,
+        "largest difference of a loss": max(abs(a - b) for a, b in zip(*losses, strict=True)),
+        "lost": lost,
+        "repeated": repeated,
+    }
+
+
+def truncations(work: Path) -> tuple[int, int]:
+    """Cuts of each file of a run's checkpoint at its start, middle and end: how many, and how many were noticed."""
+    from m2t_accel.checkpoint import DamagedCheckpointError, list_checkpoints, verify
+
+    run(command(work / "record", work / "run", 1, [*DIGITS, "--epochs", 3]))
+    (path,) = list_checkpoints(work / "run" / "checkpoints")
+    verify(path)
+    cuts = noticed = 0
+    for file in path.iterdir():
+        whole = file.read_bytes()
+        for length in (0, len(whole) // 2, len(whole) - 1):
+            file.write_bytes(whole[:length])
+            cuts += 1
+            try:
+                verify(path)
+            except DamagedCheckpointError as error:
+                noticed += file.name in str(error)
+        file.write_bytes(whole)
+    verify(path)
+    return cuts, noticed
+
+
+def cost_of_a_save(work: Path, repeats: int) -> dict[str, float]:
+    """A ResNet-50's state, saved while it trains: how much longer the steps take that a save overlaps.
+
+    Of `repeats` pairs of equal stretches of steps, one with a save at its start, in turns; medians.
+    """
+    import torch
+    from accelerate import Accelerator
+
+    from m2t_accel.model import Teacher, create_encoder, create_student, momentum_teacher_loss
+    from m2t_accel.optim import create_optimizer
+    from m2t_accel.recipes import build_config
+    from m2t_accel.run_folder import RunFolder
+    from m2t_accel.run_state import RunState
+    from m2t_accel.saving import Saver
+
+    torch.manual_seed(0)
+    config = build_config({"recipe": "8x2080Ti-b256-100ep", "dataset": "digits", "output_dir": str(work / "run")})
+    accelerator = Accelerator()
+    student = create_student(create_encoder("resnet50"), 224, config.hidden_size, config.projection_size)
+    teacher = Teacher(student).to(accelerator.device, memory_format=torch.channels_last)
+    student.to(accelerator.device, memory_format=torch.channels_last)
+    optimizer = create_optimizer(student, "sgd", 0.1, 0.9, 1e-4)
+    on_gpu = accelerator.device.type == "cuda"
+    batch_size, num_steps = (32, 40) if on_gpu else (4, 4)
+    views = torch.rand(2, batch_size, 3, 224, 224, device=accelerator.device)
+
+    def step() -> None:
+        with torch.autocast(accelerator.device.type, torch.bfloat16):
+            q1, q2 = student(views[0], views[1])
+            with torch.no_grad():
+                k1, k2 = teacher(views[0], views[1])
+        momentum_teacher_loss(q1.float(), q2.float(), k1.float(), k2.float()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        teacher.commit_statistics()
+        teacher.follow(student, 0.99)
+
+    def finished() -> None:
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    state = RunState(student, teacher, optimizer, accelerator)
+    saver = Saver(state, RunFolder(work / "run"), config, accelerator, 1000, print)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    copies, writes = [], []
+    step()
+    saver.save({"step": 1, "config": {}}, [])
+    saver.finish()
+    for i in range(repeats):
+        for saves in (False, True) if i % 2 else (True, False):
+            finished()
+            began = time.perf_counter()
+            if saves:
+                saver.save({"step": 2 + i, "config": {}}, [])
+                copies.append(time.perf_counter() - began)
+            for _ in range(num_steps):
+                step()
+            finished()
+            seconds[saves].append(time.perf_counter() - began)
+            saver.finish()
+    for i in range(3):
+        began = time.perf_counter()
+        saver.save({"step": 1000 + i, "config": {}}, [])
+        saver.finish()
+        writes.append(time.perf_counter() - began)
+    size = sum(path.stat().st_size for path in (work / "run" / "checkpoints" / "step-1000").iterdir())
+    without, with_save = (statistics.median(seconds[saves]) for saves in (False, True))
+    saver.close()
+    extra = statistics.median(a - b for a, b in zip(seconds[True], seconds[False], strict=True))
+    return {
+        "megabytes": size / 1e6,
+        "copy": statistics.median(copies),
+        "copy and write, alone": statistics.median(writes),
+        "stretch without a save": without,
+        "stretch with a save": with_save,
+        "longer by": extra,
+        "share of a minute": extra / 60,
+    }
+
+
+def scaling(work: Path, repeats: int) -> dict[str, object]:
+    """Seconds of a step on one process and on two with twice the batch, in turns, each with one thread."""
+    found: dict[int, list[float]] = {1: [], 2: []}
+    printed = ""
+    for i in range(repeats):
+        for number in (1, 2) if i % 2 else (2, 1):
+            config = ["--config_file", f"accelerate_configs/cpu{'' if number == 1 else 2}.yaml"]
+            launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *config]
+            printed = run([*launch, "tests/step_time.py"])
+            found[number].append(float(re.search(r"median ([\d.]+) s", printed)[1]))
+    one, two = (statistics.median(found[number]) for number in (1, 2))
+    return {"one": one, "two": two, "efficiency": one / two, "of two": printed.strip().splitlines()[-1]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("kills", "processes", "truncation", "cost", "scaling"))
+    parser.add_argument("--kills", type=int, default=20, help="of a one-process run; of two processes 6")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--num_processes", type=int, nargs="+", default=(1, 2), choices=(1, 2))
+    options = parser.parse_args()
+
+    def folder() -> tempfile.TemporaryDirectory:
+        return tempfile.TemporaryDirectory(prefix="survive-")
+
+    if options.what == "kills":
+        for num_processes in options.num_processes:
+            for streamed in (False, True):
+                number, began = options.kills if num_processes == 1 else 6, time.monotonic()
+                with folder() as work:
+                    found = kills(Path(work), number, num_processes, streamed, epochs=60)
+                kind = (
+                    f"{num_processes} process{'es' if num_processes > 1 else ''}, {'streamed' if streamed else 'local'}"
+                )
+                print(
+                    f"{kind}: {found['kills']} kills, {found['in saves']} of them in saves ({', '.join(found['who'])}): "
+                    f"{len(found['different'])} of {found['tensors']} tensors differ, metrics {'equal' if found['metrics equal'] else 'differ'}, {found['lost']} samples lost, "
+                    f"{found['repeated']} repeated; {time.monotonic() - began:.0f} s",
+                    flush=True,
+                )
+    elif options.what == "processes":
+        for first, second in ((1, 2), (2, 1)):
+            for float64 in (False, True):
+                with folder() as work:
+                    found = stopped_and_moved(Path(work), first, second, float64)
+                print(f"{first} → {second} processes, float{64 if float64 else 32}: {found}", flush=True)
+    elif options.what == "truncation":
+        with folder() as work:
+            print("{} cuts, {} noticed".format(*truncations(Path(work))))
+    elif options.what == "cost":
+        with folder() as work:
+            for name, value in cost_of_a_save(Path(work), options.repeats).items():
+                print(f"{name:<24} {value:.4g}")
+    else:
+        with folder() as work:
+            for name, value in scaling(Path(work), options.repeats).items():
+                print(f"{name:<12} {value}")
+
+
+if __name__ == "__main__":
+    main()
