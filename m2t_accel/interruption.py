@@ -129,7 +129,7 @@ def who_is_missing(accelerator: Accelerator) -> str:
     def ask() -> None:
         try:
             torch.distributed.monitored_barrier(control_group(), ROLL_CALL, wait_all_ranks=True)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             answers.append(str(error))
 
     # In a thread, because the others wait for the first one's answer without an end.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import psutil
 import torch
@@ -80,7 +80,7 @@ def start_accelerator(
             f"{world_size} processes were launched but Accelerate joined {accelerator.num_processes}, and each would "
             f"train alone: {FILES}"
         )
-    control_group()
+    create_groups(timeout)
     return accelerator
 
 
@@ -152,13 +152,14 @@ def on_all_processes(accelerator: Accelerator, action: Callable[[], Result]) -> 
     """
     result, message = None, None
     if not accelerator.is_local_main_process:
-        wait_for_all()
+        wait_patiently()
     try:
         result = action()
     except ConfigurationError as error:
         message = str(error)
     if accelerator.is_local_main_process:
-        wait_for_all()
+        wait_patiently()
+    wait_patiently()
     for other in gather_from_all(message):
         if other is not None:
             raise ConfigurationError(other)
@@ -184,21 +185,34 @@ def check_same_images(accelerator: Accelerator, note: str) -> None:
 # --- words between processes: objects and tensors in the main memory, over a group of its own
 
 
+class Groups(NamedTuple):
+    """Groups of all processes over gloo, whatever trains: what is said there waits for no device."""
+
+    world: ProcessGroup  # that they are of
+    control: ProcessGroup  # a call waits as long as one of tensors does
+    patient: ProcessGroup  # a call may wait for a download
+
+
+_groups: Groups | None = None
+
+
+def create_groups(timeout: timedelta) -> None:
+    """Make the groups, where there are several processes; a collective call."""
+    global _groups
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        control, patient = (torch.distributed.new_group(backend="gloo", timeout=t) for t in (timeout, PATIENCE))
+        _groups = Groups(torch.distributed.group.WORLD, control, patient)
+
+
+def groups() -> Groups | None:
+    """The groups, or None where there is one process."""
+    is_there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return _groups if is_there and _groups is not None and _groups.world is torch.distributed.group.WORLD else None
+
+
 def control_group() -> ProcessGroup | None:
-    """A group of all processes over gloo, whatever trains, or None where there is one process.
-
-    The first call is collective. What is said there waits for no device, and may wait long for a download.
-    """
-    global _control_group
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return None
-    if _control_group is None or _control_group[0] is not torch.distributed.group.WORLD:
-        group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
-        _control_group = (torch.distributed.group.WORLD, group)
-    return _control_group[1]
-
-
-_control_group: tuple[ProcessGroup, ProcessGroup] | None = None  # and the world that it is of
+    """The group for short words, or None where there is one process."""
+    return None if groups() is None else groups().control
 
 
 def route_gloo(environment: MutableMapping[str, str]) -> None:
@@ -220,11 +234,10 @@ def route_gloo(environment: MutableMapping[str, str]) -> None:
                 environment["GLOO_SOCKET_IFNAME"] = name
 
 
-def wait_for_all() -> None:
-    """Wait until every process is here; a collective call."""
-    group = control_group()
-    if group is not None:
-        torch.distributed.barrier(group)
+def wait_patiently() -> None:
+    """Wait until every process is here, however long a download takes; a collective call."""
+    if groups() is not None:
+        torch.distributed.barrier(groups().patient)
 
 
 def gather_from_all(value: Value) -> list[Value]:

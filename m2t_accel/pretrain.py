@@ -117,7 +117,8 @@ def pretrain(config: PretrainConfig) -> Teacher | None:
             run.train(signals)
         except StopRequestedError as stop:
             raise signals.interruption(stop.number, run.stop()) from None
-        on_all_processes(accelerator, lambda: run.finish() if is_main else None)
+        if is_main:
+            run.finish()
     return run.teacher
 
 

@@ -160,6 +160,13 @@ def metrics(output_dir: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
 
 
+def largest_difference(one: list[dict[str, float]], other: list[dict[str, float]]) -> float:
+    """Of two runs' metrics; infinite where they have other lines."""
+    if [row.keys() for row in one] != [row.keys() for row in other]:
+        return float("inf")
+    return max(abs(a[name] - b[name]) for a, b in zip(one, other, strict=True) for name in a)
+
+
 def write_digits(folder: Path) -> Path:
     """digits as parquet files, in row groups of 48."""
     from m2t_accel.sources import load_digits
@@ -174,32 +181,39 @@ def write_digits(folder: Path) -> Path:
 # --- the figures
 
 
-def kills(work: Path, number: int, num_processes: int, streamed: bool, epochs: int, seed: int = 0) -> dict[str, object]:
-    """A run that is killed so often at random moments, beside one that never is."""
+def kills(work: Path, num_processes: Sequence[int], streamed: bool, epochs: int, seed: int = 0) -> dict[str, object]:
+    """A run that is killed at random moments, beside one that never is.
+
+    num_processes: those of each start, the last of which is not killed. Where they change, the run beside it has one
+    process, and what is of single processes is not compared.
+    """
     source = ["--dataset", write_digits(work / "set"), "--streaming"] if streamed else []
     arguments = [*DIGITS, *source, "--epochs", epochs, "--checkpoint_every", "7steps", "--log_every", 5]
     reference, victim = work / "reference", work / "victim"
-    run(command(work / "reference-record", reference, num_processes, arguments))
+    all_equal = len(set(num_processes)) == 1
+    run(command(work / "reference-record", reference, num_processes[0] if all_equal else 1, arguments))
     rng = random.Random(seed)
-    words = command(work / "victim-record", victim, num_processes, arguments)
     killed, in_saves = [], 0
-    while len(killed) < number:
-        process = start(words)
+    for number in num_processes[:-1]:
+        process = start(command(work / "victim-record", victim, number, arguments))
         wait_until_it_trains(process)
         who, was_saving = kill_at_random(process, victim, rng, in_a_save=len(killed) % 2 == 1)
         if (victim / "training.json").exists():
-            raise RuntimeError(f"it was complete before {number} kills: give it more epochs")
+            raise RuntimeError("it was complete before the last kill: give it more epochs")
         killed.append(who)
         in_saves += was_saving
-    run(words)
+    run(command(work / "victim-record", victim, num_processes[-1], arguments))
     lost, repeated = lost_and_repeated(work / "victim-record", work / "reference-record")
+    tensors = [last_tensors(folder) for folder in (reference, victim)]
+    if not all_equal:
+        tensors = [{name: t for name, t in part.items() if not name.startswith("processes")} for part in tensors]
     return {
         "kills": len(killed),
         "in saves": in_saves,
         "who": killed,
-        "tensors": len(last_tensors(reference)),
-        "different": different(last_tensors(reference), last_tensors(victim)),
-        "metrics equal": metrics(reference) == metrics(victim),
+        "tensors": len(tensors[0]),
+        "different": different(*tensors),
+        "metrics differ by": largest_difference(metrics(reference), metrics(victim)),
         "lost": lost,
         "repeated": repeated,
     }
@@ -370,13 +384,12 @@ def main() -> None:
             for streamed in (False, True):
                 number, began = options.kills if num_processes == 1 else 6, time.monotonic()
                 with folder() as work:
-                    found = kills(Path(work), number, num_processes, streamed, epochs=60)
-                kind = (
-                    f"{num_processes} process{'es' if num_processes > 1 else ''}, {'streamed' if streamed else 'local'}"
-                )
+                    found = kills(Path(work), [num_processes] * (number + 1), streamed, epochs=60)
                 print(
-                    f"{kind}: {found['kills']} kills, {found['in saves']} of them in saves ({', '.join(found['who'])}): "
-                    f"{len(found['different'])} of {found['tensors']} tensors differ, metrics {'equal' if found['metrics equal'] else 'differ'}, {found['lost']} samples lost, "
+                    f"{num_processes} processes, {'streamed' if streamed else 'local'}: {found['kills']} kills, "
+                    f"{found['in saves']} of them in saves (killed: {', '.join(found['who'])}); "
+                    f"{len(found['different'])} of {found['tensors']} tensors differ, metrics by at most "
+                    f"{found['metrics differ by']}, {found['lost']} samples lost, "
                     f"{found['repeated']} repeated; {time.monotonic() - began:.0f} s",
                     flush=True,
                 )
