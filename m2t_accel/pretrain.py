@@ -163,7 +163,7 @@ class Run:
         self.best: dict[str, float] = {}  # the best evaluation: knn_top1, step
         self.report: Report | None = None
         self.saver: Saver | None = None
-        self.last_saved = 0
+        self.last_saved = (0, -1)  # step and reported
         self.parts: list[dict[str, object]] = []  # where and with what the run was computed, from which step on
 
     # --- begin, stop, finish
@@ -209,7 +209,7 @@ class Run:
             last_good,
             number,
         )
-        self.last_saved = self.step
+        self.last_saved = (self.step, self.reported)
 
     def restore(self, checkpoint: Checkpoint) -> list[Tensor]:
         """Read the checkpoint, by the first process, and put its state in place on all; a collective call."""
@@ -442,11 +442,11 @@ class Run:
     def begin_to_save(self) -> None:
         """Save what the run is now, beside its going on; a collective call."""
         self.saver.save(self.manifest(), self.report.rows)
-        self.last_saved = self.step
+        self.last_saved = (self.step, self.reported)
 
     def save(self) -> str:
         """Save what the run is now, unless it is saved, and wait; what there is, in words. A collective call."""
-        if self.last_saved != self.step or self.saver.failing():
+        if self.last_saved != (self.step, self.reported) or self.saver.failing():
             self.begin_to_save()
         return self.saver.finish()
 

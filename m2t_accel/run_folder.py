@@ -132,11 +132,13 @@ class RunFolder:
             self.bad_images.keep(lambda row: False)
         else:
             step, origin = start.checkpoint.manifest["step"], start.checkpoint.path.parent.parent
+            # Not that of the step itself where its evaluation was still to come.
+            reported = start.checkpoint.manifest["progress"]["reported"]
             if origin.resolve() != self.path.resolve():
                 for mine, name in ((self.metrics, "metrics.jsonl"), (self.bad_images, "bad_images.jsonl")):
                     if (origin / name).exists() and not mine.path.exists():
                         shutil.copyfile(origin / name, mine.path)
-            self.metrics.keep(lambda row: row["step"] <= step)
+            self.metrics.keep(lambda row: row["step"] <= reported)
             self.bad_images.keep(lambda row: True)
             for path in list_checkpoints(self.checkpoints):
                 if int(path.name.removeprefix("step-")) > step:

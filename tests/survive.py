@@ -365,7 +365,7 @@ def scaling(work: Path, repeats: int) -> dict[str, object]:
             printed = run([*launch, "tests/step_time.py"])
             found[number].append(float(re.search(r"median ([\d.]+) s", printed)[1]))
     one, two = (statistics.median(found[number]) for number in (1, 2))
-    return {"one": one, "two": two, "efficiency": one / two, "of two": printed.strip().splitlines()[-1]}
+    return {"one": one, "two": two, "efficiency": one / two, "of the last": printed.strip().splitlines()[-1]}
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import signal
 
 import cv2
 import numpy as np
@@ -14,17 +15,20 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from conftest import tiny, write_image, write_parquet
+from safetensors.torch import load_file
 from torch import nn
 
-from m2t_accel import data
+from m2t_accel import data, features
+from m2t_accel import pretrain as pretraining
+from m2t_accel.checkpoint import list_checkpoints, read_tensors, verify
 from m2t_accel.model import create_encoder, create_student, embed
 from m2t_accel.momentum_norm import MomentumBatchNorm
-from m2t_accel.monitor import duration
+from m2t_accel.monitor import COLLAPSED, Report, duration, embedding_std
 from m2t_accel.order import permuted
 from m2t_accel.photometry import photometry
-from m2t_accel.pretrain import pretrain
+from m2t_accel.pretrain import Run, pretrain
 from m2t_accel.recipes import build_config
-from m2t_accel.settings import ConfigurationError
+from m2t_accel.settings import ConfigurationError, Interrupted
 from m2t_accel.sources import load_images
 
 
@@ -421,3 +425,254 @@ def test_streamed_shards_train_the_same_run_with_any_workers(tmp_path, fresh_acc
         losses.append([row["loss"] for row in metrics(tmp_path / str(num_workers)) if "loss" in row])
     assert losses[0] == losses[1]
     assert len(losses[0]) > 10
+
+
+# --- a run that is stopped and goes on
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was left alone, of eleven steps an epoch."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    pretrain(build_config(stoppable(folder)))
+    return folder
+
+
+def stoppable(folder, **settings):
+    return tiny(folder, **{"batch_size": 128, "device_batch_size": 64, "log_every": 4, **settings})
+
+
+def tensors_of(folder):
+    files = read_tensors(verify(list_checkpoints(folder / "checkpoints")[0]))
+    files["encoder"] = load_file(folder / "encoder" / "model.safetensors")
+    return {f"{file}: {name}": tensor for file, tensors in files.items() for name, tensor in tensors.items()}
+
+
+def assert_same_run(one, other):
+    assert without_clock(metrics(one)) == without_clock(metrics(other))
+    mine, theirs = tensors_of(one), tensors_of(other)
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize("settings", [{}, {"checkpoint_every": "3steps", "keep": (2, 4), "num_workers": 1}])
+def test_saving_changes_nothing(whole, tmp_path, settings):
+    pretrain(build_config(stoppable(tmp_path / "run", **settings)))
+    assert_same_run(whole, tmp_path / "run")
+    saved = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert saved == (["step-22", "step-21", "step-12"] if settings else ["step-22"])
+
+
+@pytest.mark.parametrize("step", [1, 8, 10, 21])
+def test_a_signal_within_a_step_lets_it_end_and_the_run_goes_on_as_if_nothing_had_been(
+    whole, tmp_path, monkeypatch, step
+):
+    forward_and_backward = Run.forward_and_backward
+
+    def signalled(self, batch):
+        if self.step == step - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return forward_and_backward(self, batch)
+
+    monkeypatch.setattr(Run, "forward_and_backward", signalled)
+    with pytest.raises(Interrupted, match=rf"stopped by SIGUSR1, after step {step} of 22\. .*/step-{step}; the same"):
+        pretrain(build_config(stoppable(tmp_path / "run")))
+    monkeypatch.undo()
+    assert not (tmp_path / "run" / "encoder").exists()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{step}"]
+    pretrain(build_config(stoppable(tmp_path / "run")))
+    assert_same_run(whole, tmp_path / "run")
+    parts = json.loads((tmp_path / "run" / "training.json").read_text())["parts"]
+    assert [part["step"] for part in parts] == [0, step]
+
+
+@pytest.mark.parametrize("evaluation", [0, 1, 2])
+def test_a_signal_during_an_evaluation_ends_it_and_the_run_goes_on_with_it(whole, tmp_path, monkeypatch, evaluation):
+    begun = []
+    embed_images = features.embed_images
+
+    def signalled(*arguments, **options):
+        begun.append(1)
+        for number, part in enumerate(embed_images(*arguments, **options)):
+            if len(begun) == 2 * evaluation + 1 and number == 2:  # of the bank; the next is of the queries
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield part
+
+    monkeypatch.setattr(features, "embed_images", signalled)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM") as caught:
+        pretrain(build_config(stoppable(tmp_path / "run")))
+    assert len(begun) == 2 * evaluation + 1, "the evaluation was not let come to its end"
+    monkeypatch.undo()
+    step = 11 * evaluation
+    assert ("before the first step: the same command begins anew" in str(caught.value)) == (step == 0)
+    if step:
+        assert metrics(tmp_path / "run")[-1]["step"] == step // 4 * 4, "the line of the evaluation waits"
+    pretrain(build_config(stoppable(tmp_path / "run")))
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(whole, tmp_path, monkeypatch, capsys):
+    stop_after(17, monkeypatch)
+    with pytest.raises(Interrupted):
+        pretrain(build_config(stoppable(tmp_path / "run", checkpoint_every="5steps")))
+    monkeypatch.undo()
+    file = tmp_path / "run" / "checkpoints" / "step-17" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    capsys.readouterr()
+    pretrain(build_config(stoppable(tmp_path / "run")))
+    told = capsys.readouterr().out
+    assert re.search(r"damaged, not used: .*step-17 \(optimizer\.safetensors has [\d,]+ bytes instead of", told)
+    assert "step-17 is set aside as set-aside-step-17; remove it when you like" in told
+    assert "goes on from step 15 of 22" in told
+    assert_same_run(whole, tmp_path / "run")
+
+
+def stop_after(step, monkeypatch):
+    tick = Report.tick
+    ticks = []
+
+    def signalled(self):
+        ticks.append(1)
+        if len(ticks) == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        tick(self)
+
+    monkeypatch.setattr(Report, "tick", signalled)
+
+
+def test_more_epochs_are_for_a_named_checkpoint_and_told(tmp_path, capsys):
+    pretrain(build_config(stoppable(tmp_path / "run", epochs=1, warmup_epochs=0.5, checkpoint_every="4steps")))
+    longer = stoppable(tmp_path / "run", epochs=2, warmup_epochs=0.5)
+    with pytest.raises(ConfigurationError, match=r"epochs 1 there, 2 here\).*name the checkpoint: --resume .*/step-N"):
+        pretrain(build_config(longer))
+    capsys.readouterr()
+    pretrain(build_config({**longer, "resume": str(tmp_path / "run" / "checkpoints" / "step-8")}))
+    told = capsys.readouterr().out
+    assert re.search(r"note: 2 epochs instead of 1; .* schedules are those of 2: learning_rate 0\.\d+ → 0\.\d+, ", told)
+    assert "step-11 is set aside" in told
+    assert metrics(tmp_path / "run")[-1]["step"] == 22
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["epochs"] == 2
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["resume"] == "auto"
+
+
+def test_other_images_are_noticed(tmp_path, monkeypatch):
+    for i in range(40):
+        write_image(tmp_path / "images" / f"{i:03}.png", value=i)
+    settings = stoppable(tmp_path / "run", dataset=str(tmp_path / "images"), batch_size=8, device_batch_size=4)
+    stop_after(3, monkeypatch)
+    with pytest.raises(Interrupted):
+        pretrain(build_config(settings))
+    monkeypatch.undo()
+    (tmp_path / "images").rename(tmp_path / "elsewhere")  # where images lie does not matter
+    moved = {**settings, "dataset": str(tmp_path / "elsewhere")}
+    (tmp_path / "elsewhere" / "003.png").rename(tmp_path / "elsewhere" / "3.png")
+    with pytest.raises(ConfigurationError, match=r"the images are not those of the run so far .*sizes or order differ"):
+        pretrain(build_config(moved))
+    (tmp_path / "elsewhere" / "3.png").rename(tmp_path / "elsewhere" / "003.png")
+    pretrain(build_config(moved))
+    assert metrics(tmp_path / "run")[-1]["step"] == 10
+
+
+def test_bad_images_are_told_once_in_all_parts_of_a_run(tmp_path, monkeypatch, capfd):
+    folder_with_broken_images(tmp_path / "images", 40, broken=(3, 17))
+    settings = tiny(tmp_path / "run", dataset=str(tmp_path / "images"), batch_size=8, device_batch_size=4, epochs=3)
+    stop_after(8, monkeypatch)
+    with pytest.raises(Interrupted):
+        pretrain(build_config(settings))
+    monkeypatch.undo()
+    pretrain(build_config(settings))
+    assert capfd.readouterr().out.count("cannot be decoded, another image is shown instead") == 2
+    assert len((tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()) == 2
+
+
+# --- numbers that go wrong
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_reaches_a_weight(whole, tmp_path, monkeypatch):
+    loss = pretraining.momentum_teacher_loss
+    calls = []
+
+    def broken(*arguments):
+        calls.append(1)
+        return loss(*arguments) * (float("nan") if len(calls) == 2 * 13 else 1.0)  # the second sub-batch of step 13
+
+    monkeypatch.setattr(pretraining, "momentum_teacher_loss", broken)
+    settings = stoppable(tmp_path / "run", checkpoint_every="4steps", keep=(9, 0))
+    with pytest.raises(
+        ConfigurationError,
+        match=r"the loss is nan in step 13 on process 0, at learning rate 0\.\d+; the step is not taken, and its "
+        r"samples are in .*not_finite\.json\. The last good checkpoint is .*/step-12\. Try a --learning_rate_per_256 below ",
+    ):
+        pretrain(build_config(settings))
+    monkeypatch.undo()
+    saved = json.loads((tmp_path / "run" / "not_finite.json").read_text())
+    assert (saved["step"], saved["epoch"], saved["step_of_epoch"], saved["seed"]) == (13, 1, 1, 0)
+    ((sub_batch),) = saved["sub_batches"]
+    assert (sub_batch["process"], sub_batch["virtual_device"], sub_batch["loss"]) == (0, 1, "nan")
+    expected = permuted(np.arange(128 + 64, 128 + 128), 1437, (0, 0, 1))
+    assert sub_batch["samples"] == expected.tolist()
+    assert len(sub_batch["images"]) == 64
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[0].name == "step-12"
+    pretrain(build_config(settings))  # the defect was a passing one
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_weight_that_is_not_finite_reaches_no_checkpoint(tmp_path, monkeypatch):
+    follow = pretraining.Teacher.follow
+    calls = []
+
+    def broken(self, student, weight_momentum):
+        follow(self, student, weight_momentum)
+        calls.append(1)
+        if len(calls) == 8:  # one is before the first step
+            next(self.parameters()).data[0] = float("inf")
+
+    monkeypatch.setattr(pretraining.Teacher, "follow", broken)
+    with pytest.raises(ConfigurationError, match=r"holds values .* not finite, and no .* is .*/step-5|the loss is"):
+        pretrain(build_config(stoppable(tmp_path / "run", checkpoint_every="5steps", evaluate_every=0)))
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-5"]
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_collapse_is_told_or_ends_the_run(tmp_path, monkeypatch, capsys, stops):
+    spread = pretraining.embedding_std
+    calls = []
+
+    def collapsing(embeddings):
+        calls.append(1)
+        return spread(embeddings) * (1e-3 if len(calls) > 16 else 1.0)
+
+    monkeypatch.setattr(pretraining, "embedding_std", collapsing)
+    config = build_config(stoppable(tmp_path / "run", stop_on_collapse=stops))
+    if stops:
+        with pytest.raises(
+            ConfigurationError, match=r"step 11: the teacher's embeddings have collapsed .*ends the run"
+        ):
+            pretrain(config)
+        assert not (tmp_path / "run" / "encoder").exists()
+    else:
+        pretrain(config)
+        told = capsys.readouterr().out
+        assert told.count("warning: step 11: the teacher's embeddings have collapsed (embedding_std 0.00") == 1
+        assert told.count("collapsed") == 1
+
+
+def test_an_encoder_of_equal_numbers_has_no_spread():
+    assert embedding_std(torch.ones(8, 4) / 2) < COLLAPSED
+    torch.manual_seed(0)
+    assert embedding_std(torch.nn.functional.normalize(torch.randn(512, 64), dim=1)) == pytest.approx(1, abs=0.05)
+
+
+def test_a_disk_that_is_full_at_the_end(whole, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pretraining, "save_encoder", fail)
+    with pytest.raises(
+        ConfigurationError, match=r"cannot be written \(No space .*step-22: make room, and type the same"
+    ):
+        pretrain(build_config(stoppable(tmp_path / "run")))
+    monkeypatch.undo()
+    assert not (tmp_path / "run" / "training.json").exists()
+    pretrain(build_config(stoppable(tmp_path / "run")))
+    assert_same_run(whole, tmp_path / "run")

@@ -20,11 +20,8 @@ def config_in(folder, **settings):
 
 def save(folder, step, **settings):
     config = config_in(folder, **settings)
-    return write_checkpoint(
-        folder / "checkpoints",
-        {"weights": {"a": torch.ones(3)}},
-        {"step": step, "number": step, "config": vars(config)},
-    )
+    manifest = {"step": step, "number": step, "config": vars(config), "progress": {"reported": step}}
+    return write_checkpoint(folder / "checkpoints", {"weights": {"a": torch.ones(3)}}, manifest)
 
 
 # --- where a run begins

@@ -2,7 +2,9 @@
 
 import ast
 import json
+import os
 import runpy
+import subprocess
 import sys
 import time
 
@@ -106,3 +108,55 @@ def test_a_mistake_that_only_the_data_shows_is_one_line_in_a_process_of_its_own(
     assert done.stderr.startswith("pretrain.py: error: --dataset ")
     assert done.stderr.count("\n") == 1
     assert not (folders / "run").exists()
+
+
+# --- scripts/pretrain.sbatch, between commands that stand for those of SLURM and the launcher
+
+COMMANDS = {
+    "scontrol": 'if [ "$1" = show ]; then printf "node%s\\n" 7 8; else echo "$@" >> "$RECORD/requeued"; fi',
+    "srun": 'SLURM_NODEID=1 exec "$@"',
+    "accelerate": 'printf "%s\\n" "$@" > "$RECORD/launched"; kill -USR1 $$; eval "$LAUNCHER"; exit 1',
+}
+
+
+def submit(tmp_path, launcher, *words):
+    for name, text in COMMANDS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "5", "LAUNCHER": launcher}
+    environment |= {"RECORD": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "scripts/pretrain.sbatch", *words], cwd=ROOT, env={**os.environ, **environment}, capture_output=True
+    )
+    requeued = tmp_path / "requeued"
+    return done, requeued.read_text() if requeued.exists() else None
+
+
+def test_a_job_that_has_saved_is_queued_again(tmp_path):
+    run = tmp_path / "my run"
+    done, requeued = submit(tmp_path, f"mkdir -p '{run}/checkpoints/step-5'", str(run), "--recipe", "a b")
+    assert (done.returncode, requeued) == (1, "requeue 5\n")
+    launched = (tmp_path / "launched").read_text().splitlines()
+    assert launched[-5:] == ["scripts/pretrain.py", "--recipe", "a b", "--output_dir", str(run)]
+    assert launched[:2] == ["launch", "--quiet"]
+    flags = dict(zip(launched[2:-5:2], launched[3:-5:2], strict=True))
+    assert flags == {
+        "--config_file": "accelerate_configs/4x8gpu.yaml",
+        "--num_machines": "2",
+        "--num_processes": "16",
+        "--machine_rank": "1",
+        "--main_process_ip": "node7",
+    }
+    done, requeued = submit(tmp_path, f"mkdir -p '{run}/checkpoints/step-9'", str(run))
+    assert requeued == "requeue 5\n" * 2
+
+
+def test_a_job_that_has_saved_nothing_or_is_complete_is_not_queued_again(tmp_path):
+    run = tmp_path / "run"
+    done, requeued = submit(tmp_path, "true", str(run))
+    assert (done.returncode, requeued) == (1, None)
+    _, requeued = submit(tmp_path, f"mkdir -p {run}/checkpoints/step-5; touch {run}/training.json", str(run))
+    assert requeued is None
+    done, requeued = submit(tmp_path, "true")
+    assert (done.returncode, requeued) == (2, None)
+    assert b"usage: sbatch scripts/pretrain.sbatch FOLDER" in done.stderr

@@ -1,0 +1,76 @@
+"""Seconds of an optimizer step of ResNet-50, and the bytes that go over the loopback for it.
+
+`accelerate launch --config_file accelerate_configs/cpu2.yaml tests/step_time.py`, or cpu.yaml.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+from datetime import timedelta
+
+import psutil
+from accelerate import PartialState
+
+from m2t_accel.data import DeviceBatches, TwoViews, create_loader
+from m2t_accel.interruption import StopSignals
+from m2t_accel.launch import start_accelerator
+from m2t_accel.momentum_norm import momentum_layers
+from m2t_accel.pretrain import Run, settle_evaluation
+from m2t_accel.recipes import build_config
+from m2t_accel.run_folder import RunFolder, Start
+from m2t_accel.sources import load_images
+
+IMAGES_A_PROCESS, STEPS = 4, 6
+
+num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+with tempfile.TemporaryDirectory() as folder:
+    config = build_config(
+        {
+            "recipe": "8x2080Ti-b256-100ep",
+            "dataset": "digits",
+            "batch_size": IMAGES_A_PROCESS * num_processes,
+            "device_batch_size": IMAGES_A_PROCESS,
+            "num_workers": 0,
+            "evaluate_every": 0,
+            "output_dir": folder,
+        }
+    )
+    accelerator = start_accelerator(config, timeout=timedelta(minutes=10))
+    data = load_images(config)
+    run = Run(settle_evaluation(config, data), data, RunFolder(folder), accelerator)
+    run.begin(Start())
+    run.signals = StopSignals()
+    batches = DeviceBatches(data.train, config, num_processes, accelerator.process_index)
+    batch = next(iter(create_loader(TwoViews(data.train, config), batches, config)))
+
+    def step() -> None:
+        now = run.schedule()
+        run.teacher.set_statistics_momentum(now.statistics_momentum)
+        with accelerator.accumulate(run.student_forward):
+            part = run.forward_and_backward(batch)
+            run.agree([part], now)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        run.teacher.commit_statistics()
+        run.teacher.follow(run.student, now.weight_momentum)
+
+    step()
+    seconds, sent = [], []
+    for _ in range(STEPS):
+        accelerator.wait_for_everyone()
+        before, began = psutil.net_io_counters(pernic=True)["lo"].bytes_sent, time.perf_counter()
+        step()
+        accelerator.wait_for_everyone()
+        seconds.append(time.perf_counter() - began)
+        sent.append(psutil.net_io_counters(pernic=True)["lo"].bytes_sent - before)
+    gradients = sum(p.numel() * p.element_size() for p in run.student.parameters())
+    statistics_bytes = sum(p.collected.nbytes for p in momentum_layers(run.teacher))
+    run.report.bar = None
+    run.close()
+    accelerator.print(f"median {statistics.median(seconds):.3f} s a step")
+    accelerator.print(
+        f"{statistics.median(sent) / 1e6:.1f} MB sent by all processes together; a process has {gradients / 1e6:.1f} MB "
+        f"of gradients and {statistics_bytes / 1e6:.2f} MB of statistics"
+    )
+    PartialState().destroy_process_group()
