@@ -37,6 +37,8 @@ FILES = (
 )
 # The others wait while the first process of a machine downloads a dataset.
 PATIENCE = timedelta(hours=2)
+# NCCL ends a process at its timeout, without a word of ours: gloo is to find out first that another hangs.
+NCCL_GRACE = timedelta(minutes=1)
 
 Result = TypeVar("Result")
 Value = TypeVar("Value")
@@ -70,7 +72,7 @@ def start_accelerator(
         kwargs_handlers=[
             # The student's running statistics serve nothing; those of the teacher are averaged on commit.
             DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timeout),
+            InitProcessGroupKwargs(timeout=timeout if wants_cpu(os.environ) else timeout + NCCL_GRACE),
         ],
         log_with=None if tracker == "none" else tracker,
         project_dir=project_dir,

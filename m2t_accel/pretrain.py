@@ -275,7 +275,7 @@ class Run:
             ConfigurationError: it cannot be written; the run can go on from its last checkpoint.
         """
         try:
-            finish(self.accelerator, self.config, self.data, self.teacher, self.parts, self.report.seconds())
+            finish(self.config, self.data, self.teacher, self.parts, self.report.seconds())
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigurationError(
@@ -568,7 +568,6 @@ def introduction(
 
 
 def finish(
-    accelerator: Accelerator,
     config: PretrainConfig,
     data: ImageData,
     teacher: Teacher,
@@ -583,7 +582,7 @@ def finish(
     training = {
         "data": data.note,
         "images_seen": images_seen,
-        "hardware": hardware(accelerator),
+        "hardware": ", then ".join(dict.fromkeys(part["hardware"] for part in parts)),
         "seconds": round(seconds, 1),
         "time": duration(seconds),
         "command": command(),

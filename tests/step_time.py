@@ -70,7 +70,7 @@ with tempfile.TemporaryDirectory() as folder:
     run.close()
     accelerator.print(f"median {statistics.median(seconds):.3f} s a step")
     accelerator.print(
-        f"{statistics.median(sent) / 1e6:.1f} MB sent by all processes together; a process has {gradients / 1e6:.1f} MB "
+        f"{statistics.median(sent) / 1e6:.1f} MB sent by all processes; a process has {gradients / 1e6:.1f} MB "
         f"of gradients and {statistics_bytes / 1e6:.2f} MB of statistics"
     )
     PartialState().destroy_process_group()

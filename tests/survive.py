@@ -357,15 +357,16 @@ def cost_of_a_save(work: Path, repeats: int) -> dict[str, float]:
 def scaling(work: Path, repeats: int) -> dict[str, object]:
     """Seconds of a step on one process and on two with twice the batch, in turns, each with one thread."""
     found: dict[int, list[float]] = {1: [], 2: []}
-    printed = ""
+    of_two = ""
     for i in range(repeats):
         for number in (1, 2) if i % 2 else (2, 1):
             config = ["--config_file", f"accelerate_configs/cpu{'' if number == 1 else 2}.yaml"]
             launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *config]
             printed = run([*launch, "tests/step_time.py"])
             found[number].append(float(re.search(r"median ([\d.]+) s", printed)[1]))
+            of_two = printed.strip().splitlines()[-1] if number == 2 else of_two
     one, two = (statistics.median(found[number]) for number in (1, 2))
-    return {"one": one, "two": two, "efficiency": one / two, "of the last": printed.strip().splitlines()[-1]}
+    return {"one": one, "two": two, "efficiency": one / two, "of two": of_two}
 
 
 def main() -> None:

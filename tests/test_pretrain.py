@@ -601,7 +601,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_a_weight(whole, tmp_p
     with pytest.raises(
         ConfigurationError,
         match=r"the loss is nan in step 13 on process 0, at learning rate 0\.\d+; the step is not taken, and its "
-        r"samples are in .*not_finite\.json\. The last good checkpoint is .*/step-12\. Try a --learning_rate_per_256 below ",
+        r"samples are in .*not_finite\.json\. The last good checkpoint is .*/step-12\. Try a --learning_rate_per_256",
     ):
         pretrain(build_config(settings))
     monkeypatch.undo()

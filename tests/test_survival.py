@@ -25,7 +25,7 @@ def test_a_run_that_is_killed_is_the_run_that_was_not(tmp_path, num_processes, s
 
     `python tests/survive.py kills` does it longer.
     """
-    found = survive.kills(tmp_path, num_processes, streamed, epochs=10)
+    found = survive.kills(tmp_path, num_processes, streamed, epochs=7)
     assert found["kills"] == 2
     assert found["tensors"] > 150
     assert found["different"] == []
