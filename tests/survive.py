@@ -197,7 +197,7 @@ def kills(work: Path, num_processes: Sequence[int], streamed: bool, epochs: int,
     for number in num_processes[:-1]:
         process = start(command(work / "victim-record", victim, number, arguments))
         wait_until_it_trains(process)
-        who, was_saving = kill_at_random(process, victim, rng, in_a_save=len(killed) % 2 == 1)
+        who, was_saving = kill_at_random(process, victim, rng, in_a_save=len(killed) % 2 == 0)
         if (victim / "training.json").exists():
             raise RuntimeError("it was complete before the last kill: give it more epochs")
         killed.append(who)

@@ -19,14 +19,15 @@ from m2t_accel.checkpoint import list_checkpoints
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_processes", "streamed"), [((1, 1, 1), True), ((2, 1, 2), False)])
+@pytest.mark.parametrize(("num_processes", "streamed"), [((1, 1, 1), True), ((2, 1), False)])
 def test_a_run_that_is_killed_is_the_run_that_was_not(tmp_path, num_processes, streamed):
-    """Killed twice; the second on two processes, then on one, and at last on two again, beside a run on one.
+    """On one process, killed twice; and killed on two processes, it goes on with one, beside a run on one.
 
     `python tests/survive.py kills` does it longer.
     """
     found = survive.kills(tmp_path, num_processes, streamed, epochs=7)
-    assert found["kills"] == 2
+    assert found["kills"] == len(num_processes) - 1
+    assert found["in saves"] >= 1
     assert found["tensors"] > 150
     assert found["different"] == []
     assert found["metrics differ by"] <= (1e-6 if 2 in num_processes else 0)
@@ -180,11 +181,10 @@ def wait_for(path):
 
 @pytest.mark.slow
 def test_machines_that_die_and_are_cut_off(tmp_path):
-    """One dies, then the cable is pulled; each time the other ends in time, and in the end it is the run of one."""
+    """One dies, then the cable is pulled: the other ends in time. Gone on with on one, it is the run of one."""
     reference = tmp_path / "reference"
-    survive.run(
-        [sys.executable, "scripts/pretrain.py", *survive.DIGITS, "--epochs", "8", "--output_dir", str(reference)]
-    )
+    words = [sys.executable, "scripts/pretrain.py", *survive.DIGITS, "--epochs", "8"]
+    survive.run([*words, "--output_dir", str(reference)])
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"  # machines need not share a disk
     with Hosts(f"m2t{os.getpid()}") as hosts:
         a, b = (hosts.launch(rank, folder) for rank, folder in enumerate((run, elsewhere)))
@@ -210,12 +210,8 @@ def test_machines_that_die_and_are_cut_off(tmp_path):
         assert "process 0 of 2 has lost the others: no word from process 1" in said[0], said[0]
         assert "process 1 of 2 has lost the others" in said[1], said[1]
         assert "waited for 0.1 minutes (--collective_timeout)" in said[0]
-        ip("-n", hosts.names[1], "link", "set", "net0", "up")
-
-        a, b = (hosts.launch(rank, folder) for rank, folder in enumerate((run, elsewhere)))
-        said = [host.communicate(timeout=120)[0] for host in (a, b)]
-        assert (a.returncode, b.returncode) == (0, 0), said
-        assert re.search(r"goes on from step (1[0-7]\d) of 176", said[0])
+    said = survive.run([*words, "--output_dir", str(run)])
+    assert re.search(r"goes on from step 1[0-7]\d of 176", said)
     assert not elsewhere.exists()
     one, two = (survive.last_tensors(folder) for folder in (reference, run))
     same = [name for name in one if not name.startswith("processes")]
