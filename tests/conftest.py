@@ -147,3 +147,22 @@ def run_script():
         )
 
     return run
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a disk of so many kilobytes, and give its folder."""
+    mounted = []
+
+    def mount(kilobytes):
+        where = tmp_path / f"disk-{len(mounted)}"
+        where.mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(where)]
+        if subprocess.run(words, capture_output=True, check=False).returncode:
+            pytest.skip("no small disk can be mounted here")
+        mounted.append(where)
+        return where
+
+    yield mount
+    for where in mounted:
+        subprocess.run(["umount", "--lazy", str(where)], check=True)

@@ -126,18 +126,8 @@ def test_folders_deleted_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     saver.close()
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """A disk of 3 MB."""
-    where = tmp_path / "disk"
-    where.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(where)], capture_output=True).returncode:
-        pytest.skip("no small disk can be mounted here")
-    yield where
-    subprocess.run(["umount", str(where)], check=True)
-
-
-def test_a_full_disk_is_told_and_the_next_time_is_tried_again(disk):
+def test_a_full_disk_is_told_and_the_next_time_is_tried_again(small_disk):
+    disk = small_disk(kilobytes=3072)
     saver, said = saver_of(disk / "run", State(350_000), keep=(5, 0))  # 1.4 MB each
     for step in (1, 2, 3):
         saver.save(manifest(step), [])
@@ -154,10 +144,10 @@ def test_a_full_disk_is_told_and_the_next_time_is_tried_again(disk):
     assert saver.finish().endswith("step-4")
     assert not saver.failing()
     saver.close()
-    saver.folder.close()
 
 
-def test_a_disk_that_becomes_read_only(disk):
+def test_a_disk_that_becomes_read_only(small_disk):
+    disk = small_disk(kilobytes=3072)
     (disk.parent / "checkpoints").symlink_to(disk)
     saver, said = saver_of(disk.parent)
     saver.save(manifest(1), [])
