@@ -69,7 +69,7 @@ def write_checkpoint(folder: Path, files: Mapping[str, Mapping[str, Tensor]], ma
                 save_file(dict(tensors), path)
             except SafetensorError as error:  # its way to say that the disk is full
                 raise OSError(None, str(error), str(path)) from None
-            path.chmod(temporary.stat().st_mode & 0o666)  # not for its owner alone, as safetensors has it
+            let_others_read(path)
             described[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
             flush(path)
         text = serialised({**manifest, "format": FORMAT, "files": described})
@@ -80,6 +80,11 @@ def write_checkpoint(folder: Path, files: Mapping[str, Mapping[str, Tensor]], ma
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def let_others_read(path: Path) -> None:
+    """Let others read a file of safetensors, which makes it for its owner alone, as they may read its folder."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:

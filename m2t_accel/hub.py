@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import BitImageProcessor, PreTrainedModel
 
+from m2t_accel.checkpoint import let_others_read
 from m2t_accel.data_settings import ImageSettings
 from m2t_accel.model import quiet_transformers
 from m2t_accel.recipes import RECIPES, PretrainConfig
@@ -47,6 +48,8 @@ def save_encoder(encoder: PreTrainedModel, config: ImageSettings, card: str, fol
     """
     with quiet_transformers():
         encoder.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        let_others_read(path)
     image_processor(config).save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 

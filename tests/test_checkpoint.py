@@ -14,6 +14,7 @@ from m2t_accel.checkpoint import (
     DamagedCheckpointError,
     NotFiniteError,
     good_checkpoints,
+    let_others_read,
     list_checkpoints,
     prune,
     read_tensors,
@@ -257,3 +258,12 @@ def test_the_writer_tells_of_what_it_could_not_write(tmp_path):
         writer.finished()
     assert writer.finished() is None
     writer.close()
+
+
+def test_others_may_read_what_they_may_read_of_the_folder(tmp_path):
+    for mode in (0o755, 0o750, 0o700):
+        tmp_path.chmod(mode)
+        (tmp_path / "file").write_text("")
+        (tmp_path / "file").chmod(0o600)
+        let_others_read(tmp_path / "file")
+        assert (tmp_path / "file").stat().st_mode & 0o777 == mode & 0o666
