@@ -220,17 +220,27 @@ class Report:
         share_bad = mean.new_tensor([float(len(self.bad) > 0)])
         loss, spread, share_bad = self.accelerator.reduce(torch.cat([mean, share_bad]), reduction="mean").tolist()
         if share_bad > 0:
-            new = self.bad_images.add([image for images in gather_from_all(self.bad) for image in images])
-            self.bad.clear()
-            if self.accelerator.is_main_process:
-                self.write_lines(self.folder.bad_images, [image._asdict() for image in new])
-                for line in self.bad_images.told(new):
-                    self.say(line)
-            self.bad_images.check()
+            self.tell_bad_images()
         speed = self.num_steps * self.config.batch_size / (time.perf_counter() - self.last)
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} images/s", refresh=False)
         return {"loss": loss, "embedding_std": spread} | ({"images_per_second": speed} if self.num_steps else {})
+
+    def tell_bad_images(self) -> None:
+        """Write down the images that processes could not decode since the last call, and tell of them.
+
+        A collective call.
+
+        Raises:
+            ConfigurationError: they are too many; the same on every process.
+        """
+        new = self.bad_images.add([image for images in gather_from_all(self.bad) for image in images])
+        self.bad.clear()
+        if self.accelerator.is_main_process:
+            self.write_lines(self.folder.bad_images, [image._asdict() for image in new])
+            for line in self.bad_images.told(new):
+                self.say(line)
+        self.bad_images.check()
 
     def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """Write one line of metrics; the clock of the speed starts again, so evaluations do not count."""

@@ -441,6 +441,7 @@ class Run:
 
     def begin_to_save(self) -> None:
         """Save what the run is now, beside its going on; a collective call."""
+        self.report.tell_bad_images()  # who goes on from here does not see them again
         self.saver.save(self.manifest(), self.report.rows)
         self.last_saved = (self.step, self.reported)
 
