@@ -18,7 +18,7 @@ from conftest import tiny, write_image, write_parquet
 from safetensors.torch import load_file
 from torch import nn
 
-from m2t_accel import data, features
+from m2t_accel import checkpoint, data, features
 from m2t_accel import pretrain as pretraining
 from m2t_accel.checkpoint import list_checkpoints, read_tensors, verify
 from m2t_accel.model import create_encoder, create_student, embed
@@ -507,6 +507,28 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_run_goes_on_with_it(whole
     assert ("before the first step: the same command begins anew" in str(caught.value)) == (step == 0)
     if step:
         assert metrics(tmp_path / "run")[-1]["step"] == step // 4 * 4, "the line of the evaluation waits"
+    pretrain(build_config(stoppable(tmp_path / "run")))
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_signal_during_a_save_lets_it_end_and_saves_again(whole, tmp_path, monkeypatch):
+    save_file = checkpoint.save_file
+    written = []
+
+    def signalled(tensors, path):
+        written.append(path)
+        if len(written) == 6:  # the second file of the second checkpoint
+            os.kill(os.getpid(), signal.SIGTERM)
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", signalled)
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM, after step (\d+) of 22\. .*/step-\1; the same"):
+        pretrain(build_config(stoppable(tmp_path / "run", checkpoint_every="5steps", keep=(9, 0))))
+    monkeypatch.undo()
+    saved = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert saved[1:] == ["step-10", "step-5"]
+    for name in saved:
+        verify(tmp_path / "run" / "checkpoints" / name)
     pretrain(build_config(stoppable(tmp_path / "run")))
     assert_same_run(whole, tmp_path / "run")
 
