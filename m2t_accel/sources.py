@@ -51,7 +51,7 @@ class ImageData:
     def fingerprint(self) -> str:
         """A name for the images to train on: their number, names, sizes and order, wherever they lie.
 
-        Their contents are not read: of ImageNet it takes a second.
+        Their contents are not read.
         """
         digest = hashlib.sha256(str(len(self.train)).encode())
         for part in outlines(self.train):
@@ -65,10 +65,12 @@ def outlines(images: Dataset | Shards) -> Iterator[np.ndarray | str]:
         yield "\n".join(images.files)
         yield from (images.file, images.piece_sizes)
         return
-    for chunk in images.data.column("image").chunks:
-        content, paths = chunk.flatten()
-        yield "\n".join(str(path) for path in paths.to_pylist())
-        yield compute.fill_null(compute.binary_length(content), -1).to_numpy(zero_copy_only=False)
+    # First all names and then all sizes, so that it does not matter how a table is cut into chunks.
+    columns = [chunk.flatten() for chunk in images.data.column("image").chunks]
+    for _, paths in columns:
+        yield "".join(f"{path}\n" for path in paths.to_pylist())
+    for content, _ in columns:
+        yield compute.fill_null(compute.binary_length(content), -1).cast("int64").to_numpy(zero_copy_only=False)
     for name in [name for name in ("offset", "size") if name in images.column_names]:
         yield images.data.column(name).to_numpy()
 

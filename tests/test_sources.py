@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import write_image, write_parquet, write_tar
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets
 from loopback_hub import loopback_hub
 from pyarrow import parquet
 
@@ -474,3 +474,30 @@ def test_a_streamed_column_of_no_images(tmp_path):
     write_parquet(tmp_path / "a.parquet", 0, 20, row_group_size=5)
     with pytest.raises(ConfigurationError, match="--image_column label: not a column of images but int64"):
         sources.load_images(settings(tmp_path, streaming=True, image_column="label", label_column="image"))
+
+
+# --- a name for the images
+
+
+def test_the_fingerprint_is_that_of_names_sizes_and_order_wherever_they_lie(tmp_path, image_net):
+    before = sources.load_images(settings(image_net)).fingerprint
+    moved = image_net.rename(tmp_path.with_name(f"{tmp_path.name}-elsewhere"))
+    assert sources.load_images(settings(moved)).fingerprint == before
+    (moved / "train" / "n01" / "n01_0.JPEG").rename(moved / "train" / "n01" / "n01_00.JPEG")
+    assert sources.load_images(settings(moved)).fingerprint != before
+
+
+def fingerprint_of(train):
+    return sources.ImageData(train, None, None, None, "").fingerprint
+
+
+def test_the_fingerprint_does_not_depend_on_chunks_but_on_rows():
+    def rows(*images):
+        features = Features({"image": Image(decode=False)})
+        return Dataset.from_dict({"image": [{"bytes": b, "path": p} for b, p in images]}, features=features)
+
+    a, b, c = (b"one", "a"), (b"four", "b"), (None, "c")
+    whole = rows(a, b, c)
+    assert fingerprint_of(concatenate_datasets([rows(a), rows(b, c)])) == fingerprint_of(whole)
+    others = [rows(a, b), rows(b, a, c), rows(a, (b"five5", "b"), c), rows(a, b, (b"", "c"))]
+    assert len({fingerprint_of(other) for other in [whole, *others]}) == 5
