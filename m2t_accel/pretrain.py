@@ -6,17 +6,13 @@ import contextlib
 import dataclasses
 import json
 import math
-import shlex
-import shutil
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from datasets import Dataset
@@ -24,7 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from m2t_accel import __version__
-from m2t_accel.checkpoint import Checkpoint, read_tensors, replace_folder
+from m2t_accel.checkpoint import Checkpoint, read_tensors
+from m2t_accel.completion import VERSIONS, finish
 from m2t_accel.data import (
     DeviceBatches,
     TwoViews,
@@ -36,7 +33,6 @@ from m2t_accel.data import (
     read_rows,
 )
 from m2t_accel.data_settings import check_enough_images
-from m2t_accel.hub import model_card, save_encoder
 from m2t_accel.interruption import (
     Agreement,
     StopRequestedError,
@@ -59,22 +55,19 @@ from m2t_accel.model import (
     create_encoder,
     create_student,
     momentum_teacher_loss,
-    plain_encoder,
 )
-from m2t_accel.monitor import KnnMonitor, Report, draw_curves, duration, embedding_std, read_metrics
+from m2t_accel.monitor import KnnMonitor, Report, embedding_std
 from m2t_accel.optim import create_optimizer, set_learning_rate
 from m2t_accel.order import steps_per_epoch
 from m2t_accel.photometry import photometry
 from m2t_accel.recipes import PretrainConfig, check_inputs, check_output_dir
-from m2t_accel.run_folder import COMPLETE, RunFolder, Start, write_text
+from m2t_accel.run_folder import RunFolder, Start, write_text
 from m2t_accel.run_state import RunState
 from m2t_accel.saving import Saver
 from m2t_accel.schedules import Schedule, schedule
 from m2t_accel.settings import ConfigurationError
 from m2t_accel.shards import Shards
 from m2t_accel.sources import ImageData, load_images
-
-VERSIONS = {"m2t_accel": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def pretrain(config: PretrainConfig) -> Teacher | None:
@@ -563,60 +556,3 @@ def introduction(
             "for photographs give --recipe 8x2080Ti-b256-100ep or another of --recipe list"
         )
     return "\n".join(lines)
-
-
-# --- the end
-
-
-def finish(
-    config: PretrainConfig,
-    data: ImageData,
-    teacher: Teacher,
-    parts: Sequence[Mapping[str, object]],
-    seconds: float,
-) -> None:
-    """Write the encoder, its card, the curves and, last of all, training.json; say where they are."""
-    folder = Path(config.output_dir)
-    rows = list(read_metrics(folder / "metrics.jsonl"))
-    accuracies = [row["knn_top1"] for row in rows if "knn_top1" in row]
-    images_seen = rows[-1]["step"] * config.batch_size
-    training = {
-        "data": data.note,
-        "images_seen": images_seen,
-        "hardware": ", then ".join(dict.fromkeys(part["hardware"] for part in parts)),
-        "seconds": round(seconds, 1),
-        "time": duration(seconds),
-        "command": command(),
-        "versions": VERSIONS,
-        "parts": list(parts),
-    }
-    partial = folder / ".encoder.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    save_encoder(plain_encoder(teacher.encoder), config, model_card(config, training, accuracies), partial)
-    replace_folder(partial, folder / "encoder")
-    draw_curves(
-        folder / "metrics.jsonl",
-        folder / "curves.png",
-        title=f"{config.encoder} on {config.dataset}, recipe {config.recipe}",
-    )
-    write_text(folder / COMPLETE, json.dumps(training, indent=2, ensure_ascii=False) + "\n")
-    lines = [f"\nTrained in {duration(seconds)}: {images_seen:,} images, {images_seen / seconds:,.0f} a second."]
-    if accuracies:
-        first, last = 100 * accuracies[0], 100 * accuracies[-1]
-        lines.append(f"Teacher kNN top-1: {first:.2f} % with random weights, {last:.2f} % now.")
-    lines += [
-        f"Encoder:  {folder / 'encoder'}",
-        f"Curves:   {folder / 'curves.png'}",
-        f'Load it:  from transformers import AutoModel; AutoModel.from_pretrained("{folder / "encoder"}")',
-    ]
-    if config.recipe == "digits":
-        lines += [
-            "Next:     your own images (no labels needed), on one GPU:",
-            "          accelerate launch --config_file accelerate_configs/1gpu.yaml scripts/pretrain.py \\",
-            "              --recipe 8x2080Ti-b256-100ep --dataset FOLDER --output_dir runs/mine",
-        ]
-    else:
-        again = ["--config", f"{folder}/config.yaml", "--seed", str(config.seed + 1)]
-        again += ["--output_dir", f"{folder}-seed{config.seed + 1}"]
-        lines.append(f"Next:     the same with another seed: scripts/pretrain.py {shlex.join(again)}")
-    print("\n".join(lines), flush=True)

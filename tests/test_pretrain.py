@@ -18,7 +18,7 @@ from conftest import tiny, write_image, write_parquet
 from safetensors.torch import load_file
 from torch import nn
 
-from m2t_accel import checkpoint, data, features
+from m2t_accel import checkpoint, completion, data, features
 from m2t_accel import pretrain as pretraining
 from m2t_accel.checkpoint import list_checkpoints, read_tensors, verify
 from m2t_accel.model import create_encoder, create_student, embed
@@ -691,7 +691,7 @@ def test_a_disk_that_is_full_at_the_end(whole, tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pretraining, "save_encoder", fail)
+    monkeypatch.setattr(completion, "save_encoder", fail)
     with pytest.raises(
         ConfigurationError, match=r"cannot be written \(No space .*step-22: make room, and type the same"
     ):

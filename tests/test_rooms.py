@@ -12,7 +12,7 @@ ROOMS = (
     "settings", "data_settings", "recipes", "protocols", "command_line", "launch", "interruption",
     "schedules", "momentum_norm", "model", "optim", "keys", "encoders",
     "augment", "photometry", "decode", "order", "index", "shards", "sources", "data",
-    "features", "checkpoint", "run_folder", "run_state", "saving", "monitor", "hub", "pretrain",
+    "features", "checkpoint", "run_folder", "run_state", "saving", "monitor", "hub", "completion", "pretrain",
     "evaluation", "heads", "metrics", "probe", "finetune", "embedding",
     "publish", "export", "reference", "benchmark", "preview",
 )
