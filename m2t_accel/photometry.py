@@ -158,7 +158,8 @@ def photometry_one_by_one(crops: Tensor, parameters: Photometry, config: Pretrai
     image, other = np.empty((2, height, width, 3), np.float32)
     flip, factors, order, grayscale, sigma, solarize = (values.tolist() for values in parameters)
     for i, (crop, view) in enumerate(zip(crops.numpy(), views.numpy(), strict=True)):
-        np.copyto(image, cv2.flip(crop, 1) if flip[i] else crop)
+        crop = cv2.flip(crop, 1) if flip[i] else crop
+        torch.from_numpy(image).copy_(torch.from_numpy(crop))  # half as fast again as numpy's
         pending = IDENTITY  # a map of colours that is still to be applied; a blur before it is the same as after it
         if jitters:
             image, other, pending = jitter_one(image, other, factors[i], order[i])
@@ -189,19 +190,22 @@ def jitter_one(
         factor = factors[operation]
         if operation == HUE:
             if factor:
-                if pending is not IDENTITY:
+                # What scales or shifts all channels alike changes no hue, and can as well wait until after it.
+                if mixes_channels(pending):
                     cv2.transform(image, pending, other)
                     image, other, pending = other, image, IDENTITY
+                turn = IDENTITY.copy()
+                turn[0, 3] = 360 * (factor % 1)  # upwards: of some negative hues OpenCV 5.0 makes wrong colours
                 cv2.cvtColor(image, cv2.COLOR_RGB2HSV, other)  # of float32 it is exact; the hue in degrees
-                # Upwards: of some negative hues OpenCV 5.0 makes wrong colours.
-                cv2.add(other, (360 * (factor % 1), 0.0, 0.0, 0.0), other)
-                cv2.cvtColor(other, cv2.COLOR_HSV2RGB, image)
+                cv2.transform(other, turn, image)
+                cv2.cvtColor(image, cv2.COLOR_HSV2RGB, other)
+                image, other = other, image
             continue
         if factor == 1:
             continue
         matrix = factor * IDENTITY
         if operation == CONTRAST:
-            mean = pending[:, :3] @ cv2.mean(image)[:3] + pending[:, 3]
+            mean = pending[:, :3] @ cv2.sumElems(image)[:3] / (image.size / 3) + pending[:, 3]
             matrix[:, 3] = (1 - factor) * np.dot(mean, LUMA)
         elif operation == SATURATION:
             matrix += (1 - factor) * TO_GRAY
@@ -219,6 +223,11 @@ def jitter_one(
 IDENTITY = np.eye(3, 4, dtype=np.float32)
 TO_GRAY = np.tile(np.array([*LUMA, 0.0], np.float32), (3, 1))
 FOLDED = np.hstack([-np.eye(3), np.full((3, 1), 127.5)]).astype(np.float32)  # of the distance to 127.5: solarized
+
+
+def mixes_channels(colours: np.ndarray) -> bool:
+    """Whether a channel that a map of colours makes depends on others."""
+    return colours[0, 1] != 0  # all maps before the normalisation treat the channels alike, but for their share in gray
 
 
 def after(first: np.ndarray, second: np.ndarray) -> np.ndarray:
