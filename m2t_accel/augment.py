@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m2t_accel import splitmix
 from m2t_accel.data_settings import TrainingSettings
 from m2t_accel.recipes import PretrainConfig
 
@@ -45,9 +46,9 @@ class Photometry(NamedTuple):
     solarize: Tensor  # (N,) bool
 
 
-def draw_uniforms(seed: int, epoch: int, sample: int, view: int) -> np.ndarray:
-    """All random numbers of one view, uniform in [0, 1): (NUM_UNIFORMS,) float64."""
-    return np.random.default_rng((VIEW_STREAM, seed, epoch, sample, view)).random(NUM_UNIFORMS)
+def draw_uniforms(seed: int, epoch: int, samples: np.ndarray, view: int) -> np.ndarray:
+    """All random numbers of one view of samples (N,), uniform in [0, 1): (N, NUM_UNIFORMS) float64."""
+    return splitmix.uniforms(splitmix.keys_of(VIEW_STREAM, seed, epoch, samples, view), NUM_UNIFORMS)
 
 
 class Crop(NamedTuple):

@@ -9,6 +9,7 @@ import os
 import random
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -55,11 +56,12 @@ def benchmark_data(config: PretrainConfig, num_images: int, repeats: int, second
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     requests = some_requests(images, num_images)
+    loader = create_loader(views, requests, dataclasses.replace(config, num_workers=0))  # does what a worker does
     view_batches = [views.__getitems__(request) for request in requests]
     stages = {
         "read": lambda: [read_all(images, request) for request in requests],
         "decode": lambda: [decode_all(read_all(images, request)) for request in requests],
-        "crop": lambda: [views.__getitems__(request) for request in requests],
+        "crop": lambda: deque(loader, maxlen=0),
         "usual": lambda: [usual_pipeline(read_all(images, request), config) for request in requests],
         "photometry": lambda: [color(batch, config, device) for batch in view_batches],
     }

@@ -33,12 +33,16 @@ from m2t_accel.augment import (
     photometry_parameters,
     view_crop,
 )
+from m2t_accel.buffers import Buffers, new_memory
 from m2t_accel.data_settings import ImageSettings, TrainingSettings
 from m2t_accel.decode import DecodeError, decode_bytes, decode_image, read_bytes
 from m2t_accel.order import PooledOrder, ShuffledOrder, steps_per_epoch
 from m2t_accel.settings import ConfigurationError, in_short
 from m2t_accel.shards import Shards
 
+# Batches ahead of each worker: 1, 2, 4 and 8 gave two workers the same images/s to 6 %, whether the loop was slower
+# than they are or faster. Each batch takes its shared memory.
+PREFETCH = 2
 MAX_READERS = 16  # threads of a process that read pieces ahead; each waits for a disk or a network
 
 
@@ -48,6 +52,7 @@ class Request(NamedTuple):
     epoch: int
     samples: np.ndarray  # (N,) int64
     images: list[Mapping[str, object]] | None  # N undecoded images, where the main process has read them
+    buffer: int | None = None  # the number of a buffer for their pixels; without one, new memory is taken
 
 
 class BadImage(NamedTuple):
@@ -65,6 +70,17 @@ class ViewBatch(NamedTuple):
     photometry: Photometry | Tensor  # of 2 N views, or flips (N,) bool
     samples: Tensor  # (N,) int64: whose views they are
     bad: tuple[BadImage, ...] = ()  # those in whose place others are shown
+
+    def __reduce__(self) -> tuple:
+        """As arrays: a tensor would travel as a file descriptor of its own, which takes longer than its few bytes."""
+        small = self.photometry
+        small = small.numpy() if isinstance(small, Tensor) else [values.numpy() for values in small]
+        return view_batch, (self.crops, small, self.samples.numpy(), self.bad)
+
+
+def view_batch(crops: Tensor, small: np.ndarray | list[np.ndarray], samples: np.ndarray, bad: tuple) -> ViewBatch:
+    small = Photometry(*map(torch.from_numpy, small)) if isinstance(small, list) else torch.from_numpy(small)
+    return ViewBatch(crops, small, torch.from_numpy(samples), bad)
 
 
 # --- which sub-batches, and their bytes
@@ -179,6 +195,7 @@ class TwoViews:
     def __init__(self, images: Dataset | Shards, config: TrainingSettings) -> None:
         self.images = images
         self.config = config
+        self.buffers: Buffers | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -187,14 +204,15 @@ class TwoViews:
         """An image that cannot be decoded is replaced by the next one of the batch that can, cut and coloured by the
         random numbers of the place: an epoch stays a function of the seed and the files.
         """
-        size, num_images = self.config.image_size, len(request.samples)
-        crops = empty_shared((self.num_views, num_images, size, size, 3))
-        uniforms = np.empty((self.num_views, num_images, NUM_UNIFORMS))
-        for i, sample in enumerate(request.samples.tolist()):
-            for view in range(self.num_views):
-                uniforms[view, i] = draw_uniforms(self.config.seed, request.epoch, sample, view)
+        num_images, new = len(request.samples), request.buffer is None
+        crops = new_memory(self.crops_shape(num_images)) if new else self.buffers[request.buffer]
+        draws = [
+            draw_uniforms(self.config.seed, request.epoch, request.samples, view) for view in range(self.num_views)
+        ]
+        uniforms = np.stack(draws)  # (views, N, NUM_UNIFORMS)
         images = read_rows(self.images, request.samples) if request.images is None else request.images
-        places = crops.numpy()  # a slice of it costs a tenth of a tensor's
+        # As an array, a slice of which costs a tenth of a tensor's.
+        places = crops.numpy().reshape(self.num_views, num_images, *crops.shape[1:])
         shown, bad = request.samples.copy(), []
         for i, image in enumerate(images):
             try:
@@ -208,11 +226,14 @@ class TwoViews:
                 self.cut(images[other], uniforms[:, i], places[:, i])
                 shown[i] = request.samples[other]
         return ViewBatch(
-            crops=crops.view(-1, size, size, 3),
+            crops=crops if new else self.buffers.hand_over(request.buffer),
             photometry=self.parameters(uniforms),
             samples=torch.from_numpy(shown),
             bad=tuple(image for _, image in bad),
         )
+
+    def crops_shape(self, num_images: int) -> tuple[int, ...]:
+        return (self.num_views * num_images, self.config.image_size, self.config.image_size, 3)
 
     def cut(self, image: Mapping[str, object], uniforms: np.ndarray, crops: np.ndarray) -> None:
         pixels = decode_image(image)
@@ -271,24 +292,42 @@ def describe(image: Mapping[str, object]) -> str:
     return f"{where}, {image['size']} bytes at {image['offset']}" if image.get("offset") is not None else where
 
 
-def empty_shared(shape: tuple[int, ...]) -> Tensor:
-    """An empty uint8 tensor; in a worker in shared memory, which saves a copy on its way to the main process."""
-    empty = torch.empty(0, dtype=torch.uint8)
-    if torch.utils.data.get_worker_info() is None:
-        return empty.new_empty(shape)
-    return empty.new(empty.untyped_storage()._new_shared(int(np.prod(shape)))).view(shape)
-
-
 # --- from worker to loop
 
 
-def create_loader(dataset: TwoViews | CentralViews, batches, config: ImageSettings, pin_memory: bool = False):
+class InBuffers:
+    """Requests of equal size, each with a buffer to be filled, if one is free when it is asked for."""
+
+    def __init__(self, requests: DeviceBatches | Sequence[Request], buffers: Buffers) -> None:
+        self.requests = requests
+        self.buffers = buffers
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        for request in self.requests:
+            yield request._replace(buffer=self.buffers.take())
+
+
+def create_loader(
+    dataset: TwoViews | CentralViews, batches, config: ImageSettings, pin_memory: bool = False
+) -> DataLoader:
     """A DataLoader of whole batches, in the order of `batches` (an iterable of what the dataset takes).
 
     It is not given to `accelerator.prepare`, which would split the batches a second time: `batches` holds
     this process's own.
+
+    Raises:
+        ConfigurationError: there is not enough shared memory for the batches of the workers.
     """
     num_workers = default_num_workers() if config.num_workers is None else config.num_workers
+    if isinstance(dataset, TwoViews):
+        # Of those on their way, and of two more: the one that the loop has, and the next, which it is given before it
+        # lets go of that.
+        number = num_workers * PREFETCH + 2
+        dataset.buffers = Buffers(number, dataset.crops_shape(config.device_batch_size), shared=num_workers > 0)
+        batches = InBuffers(batches, dataset.buffers)
     cv2.setNumThreads(0)  # the workers are the parallelism; OpenCV's threads would fight over the cores
     return DataLoader(
         dataset,
@@ -296,9 +335,7 @@ def create_loader(dataset: TwoViews | CentralViews, batches, config: ImageSettin
         collate_fn=as_it_is,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        # Batches ahead of each worker: 1, 2, 4 and 8 gave two workers the same images/s to 6 %, whether the loop was
-        # slower than they are or faster. Each batch takes its shared memory.
-        prefetch_factor=2 if num_workers > 0 else None,
+        prefetch_factor=PREFETCH if num_workers > 0 else None,
         worker_init_fn=settle_worker,
         generator=torch.Generator(),  # its own: the global one must not depend on how often a loader started
     )

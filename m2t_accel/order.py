@@ -12,9 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from m2t_accel.data_settings import TrainingSettings
+from m2t_accel.splitmix import mixed
 
 # Apart from one another, and from the views of m2t_accel.augment, which is stream 1.
 ORDER_STREAM, PIECES_STREAM, POOL_STREAM = 0, 2, 3
+HALF = np.uint64(32)  # of a mixed number the upper bits are used
 POOL_SIZE = 8192  # samples shuffled together in all pools of a step; ImageNet's files take 0.9 GB
 MIN_POOL_BATCHES = 8  # sub-batches that a pool holds at least
 
@@ -30,7 +32,7 @@ def permuted(positions: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarr
     Computed place by place, so that a process of a run over a billion samples need not hold the billion: an
     unbalanced Feistel network of eight rounds over the next power of two, and what falls outside of the range
     is sent through again until it is inside ("cycle walking"; Black and Rogaway, Ciphers with arbitrary finite
-    domains, 2002). Its rounds are the finalizer of SplitMix64 (Steele et al., 2014).
+    domains, 2002). Its rounds are SplitMix64's output.
     """
     bits = max(2, (size - 1).bit_length())
     low = np.uint64(bits // 2)
@@ -42,18 +44,11 @@ def permuted(positions: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarr
         values = result[outside]
         left, right = values >> low, values & mask_low
         for first, second in zip(keys[::2], keys[1::2], strict=True):
-            left ^= scrambled(right ^ first) & mask_high
-            right ^= scrambled(left ^ second) & mask_low
+            left ^= mixed(right ^ first) >> HALF & mask_high
+            right ^= mixed(left ^ second) >> HALF & mask_low
         result[outside] = left << low | right
         outside = result >= size
     return result.astype(np.int64)
-
-
-def scrambled(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finalizer of (N,) uint64, its upper half."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values >> np.uint64(32)
 
 
 class ShuffledOrder:

@@ -64,7 +64,7 @@ def draw_preview(config: PretrainConfig, picture: Path) -> list[str]:
         axes[i, 0].set_title(Path(str(image["path"] or f"sample {sample}")).name[-28:], fontsize=7)
         for view in range(2):
             at = view * len(shown) + i
-            uniforms = draw_uniforms(config.seed, 0, sample, view)
+            uniforms = draw_uniforms(config.seed, 0, np.array([sample]), view)[0]
             outline(axes[i, 0], draw_crop(uniforms, *original.shape[:2], config), f"C{view}")
             axes[i, 1 + view].imshow(pixels[at])
             parameters = type(batch.photometry)(*(values[at] for values in batch.photometry))

@@ -19,7 +19,7 @@ def imagenet(**settings):
 
 
 def drawn(number, config, view=0):
-    uniforms = np.stack([augment.draw_uniforms(7, 0, sample, view) for sample in range(number)])
+    uniforms = augment.draw_uniforms(7, 0, np.arange(number), view)
     return augment.photometry_parameters(uniforms, np.full(number, view), config)
 
 
@@ -54,9 +54,8 @@ def test_crops_have_the_distribution_of_torchvisions():
     torch.manual_seed(0)
     transform, image = v2.RandomResizedCrop(224, (0.08, 1.0), (3 / 4, 4 / 3)), torch.empty(3, height, width)
     theirs = np.array([list(transform.make_params([image]).values()) for _ in range(4000)])  # top, left, height, width
-    ours = np.array(
-        [augment.draw_crop(augment.draw_uniforms(3, 0, sample, 0), height, width, config)[:4] for sample in range(4000)]
-    )
+    uniforms = augment.draw_uniforms(3, 0, np.arange(4000), 0)
+    ours = np.array([augment.draw_crop(row, height, width, config)[:4] for row in uniforms])
     for column, scale in enumerate((height, width, height, width)):
         for quantile in (0.1, 0.25, 0.5, 0.75, 0.9):
             difference = np.quantile(ours[:, column], quantile) - np.quantile(theirs[:, column], quantile)
@@ -100,8 +99,8 @@ def test_crops_fit_any_image():
     config = imagenet()
     for height, width in ((1, 1), (1, 500), (500, 1), (3, 4), (4000, 30)):
         image = natural_image(max(height, 2), max(width, 2))[:height, :width]
-        for sample in range(20):
-            crop = augment.draw_crop(augment.draw_uniforms(0, 0, sample, 0), height, width, config)
+        for uniforms in augment.draw_uniforms(0, 0, np.arange(20), 0):
+            crop = augment.draw_crop(uniforms, height, width, config)
             assert crop.top >= 0
             assert crop.left >= 0
             assert crop.top + crop.height <= height
@@ -109,16 +108,18 @@ def test_crops_fit_any_image():
             assert augment.cut(image, crop, blank(24)).shape == (24, 24, 3)
 
 
-def test_random_numbers_depend_on_each_of_seed_epoch_sample_and_view():
-    first = augment.draw_uniforms(0, 0, 0, 0)
-    assert np.array_equal(first, augment.draw_uniforms(0, 0, 0, 0))
-    for other in ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)):
-        assert not np.array_equal(first, augment.draw_uniforms(*other))
+def test_random_numbers_depend_on_each_of_seed_epoch_sample_and_view_and_not_on_the_others_of_a_batch():
+    samples = np.array([0, 5, 2])
+    first = augment.draw_uniforms(0, 0, samples, 0)
+    assert first.shape == (3, augment.NUM_UNIFORMS)
+    assert np.array_equal(first[[2, 0]], augment.draw_uniforms(0, 0, samples[[2, 0]], 0))
+    for other in ((1, 0, samples, 0), (0, 1, samples, 0), (0, 0, samples + 1, 0), (0, 0, samples, 1)):
+        assert not np.isclose(first, augment.draw_uniforms(*other)).any()
 
 
 def test_digits_are_turned_and_reach_over_the_edge():
     config = build_config({"recipe": "digits"})
-    crops = [augment.draw_crop(augment.draw_uniforms(0, 0, n, 0), 8, 8, config) for n in range(2000)]
+    crops = [augment.draw_crop(row, 8, 8, config) for row in augment.draw_uniforms(0, 0, np.arange(2000), 0)]
     angles, areas = np.array([c.angle for c in crops]), np.array([c.height * c.width / 64 for c in crops])
     assert angles.min() < -14 < 14 < angles.max()
     assert 0.4 <= areas.min() < 0.42

@@ -1,7 +1,9 @@
 import dataclasses
 import os
+import pickle
 import re
 from itertools import chain, pairwise
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -202,6 +204,41 @@ def test_nothing_to_show_ends_the_run(tmp_path):
     loader = data.create_loader(data.TwoViews(images, config), data.DeviceBatches(images, config, 1, 0), config)
     with pytest.raises(ConfigurationError, match=r"none of the 4 images of a batch .*No such file.* been moved"):
         list(data.read(loader))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_are_put_where_others_were_and_never_over_one_that_is_kept(num_workers, monkeypatch):
+    config = settings("digits", num_workers=num_workers)
+    images = load_images(config).train.select(range(60))
+    dataset, requests = data.TwoViews(images, config), list(data.DeviceBatches(images, config, 1, 0))
+    expected = [data.TwoViews(images, config).__getitems__(request).crops for request in requests]
+    loader = data.create_loader(dataset, requests, config)
+    taken = []
+    take = dataset.buffers.take
+    monkeypatch.setattr(dataset.buffers, "take", lambda: taken.append(take()) or taken[-1])
+    for batch, crops in zip(data.read(loader), expected, strict=True):
+        assert torch.equal(batch.crops, crops)
+    assert set(taken) == set(range(2 * num_workers + 2)), "one was not free when it was needed, or never used"
+    taken.clear()
+    kept = [batch.crops for batch in data.read(loader)]
+    assert None in taken
+    assert all(map(torch.equal, kept, expected))
+
+
+def test_a_batch_travels_as_it_is():
+    for kind in (data.TwoViews, data.FlippedCrops):
+        config = settings("digits", batch_size=3)
+        images = load_images(config).train
+        batch = kind(images, config).__getitems__(data.Request(0, np.array([4, 2, 9]), None))
+        batch = batch._replace(bad=(data.BadImage(2, "two.png", "cut"),))
+        received = pickle.loads(ForkingPickler.dumps(batch))
+        assert type(received) is data.ViewBatch
+        assert received.bad == batch.bad
+        assert type(received.photometry) is type(batch.photometry)
+        pairs = zip(*(torch.utils._pytree.tree_leaves(parts[:3]) for parts in (received, batch)), strict=True)
+        for there, here in pairs:
+            assert there.dtype == here.dtype
+            assert torch.equal(there, here)
 
 
 def test_a_shard_that_is_cut_while_it_is_read_ends_the_run(tmp_path):

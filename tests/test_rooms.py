@@ -10,8 +10,8 @@ from conftest import ROOT
 # fmt: off
 ROOMS = (
     "settings", "data_settings", "recipes", "protocols", "command_line", "launch", "interruption",
-    "schedules", "momentum_norm", "model", "optim", "keys", "encoders",
-    "augment", "photometry", "decode", "order", "index", "shards", "sources", "data",
+    "splitmix", "schedules", "momentum_norm", "model", "optim", "keys", "encoders",
+    "augment", "photometry", "decode", "order", "index", "shards", "sources", "buffers", "data",
     "features", "checkpoint", "run_folder", "run_state", "saving", "monitor", "hub", "completion", "pretrain",
     "evaluation", "heads", "metrics", "probe", "finetune", "embedding",
     "publish", "export", "reference", "benchmark", "preview",
