@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 import psutil
 import torch
 import torch.distributed
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import (
@@ -204,6 +204,19 @@ def create_groups(timeout: timedelta) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         control, patient = (torch.distributed.new_group(backend="gloo", timeout=t) for t in (timeout, PATIENCE))
         _groups = Groups(torch.distributed.group.WORLD, control, patient)
+
+
+def leave() -> bool:
+    """Part from the other processes, when all that is done together is done; whether this one is the main one.
+
+    gloo's threads hold the tensors of a call a moment longer than it lasts, and need the interpreter to let go of them:
+    were it ending just then, the process would abort ("terminate called without an active exception"). They end here.
+    """
+    global _groups
+    state = PartialState()
+    _groups = None  # or they would outlive torch's own references
+    state.destroy_process_group()
+    return state.is_main_process
 
 
 def groups() -> Groups | None:

@@ -11,13 +11,12 @@ def main() -> None:
     with errors_in_one_line():
         usage = "--encoder SOURCE --dataset SOURCE [--output_dir DIR]"
         config, _ = parse_settings(__doc__, usage, EmbedConfig, build_embed)
-        from accelerate import PartialState  # late: torch and transformers take seconds to import
-
         from m2t_accel.embedding import embed_dataset
+        from m2t_accel.launch import leave  # late: torch and transformers take seconds to import
 
         for line in embed_dataset(config):
             print(line)
-        PartialState().destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":

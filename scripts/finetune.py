@@ -20,13 +20,11 @@ def main() -> None:
         )
         check_publishing(config)
         check_num_processes(config, int(os.environ.get("WORLD_SIZE", "1")))
-        from accelerate import PartialState  # late: torch and transformers take seconds to import
-
         from m2t_accel.finetune import evaluate_finetuned
+        from m2t_accel.launch import leave  # late: torch and transformers take seconds to import
 
         evaluate_finetuned(config)
-        is_main = PartialState().is_main_process
-        PartialState().destroy_process_group()
+        is_main = leave()
         if config.push_to_hub and is_main:
             from m2t_accel.publish import publish
 

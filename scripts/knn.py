@@ -12,12 +12,11 @@ from m2t_accel.protocols import KnnConfig, build_knn
 def main() -> None:
     with errors_in_one_line():
         config, _ = parse_settings(__doc__, "--encoder SOURCE --dataset SOURCE", KnnConfig, build_knn)
-        from accelerate import PartialState  # late: torch and transformers take seconds to import
-
+        from m2t_accel.launch import leave  # late: torch and transformers take seconds to import
         from m2t_accel.probe import evaluate_knn
 
         evaluate_knn(config)
-        PartialState().destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":

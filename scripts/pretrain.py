@@ -21,13 +21,11 @@ def main() -> None:
         check_num_processes(config, num_processes)
         if num_processes == 1:  # of several, one may have begun to write before another looks
             check_output_dir(config)
-        from accelerate import PartialState  # late: torch and transformers take seconds to import
-
+        from m2t_accel.launch import leave  # late: torch and transformers take seconds to import
         from m2t_accel.pretrain import pretrain
 
         pretrain(config)
-        is_main = PartialState().is_main_process
-        PartialState().destroy_process_group()
+        is_main = leave()
         if config.push_to_hub and is_main:
             from m2t_accel.publish import publish
 

@@ -10,11 +10,10 @@ import time
 from datetime import timedelta
 
 import psutil
-from accelerate import PartialState
 
 from m2t_accel.data import DeviceBatches, TwoViews, create_loader
 from m2t_accel.interruption import StopSignals
-from m2t_accel.launch import start_accelerator
+from m2t_accel.launch import leave, start_accelerator
 from m2t_accel.momentum_norm import momentum_layers
 from m2t_accel.pretrain import Run, settle_evaluation
 from m2t_accel.recipes import build_config
@@ -73,4 +72,4 @@ with tempfile.TemporaryDirectory() as folder:
         f"{statistics.median(sent) / 1e6:.1f} MB sent by all processes; a process has {gradients / 1e6:.1f} MB "
         f"of gradients and {statistics_bytes / 1e6:.2f} MB of statistics"
     )
-    PartialState().destroy_process_group()
+    leave()

@@ -48,6 +48,40 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+HASTE = """
+import collections, os, sys, tempfile
+from datetime import timedelta
+import torch
+from m2t_accel.launch import control_group, create_groups, groups, leave
+
+torch.set_num_threads(1)
+sys.setswitchinterval(1000)  # gloo's threads get the interpreter only where it is left to them
+os.environ.update(ACCELERATE_USE_CPU="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+statuses = collections.Counter()
+for _ in range(10):
+    path, children = tempfile.mktemp(), []
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            store = torch.distributed.FileStore(path, 2)
+            torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+            create_groups(timedelta(seconds=60))
+            for group in (control_group(), groups().patient, None):
+                torch.distributed.all_reduce(torch.ones(1000), group=group)
+            leave()
+            sys.exit()
+    statuses.update(os.waitpid(child, 0)[1] for child in children)
+print(dict(statuses))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_after_a_call_is_not_aborted(run_script):
+    """With torch's destroy_process_group alone, one of five is."""
+    done = run_script("-c", HASTE)
+    assert (done.stdout, done.stderr) == ("{0: 20}\n", "")
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one_with_two_accumulation_steps(run_script, tmp_path):
     """SGD and LARS, float64, 11 steps: losses and the teacher's weights and history to 1e-9."""

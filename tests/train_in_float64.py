@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 
+from m2t_accel.launch import leave
 from m2t_accel.pretrain import pretrain
 from m2t_accel.recipes import build_config
 
@@ -22,3 +23,4 @@ for path in sys.argv[1:]:
     file = Path(config.output_dir) / f"teacher-{state.process_index}-of-{state.num_processes}.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in teacher.state_dict().items()}, file)
     state.wait_for_everyone()
+leave()
