@@ -9,6 +9,7 @@ Source of the views: BYOL (arXiv 2006.07733), appendix B, as arXiv 2101.07525 us
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import cv2
@@ -92,14 +93,10 @@ def is_turned(config: TrainingSettings) -> bool:
     return config.rotation > 0 or config.crop_scale[1] > 1
 
 
-def view_crop(
-    image: np.ndarray, uniforms: np.ndarray, config: TrainingSettings, out: np.ndarray | None = None
-) -> np.ndarray:
-    """A random crop of an image (H, W, 3) uint8, as a view (size, size, 3) uint8, written to `out` if given."""
-    crop = draw_crop(uniforms, *image.shape[:2], config)
-    if out is None:
-        out = np.empty((config.image_size, config.image_size, 3), np.uint8)
-    return (cut_turned if is_turned(config) else cut)(image, crop, out)
+def around(crops: Sequence[Crop]) -> tuple[int, int, int, int]:
+    """Top, left, bottom and right of the box that holds crops in whole pixels."""
+    bottom, right = (max(crop.top + crop.height for crop in crops), max(crop.left + crop.width for crop in crops))
+    return min(crop.top for crop in crops), min(crop.left for crop in crops), bottom, right
 
 
 def cut(image: np.ndarray, crop: Crop, out: np.ndarray) -> np.ndarray:

@@ -27,15 +27,20 @@ from torch.utils.data import DataLoader
 from m2t_accel.augment import (
     FLIP,
     NUM_UNIFORMS,
+    Crop,
     Photometry,
+    around,
     central_view,
+    cut,
+    cut_turned,
+    draw_crop,
     draw_uniforms,
+    is_turned,
     photometry_parameters,
-    view_crop,
 )
 from m2t_accel.buffers import Buffers, new_memory
 from m2t_accel.data_settings import ImageSettings, TrainingSettings
-from m2t_accel.decode import DecodeError, decode_bytes, decode_image, read_bytes
+from m2t_accel.decode import DecodeError, decode_bytes, decode_part, plain_jpeg_size, read_bytes
 from m2t_accel.order import PooledOrder, ShuffledOrder, steps_per_epoch
 from m2t_accel.settings import ConfigurationError, in_short
 from m2t_accel.shards import Shards
@@ -187,6 +192,24 @@ def read_rows(images: Dataset, samples: Sequence[int]) -> list[dict[str, object]
     return [row or {"bytes": None, "path": None} for row in rows]
 
 
+def decode_for_crops(
+    image: Mapping[str, object], uniforms: np.ndarray, config: TrainingSettings
+) -> tuple[np.ndarray, list[Crop]]:
+    """The pixels of an undecoded image, or of the part of it that holds its crops, and the crops in them.
+
+    uniforms: (views, NUM_UNIFORMS). Where the file's header tells its size the crops are drawn before it is decoded.
+    """
+    content = read_bytes(image)
+    size = None if is_turned(config) else plain_jpeg_size(content)
+    if size is None:
+        pixels = decode_bytes(content)
+        return pixels, [draw_crop(view, *pixels.shape[:2], config) for view in uniforms]
+    crops = [draw_crop(view, *size, config) for view in uniforms]
+    top, left, bottom, right = around(crops)
+    crops = [crop._replace(top=crop.top - top, left=crop.left - left) for crop in crops]
+    return decode_part(content, top, left, bottom, right), crops
+
+
 class TwoViews:
     """A map-style torch dataset whose batch, asked for by a Request, is a ViewBatch."""
 
@@ -236,9 +259,10 @@ class TwoViews:
         return (self.num_views * num_images, self.config.image_size, self.config.image_size, 3)
 
     def cut(self, image: Mapping[str, object], uniforms: np.ndarray, crops: np.ndarray) -> None:
-        pixels = decode_image(image)
-        for view in range(self.num_views):
-            view_crop(pixels, uniforms[view], self.config, out=crops[view])
+        """Decode an image and fill `crops` (views, H, W, 3) with its crops."""
+        pixels, drawn = decode_for_crops(image, uniforms, self.config)
+        for crop, out in zip(drawn, crops, strict=True):
+            (cut_turned if is_turned(self.config) else cut)(pixels, crop, out)
 
     def parameters(self, uniforms: np.ndarray) -> Photometry | Tensor:
         """What is left to do on the device, of views with these random numbers (views, N, NUM_UNIFORMS)."""

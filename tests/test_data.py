@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import os
 import pickle
 import re
@@ -8,7 +9,8 @@ from multiprocessing.reduction import ForkingPickler
 import numpy as np
 import pytest
 import torch
-from conftest import write_image, write_parquet, write_tar
+from conftest import natural_image, write_image, write_parquet, write_tar
+from PIL import Image
 
 from m2t_accel import data, order
 from m2t_accel.order import permuted
@@ -99,6 +101,34 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_would_have(config, num_wor
     for first, last in pairwise(cuts):
         shown += recorded(config, first, last - first, num_workers, num_processes)
     assert shown == reference
+
+
+@pytest.mark.parametrize("kind", [data.TwoViews, data.FlippedCrops])
+def test_views_are_the_same_whether_a_part_or_the_whole_is_decoded(kind, monkeypatch):
+    """Photographs of several sizes, one of which is turned: bit for bit, and what is decoded holds both crops."""
+    rows = []
+    for i, (height, width) in enumerate(((96, 130), (257, 64), (40, 41), (90, 90), (300, 200), (33, 500))):
+        file = io.BytesIO()
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        picture = Image.fromarray(natural_image(height, width, seed=i))
+        picture.save(file, "JPEG", quality=90, progressive=i == 2, **({"exif": exif} if i == 3 else {}))
+        rows.append({"bytes": file.getvalue(), "path": None})
+    config = build_config({"recipe": "8xV100-b1024-100ep", "dataset": "digits", "image_size": 32})
+    views, request = kind(range(6), config), data.Request(3, np.arange(6), rows)
+    areas, decode_part = [], data.decode_part
+
+    def recording(content, top, left, bottom, right):
+        areas.append((bottom - top) * (right - left))
+        return decode_part(content, top, left, bottom, right)
+
+    monkeypatch.setattr(data, "decode_part", recording)
+    parts = views.__getitems__(request).crops
+    assert len(areas) == 5, "all but the turned one"
+    assert sum(areas) < 0.95 * (96 * 130 + 257 * 64 + 40 * 41 + 300 * 200 + 33 * 500)
+    monkeypatch.setattr(data, "plain_jpeg_size", lambda content: None)
+    assert torch.equal(parts, views.__getitems__(request).crops)
+    assert len(areas) == 5
 
 
 def test_a_resume_reads_one_pool_again_and_nothing_else(tmp_path, monkeypatch):

@@ -1,4 +1,8 @@
 import io
+import multiprocessing
+import os
+import sys
+import warnings
 
 import cv2
 import numpy as np
@@ -88,3 +92,104 @@ def test_a_file_that_is_gone(tmp_path):
 def test_a_large_photograph():
     _, content = cv2.imencode(".jpg", np.zeros((4000, 5000, 3), np.uint8))
     assert decode.decode_image({"bytes": content.tobytes(), "path": None}).shape == (4000, 5000, 3)
+
+
+# --- a part of an image
+
+
+PLAIN = {
+    "4:2:0": {"subsampling": 2},
+    "4:2:2": {"subsampling": 1},
+    "4:4:4": {"subsampling": 0, "quality": 97},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_blocks": 3},
+    "optimized": {"optimize": True, "quality": 30},
+}
+
+
+def encoded_jpeg(mode="RGB", size=(211, 318), **options):
+    file = io.BytesIO()
+    Image.fromarray(natural_image(*size)).convert(mode).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def some_parts(height, width, number, seed=0):
+    """Boxes, some of them a single row or column, and some that reach to the edges."""
+    rng = np.random.default_rng(seed)
+    yield from ((0, 0, height, width), (0, 0, 1, 1), (height - 1, width - 1, height, width), (5, 0, 6, width))
+    for _ in range(number):
+        top, bottom = sorted(rng.choice(height + 1, 2, replace=False).tolist())
+        left, right = sorted(rng.choice(width + 1, 2, replace=False).tolist())
+        yield top, left, bottom, right
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nvImageCodec is installed on Linux only")
+def test_on_linux_parts_are_decoded_as_parts(monkeypatch):
+    content = encoded_jpeg()
+    monkeypatch.setattr(decode, "decode_bytes", None)  # the way that takes the whole
+    assert decode.decode_part(content, 10, 20, 30, 50).shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize("options", PLAIN.values(), ids=PLAIN)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_part_is_that_of_the_whole_to_the_bit(mode, options):
+    content = encoded_jpeg(mode, **options)
+    assert decode.plain_jpeg_size(content) == (211, 318)
+    whole = decode.decode_bytes(content)
+    for top, left, bottom, right in some_parts(211, 318, 40):
+        part = decode.decode_part(content, top, left, bottom, right)
+        assert np.array_equal(part, whole[top:bottom, left:right]), (top, left, bottom, right)
+
+
+def test_without_the_library_a_part_is_cut_from_the_whole(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)  # as where it is not installed
+    monkeypatch.setattr(decode, "part_decoder", decode.part_decoder.__wrapped__)
+    assert decode.part_decoder(os.getpid()) is None
+    content = encoded_jpeg()
+    assert np.array_equal(decode.decode_part(content, 3, 5, 100, 90), decode.decode_bytes(content)[3:100, 5:90])
+
+
+def test_parts_of_damaged_photographs(capfd):
+    """Garbage in the middle is decoded as it was in the whole; what is cut has no part."""
+    content = bytearray(encoded_jpeg(quality=90))
+    content[4000:4100] = np.random.default_rng(1).integers(0, 255, 100, np.uint8).tobytes()
+    whole = decode.decode_bytes(bytes(content))
+    for top, left, bottom, right in some_parts(211, 318, 20):
+        part = decode.decode_part(bytes(content), top, left, bottom, right)
+        assert np.array_equal(part, whole[top:bottom, left:right])
+    with pytest.raises(DecodeError, match="truncated"):
+        decode.decode_part(encoded_jpeg()[:-500], 0, 0, 10, 10)
+    decode.decode_part(encoded_jpeg()[:2000] + decode.JPEG_END, 0, 0, 200, 10)  # as the whole: the rest is gray
+    assert "nv" not in capfd.readouterr().err
+
+
+def test_what_may_not_be_what_its_header_says_is_decoded_whole():
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    plain = encoded_jpeg()
+    header = plain.index(b"\xff\xc0")
+    others = {
+        "turned": encoded_jpeg(exif=turned),
+        "CMYK": encoded_jpeg("CMYK"),
+        "PNG": encoded("PNG"),
+        "empty": b"",
+        "text": b"not an image at all\n",
+        "cut in the header": plain[: header + 6],
+        "no scan": plain[: header + 19],
+        "only the first bytes": decode.JPEG,
+        "no height": plain[: header + 5] + b"\0\0" + plain[header + 7 :],
+        "more than OpenCV takes": plain[: header + 5] + b"\xff\xff\xff\xff" + plain[header + 9 :],
+    }
+    assert {name: decode.plain_jpeg_size(content) for name, content in others.items()} == dict.fromkeys(others)
+
+
+def test_a_process_that_was_forked_decodes_parts(capfd):
+    content = encoded_jpeg()
+    decode.decode_part(content, 0, 0, 10, 10)  # the decoder of this process is there, and has threads
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of a fork beside threads
+        child = multiprocessing.get_context("fork").Process(target=decode.decode_part, args=(content, 10, 20, 30, 50))
+        child.start()
+    child.join(30)
+    assert child.exitcode == 0
+    assert capfd.readouterr().err == ""
