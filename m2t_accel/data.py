@@ -20,6 +20,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -335,9 +336,11 @@ class InBuffers:
 
 
 def create_loader(
-    dataset: TwoViews | CentralViews, batches, config: ImageSettings, pin_memory: bool = False
+    dataset: TwoViews | CentralViews, batches, config: ImageSettings, device: torch.device | None = None
 ) -> DataLoader:
     """A DataLoader of whole batches, in the order of `batches` (an iterable of what the dataset takes).
+
+    Its batches lie where a GPU can fetch them, if that is the device that `read` will send them to.
 
     It is not given to `accelerator.prepare`, which would split the batches a second time: `batches` holds
     this process's own.
@@ -358,20 +361,21 @@ def create_loader(
         batch_sampler=batches,
         collate_fn=as_it_is,
         num_workers=num_workers,
-        pin_memory=pin_memory,
+        pin_memory=is_gpu(device),
         prefetch_factor=PREFETCH if num_workers > 0 else None,
         worker_init_fn=settle_worker,
         generator=torch.Generator(),  # its own: the global one must not depend on how often a loader started
     )
 
 
-def read(loader: DataLoader) -> Iterator:
-    """The batches of a loader.
+def read(loader: DataLoader, device: torch.device | None = None) -> Iterator:
+    """The batches of a loader; the crops and photometry of a ViewBatch on the device, if one is given.
 
     Raises:
         ConfigurationError: no image of a batch can be decoded, or a shard cannot be read.
     """
     batches = iter(loader)
+    stream = torch.cuda.Stream(device) if is_gpu(device) else None
     while True:
         try:
             batch = next(batches)
@@ -388,7 +392,29 @@ def read(loader: DataLoader) -> Iterator:
                 f"none of the {len(batch.bad)} images of a batch can be decoded, the first of them {first.path} "
                 f"({first.reason}): has the dataset been moved, or is it not one of images?"
             )
-        yield batch
+        yield batch if device is None else send(batch, device, stream)
+
+
+def is_gpu(device: torch.device | None) -> bool:
+    return device is not None and device.type == "cuda"
+
+
+def send(batch: ViewBatch, device: torch.device, stream: torch.cuda.Stream | None) -> ViewBatch:
+    """The batch with its crops and photometry on the device.
+
+    By a stream of their own they go to a GPU while it still computes with the batch before, and only what is asked of
+    it from now on waits for them.
+    """
+    if stream is None:
+        crops, photometry = send_to_device((batch.crops, batch.photometry), device)
+        return batch._replace(crops=crops, photometry=photometry)
+    with torch.cuda.stream(stream):
+        crops, photometry = send_to_device((batch.crops, batch.photometry), device, non_blocking=True)
+    computing = torch.cuda.current_stream(device)
+    computing.wait_stream(stream)
+    for tensor in (crops, *(photometry if isinstance(photometry, Photometry) else (photometry,))):
+        tensor.record_stream(computing)  # their memory is the other stream's, which must not use it again before
+    return batch._replace(crops=crops, photometry=photometry)
 
 
 @contextlib.contextmanager

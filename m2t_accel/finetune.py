@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device, set_seed
+from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional
@@ -125,7 +125,7 @@ def train_model(model: nn.Module, train: Dataset, evaluation: Evaluation) -> int
         prepared, optimizer = accelerator.prepare(model, optimizer)
     labels = torch.from_numpy(labels_of(train))
     batches = DeviceBatches(train, config, accelerator.num_processes, accelerator.process_index)
-    loader = create_loader(FlippedCrops(train, config), batches, config, accelerator.device.type == "cuda")
+    loader = create_loader(FlippedCrops(train, config), batches, config, accelerator.device)
     steps_an_epoch = steps_per_epoch(len(train), config.batch_size)
     total_steps = config.epochs * steps_an_epoch
     bar = tqdm(
@@ -137,14 +137,12 @@ def train_model(model: nn.Module, train: Dataset, evaluation: Evaluation) -> int
     )
     broken, losses, step = set(), [], 0
     with contextlib.closing(bar):
-        for batch in read(loader):
+        for batch in read(loader, accelerator.device):
             broken |= {image.sample for image in batch.bad}
             set_learning_rate(optimizer, learning_rate * (1 + math.cos(math.pi * step / total_steps)) / 2)
-            crops, flip, targets = send_to_device(
-                (batch.crops, batch.photometry, labels[batch.samples]), accelerator.device, non_blocking=True
-            )
+            targets = labels[batch.samples].to(accelerator.device, non_blocking=True)
             with accelerator.accumulate(prepared):
-                logits = prepared(pixel_values=flipped_view(crops, flip, config)).logits
+                logits = prepared(pixel_values=flipped_view(batch.crops, batch.photometry, config)).logits
                 loss = functional.cross_entropy(logits.float(), targets)
                 accelerator.backward(loss)
                 optimizer.step()

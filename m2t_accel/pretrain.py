@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor
@@ -303,12 +303,12 @@ class Run:
         batches = DeviceBatches(
             self.data.train, config, accelerator.num_processes, accelerator.process_index, self.step
         )
-        loader = create_loader(TwoViews(self.data.train, config), batches, config, accelerator.device.type == "cuda")
+        loader = create_loader(TwoViews(self.data.train, config), batches, config, accelerator.device)
         self.signals = signals
         sub_batches: list[SubBatch] = []
         with dead_workers_in_one_line():
             self.report_if_due()  # of a checkpoint that was made before its evaluation
-            for batch in read(loader):
+            for batch in read(loader, accelerator.device):
                 now = self.schedule()
                 set_learning_rate(self.optimizer, now.learning_rate)
                 self.teacher.set_statistics_momentum(now.statistics_momentum)
@@ -335,9 +335,8 @@ class Run:
         self.report.close()
 
     def forward_and_backward(self, batch: ViewBatch) -> SubBatch:
-        """One forward and backward of a sub-batch; its gradient is added to the parameters'."""
-        inputs = send_to_device((batch.crops, batch.photometry), self.accelerator.device, non_blocking=True)
-        views = photometry(*inputs, self.config).to(next(self.student.parameters()).dtype)
+        """One forward and backward of a sub-batch on the device; its gradient is added to the parameters'."""
+        views = photometry(batch.crops, batch.photometry, self.config).to(next(self.student.parameters()).dtype)
         view_1, view_2 = views.chunk(2)
         q1, q2 = self.student_forward(view_1, view_2)
         with torch.no_grad():

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
@@ -240,17 +240,15 @@ class AugmentedFeatures:
         """For each step to come the features (batch_size, C) and labels of the whole batch, on every process alike."""
         config, accelerator = self.evaluation.config, self.evaluation.accelerator
         requests = DeviceBatches(self.train, config, accelerator.num_processes, accelerator.process_index, first_step)
-        on_gpu = accelerator.device.type == "cuda"
         labels = torch.from_numpy(labels_of(self.train))
         parts: list[tuple[Tensor, Tensor]] = []
-        for batch in read(create_loader(FlippedCrops(self.train, config), requests, config, on_gpu)):
+        loader = create_loader(FlippedCrops(self.train, config), requests, config, accelerator.device)
+        for batch in read(loader, accelerator.device):
             self.broken |= {image.sample for image in batch.bad}
-            crops, flip, targets = send_to_device(
-                (batch.crops, batch.photometry, labels[batch.samples]), accelerator.device, non_blocking=True
-            )
+            views = flipped_view(batch.crops, batch.photometry, config)
             with accelerator.autocast():
-                features = embed(self.evaluation.encoder, flipped_view(crops, flip, config)).float()
-            parts.append((features, targets))
+                features = embed(self.evaluation.encoder, views).float()
+            parts.append((features, labels[batch.samples].to(accelerator.device, non_blocking=True)))
             if len(parts) == len(requests.devices):
                 yield tuple(whole_batch(torch.stack(rows), accelerator) for rows in zip(*parts, strict=True))
                 parts = []

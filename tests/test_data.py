@@ -271,6 +271,59 @@ def test_a_batch_travels_as_it_is():
             assert torch.equal(there, here)
 
 
+@pytest.mark.parametrize("kind", [data.TwoViews, data.FlippedCrops])
+def test_a_batch_is_sent_beside_what_a_gpu_computes_and_waited_for(kind, monkeypatch):
+    """The order of what is asked of a GPU, on a stand-in: the copy on a stream of its own, the waiting, the use."""
+    asked = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def __enter__(self):
+            asked.append(f"on {self.name}")
+
+        def __exit__(self, *exception):
+            asked.append(f"off {self.name}")
+
+        def wait_stream(self, other):
+            asked.append(f"{self.name} waits for {other.name}")
+
+    def send_to_device(values, device, non_blocking):
+        asked.append(("sent", non_blocking))
+        return values
+
+    computing, copying = Stream("computing"), Stream("copying")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: asked.append((id(tensor), stream.name)))
+    monkeypatch.setattr(data, "send_to_device", send_to_device)
+    config = settings("digits")
+    batch = kind(load_images(config).train, config).__getitems__(data.Request(0, np.array([4, 2, 9]), None))
+    sent = data.send(batch, torch.device("cuda", 0), copying)
+    assert asked[:4] == ["on copying", ("sent", True), "off copying", "computing waits for copying"]
+    sent_tensors = [sent.crops, *(sent.photometry if kind is data.TwoViews else [sent.photometry])]
+    assert asked[4:] == [(id(tensor), "computing") for tensor in sent_tensors]
+    assert sent.samples is batch.samples, "they stay in the main memory"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_what_arrives_on_a_gpu_is_what_was_sent():
+    """Many batches, each used after a long computation was asked for: none is written over, none is read too early."""
+    config, device = settings("digits", batch_size=64, num_workers=1), torch.device("cuda", 0)
+    images = load_images(config).train
+    requests = data.DeviceBatches(images, config, 1, 0)
+    long = torch.rand(4096, 4096, device=device)
+    sums = []
+    for batch in data.read(data.create_loader(data.TwoViews(images, config), requests, config, device), device):
+        long = long @ long / 4096
+        sums.append(batch.crops.long().sum() + batch.photometry.order.sum())
+    expected = [data.TwoViews(images, config).__getitems__(request) for request in requests]
+    expected = [int(batch.crops.long().sum() + batch.photometry.order.sum()) for batch in expected]
+    assert torch.stack(sums).tolist() == expected
+
+
 def test_a_shard_that_is_cut_while_it_is_read_ends_the_run(tmp_path):
     write_parquet(tmp_path / "train-0.parquet", 0, 64, row_group_size=4)
     config = settings(tmp_path, streaming=True, validation_fraction=0, num_workers=1)
