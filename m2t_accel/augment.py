@@ -21,7 +21,7 @@ from m2t_accel import splitmix
 from m2t_accel.data_settings import TrainingSettings
 from m2t_accel.recipes import PretrainConfig
 
-VIEW_STREAM = 1  # apart from the stream of the epoch's order in m2t_accel.data
+VIEW_STREAM = 1  # apart from the stream of the epoch's order in m2t_accel.order
 
 # Where each random number stands among the uniforms of a view. New ones go to the end: the rest stay as they are.
 CROP_ATTEMPTS = 10

@@ -25,7 +25,8 @@ class Buffers:
 
     The main process takes a free buffer, somebody fills it, the main process receives it as a tensor, and when nothing
     refers to that tensor's memory any more, a view of it included, the buffer is free again. So nobody's pixels are
-    written over, however long a batch is kept: where none is free, take new memory.
+    written over, however long a batch is kept: where none is free, take new memory. One that was taken and is never
+    handed over is not free again.
 
     Raises:
         ConfigurationError: there is not so much shared memory.

@@ -7,6 +7,7 @@ and are applied on the training device (`m2t_accel.photometry`).
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import os
 import re
@@ -338,9 +339,10 @@ class InBuffers:
 def create_loader(
     dataset: TwoViews | CentralViews, batches, config: ImageSettings, device: torch.device | None = None
 ) -> DataLoader:
-    """A DataLoader of whole batches, in the order of `batches` (an iterable of what the dataset takes).
+    """A DataLoader of whole batches, in the order of `batches`, an iterable of what the dataset takes; to be read once.
 
-    Its batches lie where a GPU can fetch them, if that is the device that `read` will send them to.
+    Of TwoViews they are requests of `device_batch_size` samples each. What is loaded lies where a GPU can fetch it, if
+    that is the device that `read` will send it to.
 
     It is not given to `accelerator.prepare`, which would split the batches a second time: `batches` holds
     this process's own.
@@ -353,6 +355,7 @@ def create_loader(
         # Of those on their way, and of two more: the one that the loop has, and the next, which it is given before it
         # lets go of that.
         number = num_workers * PREFETCH + 2
+        dataset = copy.copy(dataset)  # another loader of the same has buffers of its own
         dataset.buffers = Buffers(number, dataset.crops_shape(config.device_batch_size), shared=num_workers > 0)
         batches = InBuffers(batches, dataset.buffers)
     cv2.setNumThreads(0)  # the workers are the parallelism; OpenCV's threads would fight over the cores
@@ -392,7 +395,7 @@ def read(loader: DataLoader, device: torch.device | None = None) -> Iterator:
                 f"none of the {len(batch.bad)} images of a batch can be decoded, the first of them {first.path} "
                 f"({first.reason}): has the dataset been moved, or is it not one of images?"
             )
-        yield batch if device is None else send(batch, device, stream)
+        yield send(batch, device, stream) if device is not None and isinstance(batch, ViewBatch) else batch
 
 
 def is_gpu(device: torch.device | None) -> bool:

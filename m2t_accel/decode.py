@@ -20,9 +20,11 @@ from m2t_accel.settings import in_short
 JPEG, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 ENDINGS = {JPEG: JPEG_END, b"\x89PNG": b"IEND\xaeB`\x82"}
 
-# Markers of a JPEG: the frame's header (sequential or progressive, 8 bits), Exif and XMP, the start of a scan.
-FRAMES, EXIF, SCAN = (0xC0, 0xC1, 0xC2), 0xE1, 0xDA
+# Markers of a JPEG: the header of a sequential frame, Exif and XMP, the start of a scan. Progressive ones are left out:
+# where one is damaged, its parts would not be those of the whole.
+FRAMES, EXIF, SCAN = (0xC0, 0xC1), 0xE1, 0xDA
 MAX_PIXELS = 2**30  # OpenCV's
+MIN_WIDTH = 16  # of a part; one column at an edge would have colours of its own
 
 
 cv2.utils.logging.setLogLevel(
@@ -92,7 +94,7 @@ def decode_bytes(content: bytes) -> np.ndarray:
 
 
 def plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG in gray or RGB that nothing asks to turn, as its header says; None of others."""
+    """Height and width, as its header says, of a sequential JPEG in gray or RGB without Exif; None of all else."""
     if not content.startswith(JPEG):
         return None
     at, size = 2, None
@@ -119,7 +121,8 @@ def decode_part(content: bytes, top: int, left: int, bottom: int, right: int) ->
     Raises:
         DecodeError: as decode_bytes.
     """
-    decode = part_decoder(os.getpid()) if content.endswith(JPEG_END) else None
+    is_part = content.endswith(JPEG_END) and right - left >= MIN_WIDTH
+    decode = part_decoder(os.getpid()) if is_part else None
     pixels = None if decode is None else decode(content, top, left, bottom, right)
     return decode_bytes(content)[top:bottom, left:right] if pixels is None else pixels
 
@@ -152,7 +155,11 @@ def part_decoder(process: int) -> Callable[[bytes, int, int, int, int], np.ndarr
 @contextlib.contextmanager
 def silent_stderr() -> Iterator[None]:
     """Nothing reaches the file of stderr, from C either."""
-    kept = os.dup(2)
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
     try:
         with open(os.devnull, "wb") as nothing:
             os.dup2(nothing.fileno(), 2)

@@ -101,7 +101,6 @@ PLAIN = {
     "4:2:0": {"subsampling": 2},
     "4:2:2": {"subsampling": 1},
     "4:4:4": {"subsampling": 0, "quality": 97},
-    "progressive": {"progressive": True},
     "restarts": {"restart_marker_blocks": 3},
     "optimized": {"optimize": True, "quality": 30},
 }
@@ -117,6 +116,7 @@ def some_parts(height, width, number, seed=0):
     """Boxes, some of them a single row or column, and some that reach to the edges."""
     rng = np.random.default_rng(seed)
     yield from ((0, 0, height, width), (0, 0, 1, 1), (height - 1, width - 1, height, width), (5, 0, 6, width))
+    yield from ((0, 0, height, 1), (0, width - 1, height, width), (3, 0, height, 16), (3, width - 16, height, width))
     for _ in range(number):
         top, bottom = sorted(rng.choice(height + 1, 2, replace=False).tolist())
         left, right = sorted(rng.choice(width + 1, 2, replace=False).tolist())
@@ -132,11 +132,12 @@ def test_on_linux_parts_are_decoded_as_parts(monkeypatch):
 
 @pytest.mark.parametrize("options", PLAIN.values(), ids=PLAIN)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_a_part_is_that_of_the_whole_to_the_bit(mode, options):
-    content = encoded_jpeg(mode, **options)
-    assert decode.plain_jpeg_size(content) == (211, 318)
+@pytest.mark.parametrize("size", [(211, 318), (40, 50)])
+def test_a_part_is_that_of_the_whole_to_the_bit(mode, options, size):
+    content = encoded_jpeg(mode, size, **options)
+    assert decode.plain_jpeg_size(content) == size
     whole = decode.decode_bytes(content)
-    for top, left, bottom, right in some_parts(211, 318, 40):
+    for top, left, bottom, right in some_parts(*size, 40):
         part = decode.decode_part(content, top, left, bottom, right)
         assert np.array_equal(part, whole[top:bottom, left:right]), (top, left, bottom, right)
 
@@ -171,6 +172,7 @@ def test_what_may_not_be_what_its_header_says_is_decoded_whole():
     others = {
         "turned": encoded_jpeg(exif=turned),
         "CMYK": encoded_jpeg("CMYK"),
+        "progressive": encoded_jpeg(progressive=True),
         "PNG": encoded("PNG"),
         "empty": b"",
         "text": b"not an image at all\n",
@@ -193,3 +195,15 @@ def test_a_process_that_was_forked_decodes_parts(capfd):
     child.join(30)
     assert child.exitcode == 0
     assert capfd.readouterr().err == ""
+
+
+def test_where_stderr_is_closed_images_are_decoded(run_script):
+    script = (
+        "import os, sys, cv2, numpy as np\n"
+        "from m2t_accel import decode\n"
+        "os.close(2)\n"
+        "content = cv2.imencode('.jpg', np.zeros((60, 80, 3), np.uint8))[1].tobytes()\n"
+        "print(decode.decode_part(content, 0, 0, 20, 30).shape, decode.part_decoder(os.getpid()) is not None)"
+    )
+    done = run_script("-c", script)
+    assert done.stdout == f"(20, 30, 3) {sys.platform == 'linux'}\n"
