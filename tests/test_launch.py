@@ -58,7 +58,7 @@ torch.set_num_threads(1)
 sys.setswitchinterval(1000)  # gloo's threads get the interpreter only where it is left to them
 os.environ.update(ACCELERATE_USE_CPU="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
 statuses = collections.Counter()
-for _ in range(10):
+for _ in range(6):
     path, children = tempfile.mktemp(), []
     for rank in range(2):
         children.append(os.fork())
@@ -79,7 +79,7 @@ print(dict(statuses))
 def test_a_process_that_ends_after_a_call_is_not_aborted(run_script):
     """With torch's destroy_process_group alone, one of five is."""
     done = run_script("-c", HASTE)
-    assert (done.stdout, done.stderr) == ("{0: 20}\n", "")
+    assert (done.stdout, done.stderr) == ("{0: 12}\n", "")
 
 
 @pytest.mark.slow

@@ -1,3 +1,4 @@
+import contextlib
 import json
 from pathlib import Path
 
@@ -167,37 +168,42 @@ def test_images_that_cannot_be_decoded_are_counted(given, small_images, capsys):
 
 @pytest.mark.slow
 def test_figures_do_not_depend_on_the_number_of_processes(given, tmp_path, run_script):
-    """kNN and a probe of two heads: the figures to the last digit, and the classifier bit for bit."""
-    common = ["--encoder", given["encoder"], "--dataset", given["dataset"], "--num_workers", 0]
-    found = {}
-    for file in ("cpu", "cpu2"):
-        launch = ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{file}.yaml"]
-        for script, flags in (
-            ("knn", []),
-            (
-                "linear_probe",
-                ["--epochs", 2, "--batch_size", 16, "--device_batch_size", 4, "--learning_rates", "0.1,1"],
-            ),
-        ):
-            folder = tmp_path / f"{script}-{file}"
-            done = run_script(
-                *launch,
-                f"scripts/{script}.py",
-                *common,
-                *flags,
-                "--output_dir",
-                folder,
-                environment={"OMP_NUM_THREADS": "1"},
-            )
-            assert done.returncode == 0, done.stderr
-            result = json.loads((folder / "result.json").read_text())
-            found[script, file] = {key: result[key] for key in ("figures", "data", "protocol", "weights")}
-    for script in ("knn", "linear_probe"):
-        assert found[script, "cpu"] == found[script, "cpu2"]
-    a, b = (
-        load_file(tmp_path / f"linear_probe-{file}" / "classifier" / "model.safetensors") for file in ("cpu", "cpu2")
-    )
+    """kNN and a probe of two heads, here and on two processes: the figures to the last digit, the classifier's bits."""
+    probe_flags = {"epochs": 2, "batch_size": 16, "device_batch_size": 4, "learning_rates": [0.1, 1]}
+    for script, flags, build, evaluate in (
+        ("knn", {}, build_knn, probe.evaluate_knn),
+        ("linear_probe", probe_flags, build_linear_probe, probe.evaluate_linear),
+    ):
+        with one_thread():
+            here = evaluate(build({**given, **flags, "output_dir": str(tmp_path / f"{script}-1")}))
+        words = [word for name, value in {**given, **flags}.items() for word in (f"--{name}", value)]
+        words = [",".join(map(str, word)) if isinstance(word, list) else word for word in words]
+        launch = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu2.yaml"]
+        folder = tmp_path / f"{script}-2"
+        done = run_script(
+            *launch,
+            f"scripts/{script}.py",
+            *words,
+            "--output_dir",
+            folder,
+            environment={"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        there = json.loads((folder / "result.json").read_text())
+        for key in ("figures", "data", "protocol", "weights"):
+            assert json.loads(json.dumps(here[key])) == there[key]
+    a, b = (load_file(tmp_path / f"linear_probe-{n}" / "classifier" / "model.safetensors") for n in (1, 2))
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@contextlib.contextmanager
+def one_thread():
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(number)
 
 
 def test_whole_batches_are_in_the_order_of_the_virtual_devices():

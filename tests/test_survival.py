@@ -163,7 +163,7 @@ class Hosts:
         """As the README has it for several machines, one process on each."""
         launch = [*LAUNCH, "accelerate_configs/cpu2.yaml", "--num_machines", "2", "--num_processes", "2"]
         launch += ["--machine_rank", str(rank), "--main_process_ip", "10.77.0.1", "--main_process_port", "29500"]
-        words = [sys.executable, *launch, "scripts/pretrain.py", *survive.DIGITS, "--epochs", "8"]
+        words = [sys.executable, *launch, "scripts/pretrain.py", *survive.DIGITS, "--epochs", "6"]
         words += ["--checkpoint_every", "20steps", "--output_dir", str(folder), *flags]
         return survive.start(["ip", "netns", "exec", self.names[rank], *words])
 
@@ -183,12 +183,12 @@ def wait_for(path):
 def test_machines_that_die_and_are_cut_off(tmp_path):
     """One dies, then the cable is pulled: the other ends in time. Gone on with on one, it is the run of one."""
     reference = tmp_path / "reference"
-    words = [sys.executable, "scripts/pretrain.py", *survive.DIGITS, "--epochs", "8"]
+    words = [sys.executable, "scripts/pretrain.py", *survive.DIGITS, "--epochs", "6"]
     survive.run([*words, "--output_dir", str(reference)])
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"  # machines need not share a disk
     with Hosts(f"m2t{os.getpid()}") as hosts:
         a, b = (hosts.launch(rank, folder) for rank, folder in enumerate((run, elsewhere)))
-        wait_for(run / "checkpoints" / "step-40")
+        wait_for(run / "checkpoints" / "step-20")
         hosts.kill(hosts.names[1])
         b.communicate(timeout=10)
         began = time.monotonic()
@@ -202,7 +202,7 @@ def test_machines_that_die_and_are_cut_off(tmp_path):
 
         short = ("--collective_timeout", "0.1")  # six seconds
         a, b = (hosts.launch(rank, folder, *short) for rank, folder in enumerate((run, elsewhere)))
-        wait_for(run / "checkpoints" / "step-100")
+        wait_for(run / "checkpoints" / "step-60")
         ip("-n", hosts.names[1], "link", "set", "net0", "down")
         began = time.monotonic()
         said = [host.communicate(timeout=90)[0] for host in (a, b)]
@@ -211,7 +211,7 @@ def test_machines_that_die_and_are_cut_off(tmp_path):
         assert "process 1 of 2 has lost the others" in said[1], said[1]
         assert "waited for 0.1 minutes (--collective_timeout)" in said[0]
     said = survive.run([*words, "--output_dir", str(run)])
-    assert re.search(r"goes on from step 1[0-7]\d of 176", said)
+    assert re.search(r"goes on from step (60|80|1[0-2]\d) of 132", said)
     assert not elsewhere.exists()
     one, two = (survive.last_tensors(folder) for folder in (reference, run))
     same = [name for name in one if not name.startswith("processes")]
