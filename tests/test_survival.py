@@ -19,13 +19,13 @@ from m2t_accel.checkpoint import list_checkpoints
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_processes", "streamed"), [((1, 1, 1), True), ((2, 1), False)])
-def test_a_run_that_is_killed_is_the_run_that_was_not(tmp_path, num_processes, streamed):
+@pytest.mark.parametrize(("num_processes", "streamed", "epochs"), [((1, 1, 1), True, 7), ((2, 1), False, 5)])
+def test_a_run_that_is_killed_is_the_run_that_was_not(tmp_path, num_processes, streamed, epochs):
     """On one process, killed twice; and killed on two processes, it goes on with one, beside a run on one.
 
     `python tests/survive.py kills` does it longer.
     """
-    found = survive.kills(tmp_path, num_processes, streamed, epochs=7)
+    found = survive.kills(tmp_path, num_processes, streamed, epochs)
     assert found["kills"] == len(num_processes) - 1
     assert found["in saves"] >= 1
     assert found["tensors"] > 150
