@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -377,25 +378,37 @@ def read(loader: DataLoader, device: torch.device | None = None) -> Iterator:
     Raises:
         ConfigurationError: no image of a batch can be decoded, or a shard cannot be read.
     """
-    batches = iter(loader)
+    batches = None
     stream = torch.cuda.Stream(device) if is_gpu(device) else None
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except (ConnectionError, EOFError):
-            # A worker died while it handed this over. torch says so by a signal: it shall come now, and not while the
-            # loader is taken down, where it could only be printed.
-            time.sleep(1)
-            raise
-        if isinstance(batch, ViewBatch) and len(batch.bad) == len(batch.samples):
-            first = batch.bad[0]
-            raise ConfigurationError(
-                f"none of the {len(batch.bad)} images of a batch can be decoded, the first of them {first.path} "
-                f"({first.reason}): has the dataset been moved, or is it not one of images?"
-            )
-        yield send(batch, device, stream) if device is not None and isinstance(batch, ViewBatch) else batch
+    try:
+        batches = iter(loader)
+        while (batch := next_of(batches)) is not None:
+            yield send(batch, device, stream) if device is not None and isinstance(batch, ViewBatch) else batch
+    except BaseException as error:
+        # The workers end here. With an error that somebody keeps they would live on, and be ended as garbage is: with
+        # their queues, whose threads then still close what the collector closes, or what was opened in its place.
+        traceback.clear_frames(error.__traceback__)
+        raise
+    finally:
+        batches = None
+
+
+def next_of(batches: Iterator) -> object | None:
+    """The next batch; None if there is none."""
+    try:
+        batch = next(batches, None)
+    except (ConnectionError, EOFError):
+        # A worker died while it handed this over. torch says so by a signal: it shall come now, and not while the
+        # loader is taken down, where it could only be printed.
+        time.sleep(1)
+        raise
+    if isinstance(batch, ViewBatch) and len(batch.bad) == len(batch.samples):
+        first = batch.bad[0]
+        raise ConfigurationError(
+            f"none of the {len(batch.bad)} images of a batch can be decoded, the first of them {first.path} "
+            f"({first.reason}): has the dataset been moved, or is it not one of images?"
+        )
+    return batch
 
 
 def is_gpu(device: torch.device | None) -> bool:

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import multiprocessing
 import os
 import pickle
 import re
@@ -343,8 +344,10 @@ def test_a_shard_that_is_cut_while_it_is_read_ends_the_run(tmp_path):
     images = load_images(config).train
     (tmp_path / "train-0.parquet").write_bytes(b"PAR1")
     loader = data.create_loader(data.TwoViews(images, config), data.DeviceBatches(images, config, 1, 0), config)
-    with pytest.raises(ConfigurationError, match=r"the shard .*train-0\.parquet cannot be read .* fetch it again"):
+    message = r"the shard .*train-0\.parquet cannot be read .* fetch it again"
+    with pytest.raises(ConfigurationError, match=message) as kept:
         list(data.read(loader))
+    assert multiprocessing.active_children() == [], f"they live with what {kept} refers to"
 
 
 KILLED = """
