@@ -25,13 +25,12 @@ from m2t_accel.data import (
     DeviceBatches,
     Request,
     TwoViews,
-    create_loader,
     decode_for_crops,
-    default_num_workers,
     read_rows,
 )
 from m2t_accel.data_settings import check_enough_images
 from m2t_accel.decode import DecodeError, decode_image, read_bytes
+from m2t_accel.loader import create_loader, default_num_workers
 from m2t_accel.photometry import photometry
 from m2t_accel.recipes import PretrainConfig
 from m2t_accel.settings import ConfigurationError

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from m2t_accel.data import dead_workers_in_one_line, read_rows
+from m2t_accel.data import read_rows
 from m2t_accel.decode import decode_image
 from m2t_accel.evaluation import Evaluation, open_folder, start_evaluation, write_result
 from m2t_accel.features import Features, embed_images, fingerprint, gather_features, labels_of
+from m2t_accel.loader import dead_workers_in_one_line
 from m2t_accel.protocols import EmbedConfig
 from m2t_accel.settings import ConfigurationError
 

@@ -17,8 +17,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional
 
-from m2t_accel.data import CentralViews, create_loader, read
+from m2t_accel.data import CentralViews
 from m2t_accel.data_settings import ImageSettings
+from m2t_accel.loader import create_loader, read
 from m2t_accel.model import embed
 from m2t_accel.photometry import evaluation_view
 from m2t_accel.settings import ConfigurationError

@@ -20,12 +20,13 @@ from torch.nn import functional
 from torch.optim import SGD
 from tqdm import tqdm
 
-from m2t_accel.data import DeviceBatches, FlippedCrops, create_loader, dead_workers_in_one_line, read
+from m2t_accel.data import DeviceBatches, FlippedCrops
 from m2t_accel.data_settings import check_enough_images
 from m2t_accel.evaluation import Evaluation, open_folder, say, start_evaluation, write_result
 from m2t_accel.features import fingerprint, labels_of
 from m2t_accel.heads import body_of, classifier, save_classifier
 from m2t_accel.launch import on_all_processes, tell_all
+from m2t_accel.loader import create_loader, dead_workers_in_one_line, read
 from m2t_accel.optim import set_learning_rate
 from m2t_accel.order import steps_per_epoch
 from m2t_accel.photometry import flipped_view

@@ -26,10 +26,7 @@ from m2t_accel.data import (
     DeviceBatches,
     TwoViews,
     ViewBatch,
-    create_loader,
-    dead_workers_in_one_line,
     describe,
-    read,
     read_rows,
 )
 from m2t_accel.data_settings import check_enough_images
@@ -49,6 +46,7 @@ from m2t_accel.launch import (
     start_accelerator,
     tell_all,
 )
+from m2t_accel.loader import create_loader, dead_workers_in_one_line, read
 from m2t_accel.model import (
     Student,
     Teacher,

@@ -17,12 +17,13 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 
-from m2t_accel.data import DeviceBatches, FlippedCrops, create_loader, dead_workers_in_one_line, read
+from m2t_accel.data import DeviceBatches, FlippedCrops
 from m2t_accel.data_settings import check_enough_images
 from m2t_accel.evaluation import Evaluation, open_folder, say, start_evaluation, write_result
 from m2t_accel.features import embed_images, fingerprint, gather_features, gather_rows, labels_of, measure_knn
 from m2t_accel.heads import Heads, classifier, folded, rate_factor, save_classifier
 from m2t_accel.launch import on_all_processes, tell_all
+from m2t_accel.loader import create_loader, dead_workers_in_one_line, read
 from m2t_accel.model import embed
 from m2t_accel.order import ShuffledOrder, steps_per_epoch
 from m2t_accel.photometry import flipped_view

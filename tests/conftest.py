@@ -29,6 +29,7 @@ from pyarrow import parquet  # noqa: E402
 from m2t_accel.data_settings import ImageSettings  # noqa: E402
 from m2t_accel.hub import image_processor  # noqa: E402
 from m2t_accel.model import create_encoder, plain_encoder  # noqa: E402
+from m2t_accel.recipes import build_config  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,6 +54,13 @@ def tiny(output_dir, **settings):
         "log_every": 1,
         **settings,
     }
+
+
+def settings(dataset, **others):
+    """A configuration of pretraining: three epochs in batches of four."""
+    return build_config(
+        {"recipe": "digits", "dataset": str(dataset), "batch_size": 4, "epochs": 3, "warmup_epochs": 1, **others}
+    )
 
 
 def natural_image(height, width, seed=0):

@@ -11,9 +11,10 @@ from datetime import timedelta
 
 import psutil
 
-from m2t_accel.data import DeviceBatches, TwoViews, create_loader
+from m2t_accel.data import DeviceBatches, TwoViews
 from m2t_accel.interruption import StopSignals
 from m2t_accel.launch import leave, start_accelerator
+from m2t_accel.loader import create_loader
 from m2t_accel.momentum_norm import momentum_layers
 from m2t_accel.pretrain import Run, settle_evaluation
 from m2t_accel.recipes import build_config

@@ -1,30 +1,20 @@
 import dataclasses
 import io
-import multiprocessing
-import os
 import pickle
-import re
 from itertools import chain, pairwise
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
 import torch
-from conftest import natural_image, write_image, write_parquet, write_tar
+from conftest import natural_image, settings, write_image, write_parquet, write_tar
 from PIL import Image
 
 from m2t_accel import data, order
+from m2t_accel.loader import create_loader, read
 from m2t_accel.order import permuted
 from m2t_accel.recipes import build_config
-from m2t_accel.settings import ConfigurationError
 from m2t_accel.sources import load_images
-
-
-def settings(dataset, **others):
-    return build_config(
-        {"recipe": "digits", "dataset": str(dataset), "batch_size": 4, "epochs": 3, "warmup_epochs": 1, **others}
-    )
-
 
 # --- order
 
@@ -67,9 +57,9 @@ def recorded(config, first_step=0, num_steps=None, num_workers=0, num_processes=
     parts = []
     for process in range(num_processes):
         batches = data.DeviceBatches(images, config, num_processes, process, first_step)
-        loader, shown = data.create_loader(data.TwoViews(images, config), batches, config), []
+        loader, shown = create_loader(data.TwoViews(images, config), batches, config), []
         micro_steps = config.num_virtual_devices // num_processes
-        for batch in data.read(loader):
+        for batch in read(loader):
             shown.append(batch.samples.tolist())
             if num_steps is not None and len(shown) == num_steps * micro_steps:
                 break
@@ -157,7 +147,7 @@ def views_of(config, num_workers=0, num_processes=1):
     found = {}
     for process in range(num_processes):
         batches = data.DeviceBatches(images, config, num_processes, process)
-        for number, batch in enumerate(data.read(data.create_loader(data.TwoViews(images, config), batches, config))):
+        for number, batch in enumerate(read(create_loader(data.TwoViews(images, config), batches, config))):
             epoch = number * config.epochs // len(batches)
             crops = batch.crops.view(2, -1, *batch.crops.shape[1:])
             for i, sample in enumerate(batch.samples.tolist()):
@@ -186,13 +176,6 @@ def test_streamed_images_have_the_views_of_copied_ones(tmp_path):
     assert all(torch.equal(a, b) for k in copied for a, b in zip(copied[k], streamed[k], strict=True))
 
 
-def test_the_loader_leaves_the_global_random_state_alone():
-    config = settings("digits", batch_size=256)
-    before = torch.get_rng_state()
-    views_of(config, num_workers=1)
-    assert torch.equal(before, torch.get_rng_state())
-
-
 # --- faults
 
 
@@ -207,9 +190,7 @@ def test_a_broken_image_is_replaced_by_another_of_its_batch(tmp_path, num_worker
     images = load_images(config).train
     batches = data.DeviceBatches(images, config, 1, 0)
     bad = {}
-    for batch, samples in zip(
-        data.read(data.create_loader(data.TwoViews(images, config), batches, config)), sound, strict=True
-    ):
+    for batch, samples in zip(read(create_loader(data.TwoViews(images, config), batches, config)), sound, strict=True):
         bad |= {image.sample: image for image in batch.bad}
         assert {image.sample for image in batch.bad} == {3, 7} & set(samples)
         shown = batch.samples.tolist()
@@ -223,49 +204,6 @@ def test_a_broken_image_is_replaced_by_another_of_its_batch(tmp_path, num_worker
     assert bad.keys() == {3, 7}
     assert bad[3].path.endswith("03.png")
     assert "no known image format" in bad[7].reason
-
-
-def test_nothing_to_show_ends_the_run(tmp_path):
-    for i in range(8):
-        write_image(tmp_path / f"{i}.png")
-    config = settings(tmp_path)
-    images = load_images(config).train
-    for path in tmp_path.glob("*.png"):
-        path.unlink()
-    loader = data.create_loader(data.TwoViews(images, config), data.DeviceBatches(images, config, 1, 0), config)
-    with pytest.raises(ConfigurationError, match=r"none of the 4 images of a batch .*No such file.* been moved"):
-        list(data.read(loader))
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_batches_are_put_where_others_were_and_never_over_one_that_is_kept(num_workers, monkeypatch):
-    config = settings("digits", num_workers=num_workers)
-    images = load_images(config).train.select(range(60))
-    dataset, requests = data.TwoViews(images, config), list(data.DeviceBatches(images, config, 1, 0))
-    expected = [data.TwoViews(images, config).__getitems__(request).crops for request in requests]
-    loader = data.create_loader(dataset, requests, config)
-    taken = []
-    take = loader.dataset.buffers.take
-    monkeypatch.setattr(loader.dataset.buffers, "take", lambda: taken.append(take()) or taken[-1])
-    for batch, crops in zip(data.read(loader), expected, strict=True):
-        assert torch.equal(batch.crops, crops)
-    assert set(taken) == set(range(2 * num_workers + 2)), "one was not free when it was needed, or never used"
-    taken.clear()
-    kept = [batch.crops for batch in data.read(loader)]
-    assert None in taken
-    assert all(map(torch.equal, kept, expected))
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_two_loaders_of_the_same_images_at_once(num_workers):
-    config = settings("digits", num_workers=num_workers)
-    images = load_images(config).train.select(range(60))
-    dataset, requests = data.TwoViews(images, config), list(data.DeviceBatches(images, config, 1, 0))
-    expected = [dataset.__getitems__(request).crops for request in requests]
-    loaders = [data.create_loader(dataset, part, config) for part in (requests, requests[::-1])]
-    kept = [[batch.crops for batch in pair] for pair in zip(*map(data.read, loaders), strict=True)]
-    assert all(map(torch.equal, [first for first, _ in kept], expected))
-    assert all(map(torch.equal, [second for _, second in kept], expected[::-1]))
 
 
 def test_a_batch_travels_as_it_is():
@@ -282,110 +220,3 @@ def test_a_batch_travels_as_it_is():
         for there, here in pairs:
             assert there.dtype == here.dtype
             assert torch.equal(there, here)
-
-
-@pytest.mark.parametrize("kind", [data.TwoViews, data.FlippedCrops])
-def test_a_batch_is_sent_beside_what_a_gpu_computes_and_waited_for(kind, monkeypatch):
-    """The order of what is asked of a GPU, on a stand-in: the copy on a stream of its own, the waiting, the use."""
-    asked = []
-
-    class Stream:
-        def __init__(self, name):
-            self.name = name
-
-        def __enter__(self):
-            asked.append(f"on {self.name}")
-
-        def __exit__(self, *exception):
-            asked.append(f"off {self.name}")
-
-        def wait_stream(self, other):
-            asked.append(f"{self.name} waits for {other.name}")
-
-    def send_to_device(values, device, non_blocking):
-        asked.append(("sent", non_blocking))
-        return values
-
-    computing, copying = Stream("computing"), Stream("copying")
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: asked.append((id(tensor), stream.name)))
-    monkeypatch.setattr(data, "send_to_device", send_to_device)
-    config = settings("digits")
-    batch = kind(load_images(config).train, config).__getitems__(data.Request(0, np.array([4, 2, 9]), None))
-    sent = data.send(batch, torch.device("cuda", 0), copying)
-    assert asked[:4] == ["on copying", ("sent", True), "off copying", "computing waits for copying"]
-    sent_tensors = [sent.crops, *(sent.photometry if kind is data.TwoViews else [sent.photometry])]
-    assert asked[4:] == [(id(tensor), "computing") for tensor in sent_tensors]
-    assert sent.samples is batch.samples, "they stay in the main memory"
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_what_arrives_on_a_gpu_is_what_was_sent():
-    """Many batches, each used after a long computation was asked for: none is written over, none is read too early."""
-    config, device = settings("digits", batch_size=64, num_workers=1), torch.device("cuda", 0)
-    images = load_images(config).train
-    requests = data.DeviceBatches(images, config, 1, 0)
-    long = torch.rand(4096, 4096, device=device)
-    arrived = []
-    for batch in data.read(data.create_loader(data.TwoViews(images, config), requests, config, device), device):
-        long = long @ long / 4096
-        arrived.append([batch.crops.clone(), batch.photometry.order.clone()])
-    for request, (crops, order_of_jitter) in zip(requests, arrived, strict=True):
-        expected = data.TwoViews(images, config).__getitems__(request)
-        assert torch.equal(crops.cpu(), expected.crops)
-        assert torch.equal(order_of_jitter.cpu(), expected.photometry.order)
-
-
-def test_a_shard_that_is_cut_while_it_is_read_ends_the_run(tmp_path):
-    write_parquet(tmp_path / "train-0.parquet", 0, 64, row_group_size=4)
-    config = settings(tmp_path, streaming=True, validation_fraction=0, num_workers=1)
-    images = load_images(config).train
-    (tmp_path / "train-0.parquet").write_bytes(b"PAR1")
-    loader = data.create_loader(data.TwoViews(images, config), data.DeviceBatches(images, config, 1, 0), config)
-    message = r"the shard .*train-0\.parquet cannot be read .* fetch it again"
-    with pytest.raises(ConfigurationError, match=message) as kept:
-        list(data.read(loader))
-    assert multiprocessing.active_children() == [], f"they live with what {kept} refers to"
-
-
-KILLED = """
-import os, signal, time
-import torch
-from m2t_accel import data
-from m2t_accel.recipes import build_config
-from m2t_accel.settings import ConfigurationError
-from m2t_accel.sources import load_images
-config = build_config({"recipe": "digits", "batch_size": 4, "num_workers": 2})
-images = load_images(config).train
-for in_the_loop in (True, False):
-    loader = data.create_loader(data.TwoViews(images, config), data.DeviceBatches(images, config, 1, 0), config)
-    try:
-        with data.dead_workers_in_one_line():
-            for i, _ in enumerate(data.read(loader)):
-                if i == 0:
-                    os.kill(torch.multiprocessing.active_children()[0].pid, signal.SIGKILL)
-                if in_the_loop:
-                    time.sleep(0.2)
-    except ConfigurationError as error:
-        print(error)
-"""
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_killed_ends_the_run(run_script):
-    """In a process of its own: what threads of the broken queues say later must not reach another test."""
-    lines = run_script("-c", KILLED).stdout.splitlines()
-    assert len(lines) == 2
-    for line in lines:
-        assert re.match(r"a process that decodes images has died .*give a smaller --num_workers", line)
-
-
-def test_workers_take_the_cores_that_training_leaves(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
-    assert data.default_num_workers() == 3
-    monkeypatch.delattr(os, "sched_getaffinity")  # macOS has none
-    assert data.default_num_workers() == 5

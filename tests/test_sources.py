@@ -3,7 +3,7 @@ import os
 import cv2
 import numpy as np
 import pytest
-from conftest import write_image, write_parquet, write_tar
+from conftest import settings, write_image, write_parquet, write_tar
 from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets
 from loopback_hub import loopback_hub
 from pyarrow import parquet
@@ -13,12 +13,6 @@ from m2t_accel.data import read_rows
 from m2t_accel.decode import decode_image
 from m2t_accel.recipes import build_config
 from m2t_accel.settings import ConfigurationError
-
-
-def settings(dataset, **others):
-    return build_config(
-        {"recipe": "digits", "dataset": str(dataset), "batch_size": 4, "epochs": 3, "warmup_epochs": 1, **others}
-    )
 
 
 @pytest.fixture
