@@ -446,28 +446,34 @@ def with_class_labels(splits: dict[str, Dataset], column: str, config: ImageSett
     """
     first = next(iter(splits.values()))
     feature = first.features["label"]
-    values = {
-        name: np.asarray(split.with_format("numpy")["label"][:])
-        for name, split in splits.items()
-        if "label" in split.features
+    columns = {
+        name: split.with_format("arrow")["label"][:] for name, split in splits.items() if "label" in split.features
     }
     dtype = feature.dtype if isinstance(feature, Value) else ""
-    names = None
-    if isinstance(feature, ClassLabel):
-        names = feature.names
+    names, values = None, {}
+    if isinstance(feature, ClassLabel) or dtype.startswith(("int", "uint")):
+        values = {
+            name: compute.fill_null(part.cast("int64", safe=False), -1).to_numpy() for name, part in columns.items()
+        }
+        largest = int(max(part.max() for part in values.values()))
+        if isinstance(feature, ClassLabel):
+            names = feature.names
+        elif largest < len(first):
+            names = [str(i) for i in range(largest + 1)]
     elif dtype in ("string", "large_string", "bool"):
-        names = sorted({str(value) for value in values[next(iter(splits))] if value is not None})
-        index = {name: i for i, name in enumerate(names)} | {"None": -1}
-        unknown = sorted({str(value) for part in values.values() for value in part} - index.keys())
+        words = {
+            name: [None if value is None else str(value) for value in part.to_pylist()]
+            for name, part in columns.items()
+        }
+        names = sorted(set(words[next(iter(splits))]) - {None})
+        index = {name: i for i, name in enumerate(names)} | {None: -1}
+        unknown = sorted({word for part in words.values() for word in part} - index.keys())
         if unknown:
             raise ConfigurationError(
                 f"--dataset {config.dataset}: the label {unknown[0]} of the validation split is not among the "
                 f"training labels of the column {column}; choose another with --label_column"
             )
-        values = {name: np.array([index[str(value)] for value in part]) for name, part in values.items()}
-    elif dtype.startswith(("int", "uint")) and max(part.max() for part in values.values()) < len(first):
-        names = [str(i) for i in range(int(max(part.max() for part in values.values())) + 1)]
-    # Also false for missing labels, which are NaN.
+        values = {name: np.array([index[word] for word in part]) for name, part in words.items()}
     complete = {name for name, part in values.items() if names and part.min() >= 0}
     if config.label_column is not None and next(iter(splits)) not in complete:
         reason = "some are missing or negative" if names else f"they are {feature}"

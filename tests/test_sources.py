@@ -245,6 +245,8 @@ def test_withheld_labels_are_no_labels(withheld):
 
 
 def test_missing_words_are_no_class():
+    word = sources.standard_columns(labelled_splits(["b", "None", "a"], ["None"]), settings("digits"))
+    assert word["train"].features["label"].names == ["None", "a", "b"]
     splits = labelled_splits(["b", None, "a"], ["a"])
     assert "label" not in sources.standard_columns(splits, settings("digits"))["train"].features
     with pytest.raises(
