@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pyarrow
 from datasets import Dataset
@@ -20,6 +19,7 @@ from m2t_accel.decode import decode_image
 from m2t_accel.evaluation import Evaluation, open_folder, start_evaluation, write_result
 from m2t_accel.features import Features, embed_images, fingerprint, gather_features, labels_of
 from m2t_accel.loader import dead_workers_in_one_line
+from m2t_accel.pictures import plain_words, thumbnail
 from m2t_accel.protocols import EmbedConfig
 from m2t_accel.settings import ConfigurationError
 
@@ -56,7 +56,8 @@ def write_embedding(evaluation: Evaluation, images: Dataset, features: Features)
     samples = features.samples.numpy()
     labels = labels_of(images)[samples] if "label" in images.features else None
     names = images.features["label"].names if labels is not None else None
-    paths = [row["path"] for row in images.select_columns(["image"])["image"]]
+    rows = images.select_columns(["image"])["image"]
+    paths = [row and row["path"] for row in rows]
     paths = [paths[sample] for sample in samples]
     file = folder / f"features.{config.format}"
     write_features(file, features, paths, labels, names)
@@ -108,6 +109,7 @@ def write_features(
     os.replace(temporary, file)
 
 
+@plain_words()
 def draw_map(picture: Path, features: Tensor, labels: np.ndarray | None, names: list[str] | None) -> None:
     """Draw features (N, C) as points in the plane by t-SNE of their cosines, coloured by label where there are any."""
     from matplotlib import colormaps  # late: a second of import
@@ -134,6 +136,7 @@ def draw_map(picture: Path, features: Tensor, labels: np.ndarray | None, names: 
     figure.savefig(picture, dpi=110)
 
 
+@plain_words()
 def draw_neighbours(
     picture: Path,
     images: Dataset,
@@ -153,11 +156,12 @@ def draw_neighbours(
     best, places = similarities.topk(count, dim=1)
     figure = Figure(figsize=(1.25 * (count + 1) + 0.3, 1.65 * len(queries) + 0.4), layout="constrained")
     axes = figure.subplots(len(queries), count + 1, squeeze=False)
-    for row, query in enumerate(queries):
-        shown = [int(query), *places[row].tolist()]
-        captions = ["", *(f"{value:.3f}" for value in best[row].tolist())]
-        for place, axis, caption in zip(shown, axes[row], captions, strict=True):
-            axis.imshow(thumbnail(images, int(features.samples[place])))
+    for i, query in enumerate(queries):
+        shown = [int(query), *places[i].tolist()]
+        captions = ["", *(f"{value:.3f}" for value in best[i].tolist())]
+        for place, axis, caption in zip(shown, axes[i], captions, strict=True):
+            (row,) = read_rows(images, [int(features.samples[place])])
+            axis.imshow(thumbnail(decode_image(row), THUMBNAIL))
             axis.set_xticks([])
             axis.set_yticks([])
             is_right = labels is None or labels[place] == labels[query]
@@ -171,10 +175,3 @@ def draw_neighbours(
         fontsize=8,
     )
     figure.savefig(picture, dpi=110)
-
-
-def thumbnail(images: Dataset, sample: int) -> np.ndarray:
-    pixels = decode_image(read_rows(images, [sample])[0])
-    scale = THUMBNAIL / max(pixels.shape[:2])
-    size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
-    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from m2t_accel.data import BadImage
 from m2t_accel.features import measure_knn
 from m2t_accel.launch import gather_from_all, tell_all
+from m2t_accel.pictures import plain_words
 from m2t_accel.recipes import PretrainConfig
 from m2t_accel.run_folder import JsonLines, RunFolder
 from m2t_accel.settings import ConfigurationError
@@ -77,6 +78,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, float]]:
     return JsonLines(path).read()
 
 
+@plain_words()
 def draw_curves(metrics: Path, picture: Path, title: str) -> None:
     """Draw what metrics.jsonl holds as one picture: loss, kNN, spread of the embeddings, and the schedules."""
     from matplotlib.figure import Figure  # late: a second of import that only the end of a run needs

@@ -16,16 +16,19 @@ from m2t_accel.data_settings import check_enough_images
 from m2t_accel.decode import DecodeError, decode_image
 from m2t_accel.order import PooledOrder, ShuffledOrder
 from m2t_accel.photometry import photometry
+from m2t_accel.pictures import plain_words, thumbnail
 from m2t_accel.recipes import PretrainConfig
 from m2t_accel.settings import ConfigurationError
 from m2t_accel.shards import Shards
 from m2t_accel.sources import load_images
 
 NUM_PAIRS = 12
+ORIGINAL = 512  # pixels, the longer side of an original at most
 MAX_LOOKED_AT = 100  # sub-batches, where many images cannot be decoded
 NAMES = {BRIGHTNESS: "brightness", CONTRAST: "contrast", SATURATION: "saturation"}
 
 
+@plain_words()
 def draw_preview(config: PretrainConfig, picture: Path) -> list[str]:
     """Draw a dozen images of the first epoch, their crops and their two views; lines for people come back.
 
@@ -40,15 +43,18 @@ def draw_preview(config: PretrainConfig, picture: Path) -> list[str]:
     shown = []
     for sample, image in first_images(data.train, config):
         try:
-            shown.append((sample, image, decode_image(image)))
+            pixels = decode_image(image)
+            size = pixels.shape[:2]
+            # Of twelve large photographs the pixels, and what is drawn of them, would take gigabytes.
+            shown.append((sample, image, size, pixels if max(size) <= ORIGINAL else thumbnail(pixels, ORIGINAL)))
         except DecodeError as error:
             lines.append(f"cannot be decoded: {describe(image)} ({error})")
         if len(shown) == NUM_PAIRS:
             break
     if not shown:
         raise ConfigurationError(f"--dataset {config.dataset}: {lines[-1]}, and so are the others looked at")
-    samples = np.array([sample for sample, _, _ in shown])
-    batch = TwoViews(data.train, config).__getitems__(Request(0, samples, [image for _, image, _ in shown]))
+    samples = np.array([sample for sample, *_ in shown])
+    batch = TwoViews(data.train, config).__getitems__(Request(0, samples, [image for _, image, _, _ in shown]))
     views = photometry(batch.crops, batch.photometry, config)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.image_mean, config.image_std))
     pixels = (views * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
@@ -59,13 +65,13 @@ def draw_preview(config: PretrainConfig, picture: Path) -> list[str]:
     axes = figure.subplots(rows, 3 * columns, squeeze=False).reshape(-1, 3)
     for place in axes.flat:
         place.set_axis_off()
-    for i, (sample, image, original) in enumerate(shown):
-        axes[i, 0].imshow(original)
+    for i, (sample, image, (height, width), original) in enumerate(shown):
+        axes[i, 0].imshow(original, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
         axes[i, 0].set_title(Path(str(image["path"] or f"sample {sample}")).name[-28:], fontsize=7)
         for view in range(2):
             at = view * len(shown) + i
             uniforms = draw_uniforms(config.seed, 0, np.array([sample]), view)[0]
-            outline(axes[i, 0], draw_crop(uniforms, *original.shape[:2], config), f"C{view}")
+            outline(axes[i, 0], draw_crop(uniforms, height, width, config), f"C{view}")
             axes[i, 1 + view].imshow(pixels[at])
             parameters = type(batch.photometry)(*(values[at] for values in batch.photometry))
             axes[i, 1 + view].set_title(in_words(parameters), fontsize=6, color=f"C{view}")

@@ -1,6 +1,8 @@
 import json
 
+import cv2
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from conftest import write_image
@@ -68,6 +70,16 @@ def test_images_without_labels(given, tmp_path, small_run):
         *("sample", "path", "features")
     }
     assert (small_run / "embedding" / "map.png").exists()
+
+
+def test_a_row_without_an_image_is_left_out(given, tmp_path, small_run):
+    images = [cv2.imencode(".png", np.full((12, 12, 3), 20 * i, np.uint8))[1].tobytes() for i in range(10)]
+    table = pyarrow.table({"image": [*images, None], "label": ["$a$"] * 5 + ["日$$"] * 6})
+    (tmp_path / "rows").mkdir()
+    parquet.write_table(table, tmp_path / "rows" / "train.parquet")
+    lines = embed_dataset(build_embed({**given, "dataset": str(tmp_path / "rows"), "query_images": 2}))
+    assert lines[1] == "1 images cannot be decoded, and are left out"
+    assert (small_run / "embedding" / "neighbours.png").exists()
 
 
 def test_what_is_refused(given, tmp_path):

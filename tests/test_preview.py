@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from conftest import write_image, write_parquet
+from matplotlib.axes import Axes
 from PIL import Image
 
 from m2t_accel.preview import draw_preview
@@ -28,6 +29,27 @@ def test_a_picture_of_a_dozen_pairs(tmp_path, kind):
     with Image.open(tmp_path / "new" / "preview.png") as picture:
         assert picture.width > 1000
         assert np.asarray(picture.convert("RGB")).std() > 20
+
+
+def test_large_images_are_drawn_small_and_their_crops_where_they_lie(tmp_path, monkeypatch):
+    drawn = []
+
+    def imshow(axes, pixels, **options):
+        drawn.append((axes, pixels, options))
+
+    monkeypatch.setattr(Axes, "imshow", imshow)
+    for i in range(2):
+        write_image(tmp_path / f"{i} $\\frac$.jpg", size=(700, 1400))
+    draw_preview(settings(tmp_path), tmp_path / "new" / "preview.png")
+    originals = [(axes, pixels, options) for axes, pixels, options in drawn if options]
+    assert len(originals) == 2
+    for axes, pixels, options in originals:
+        assert pixels.shape == (256, 512, 3)
+        assert options["extent"] == (-0.5, 1399.5, 699.5, -0.5)
+        boxes = np.concatenate([line.get_xydata() for line in axes.lines])
+        assert (boxes >= -0.5).all()
+        assert (boxes <= (1399.5, 699.5)).all()
+        assert boxes.max() > 512
 
 
 def test_few_images_and_none(tmp_path):

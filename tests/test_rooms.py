@@ -12,8 +12,8 @@ ROOMS = (
     "settings", "data_settings", "recipes", "protocols", "command_line", "launch", "interruption",
     "splitmix", "schedules", "momentum_norm", "model", "optim", "keys", "encoders",
     "augment", "photometry", "decode", "order", "index", "shards", "sources", "buffers", "data", "loader",
-    "features", "checkpoint", "run_folder", "run_state", "saving", "monitor", "hub", "completion", "pretrain",
-    "evaluation", "heads", "metrics", "probe", "finetune", "embedding",
+    "pictures", "features", "checkpoint", "run_folder", "run_state", "saving", "monitor", "hub", "completion",
+    "pretrain", "evaluation", "heads", "metrics", "probe", "finetune", "embedding",
     "publish", "export", "reference", "benchmark", "preview",
 )
 # fmt: on
