@@ -57,11 +57,8 @@ def start_evaluation(config: EvaluationSettings) -> Evaluation:
     config = dataclasses.replace(config, **{k: v for k, v in view.items() if getattr(config, k) is None})
     images = on_all_processes(accelerator, lambda: load_images(config))
     check_same_images(accelerator, images.note)
-    if images.validation is None and config.evaluates:
-        lacking = "no labels (class folders, or a column named by --label_column)"
-        if images.class_names is not None:
-            lacking = "no validation split, and --validation_fraction is 0"
-        raise ConfigurationError(f"--dataset {config.dataset} has {lacking}: nothing can be measured on it")
+    if images.lacks and config.evaluates:
+        raise ConfigurationError(f"nothing can be measured on --dataset {config.dataset}: it has {images.lacks}")
     set_seed(getattr(config, "seed", 0))
     encoder = random_weights(loaded.model) if config.random_weights else loaded.model
     encoder.requires_grad_(False).eval().to(accelerator.device, memory_format=torch.channels_last)

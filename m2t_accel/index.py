@@ -12,9 +12,11 @@ import os
 import tarfile
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import fsspec
 import numpy as np
@@ -24,20 +26,29 @@ from pyarrow import parquet
 
 from m2t_accel.settings import ConfigurationError, in_short
 
+OF_JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
 IMAGE_EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
+    (*OF_JPEG, ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
 )
 SHARD_EXTENSIONS = (".parquet", ".tar")
+NOT_OURS = ("@eaDir", "__MACOSX")  # folders in which a NAS and macOS keep thumbnails and what else they know
 SETTLED = 2.0  # seconds; what was changed so short a time before its scan may change again under the same time stamp
-LAYOUT = 1  # of what is kept; another one is not read
+LAYOUT = 2  # of what is kept; another one is not read
 READERS = 32  # threads that read the ends of shards
 
 
 # --- files of a folder
 
 
-def find_files(folder: Path) -> list[str]:
-    """Images and shards (parquet, tar) at any depth, relative, sorted; one scan, hidden entries left out.
+class FoundFiles(NamedTuple):
+    """What is in a folder, at any depth; hidden entries left out."""
+
+    paths: list[str]  # of images and shards (parquet, tar), relative, sorted
+    others: dict[str, int]  # the number of all other files by their extension
+
+
+def find_files(folder: Path) -> FoundFiles:
+    """Images and shards at any depth, and how many other files; one scan.
 
     The scan is kept with the times at which each folder was last changed, so a second start looks at the folders only.
 
@@ -47,19 +58,20 @@ def find_files(folder: Path) -> list[str]:
     kept = cache_file("folder", str(folder.resolve()))
     known = read_cache(kept)
     if known is not None and is_unchanged(folder, json.loads(known.schema.metadata[b"folders"])):
-        return known["path"].to_pylist()
+        return FoundFiles(known["path"].to_pylist(), json.loads(known.schema.metadata[b"others"]))
     started = time.time()
-    paths, folders = scan(folder)
+    paths, others, folders = scan(folder)
     paths.sort()
     if max(max(times) for times in folders.values()) < (started - SETTLED) * 1e9:
         table = pyarrow.table({"path": pyarrow.array(paths, pyarrow.string())})
-        write_cache(kept, table.replace_schema_metadata({"folders": json.dumps(folders)}))
-    return paths
+        metadata = {"folders": json.dumps(folders), "others": json.dumps(others)}
+        write_cache(kept, table.replace_schema_metadata(metadata))
+    return FoundFiles(paths, others)
 
 
-def scan(folder: Path) -> tuple[list[str], dict[str, list[int]]]:
-    """Images and shards below the folder, and each folder's times of change."""
-    paths, folders = [], {}
+def scan(folder: Path) -> tuple[list[str], dict[str, int], dict[str, list[int]]]:
+    """Images and shards below the folder, the number of other files, and each folder's times of change."""
+    paths, others, folders = [], Counter(), {}
     pending: list[tuple[str, frozenset]] = [("", frozenset())]
     try:
         while pending:
@@ -71,20 +83,24 @@ def scan(folder: Path) -> tuple[list[str], dict[str, list[int]]]:
             folders[below] = times_of_change(status)
             with os.scandir(folder / below) as entries:
                 for entry in entries:
-                    if entry.name.startswith("."):
+                    if is_hidden(entry.name):
                         continue
                     path = f"{below}/{entry.name}" if below else entry.name
                     if entry.is_dir():
                         pending.append((path, above))
-                    elif is_wanted(entry.name) and entry.is_file():
-                        path.encode()
-                        paths.append(path)
+                    elif entry.is_file():
+                        extension = os.path.splitext(entry.name)[1].lower()
+                        if extension in IMAGE_EXTENSIONS or extension in SHARD_EXTENSIONS:
+                            path.encode()
+                            paths.append(path)
+                        else:
+                            others[extension.encode(errors="replace").decode()] += 1
     except OSError as error:
         raise ConfigurationError(f"--dataset {folder}: {error.filename} cannot be read ({error.strerror})") from None
     except UnicodeEncodeError as error:
         name = error.object.encode(errors="backslashreplace").decode()
         raise ConfigurationError(f"--dataset {folder}: the file name {name} is not UTF-8; rename it") from None
-    return paths, folders
+    return paths, dict(sorted(others.items())), folders
 
 
 def times_of_change(status: os.stat_result) -> list[int]:
@@ -92,9 +108,8 @@ def times_of_change(status: os.stat_result) -> list[int]:
     return [status.st_mtime_ns, status.st_ctime_ns]
 
 
-def is_wanted(name: str) -> bool:
-    extension = os.path.splitext(name)[1].lower()
-    return extension in IMAGE_EXTENSIONS or extension in SHARD_EXTENSIONS
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in NOT_OURS
 
 
 def is_unchanged(folder: Path, folders: dict[str, list[int]]) -> bool:
@@ -110,7 +125,8 @@ def is_unchanged(folder: Path, folders: dict[str, list[int]]) -> bool:
 def index_tars(folder: Path, files: Sequence[str]) -> pyarrow.Table:
     """Where each image is in WebDataset tars: `path`, `offset` and `size` in bytes, `label` (int, null without .cls).
 
-    Members that share a name up to the first dot of its last part are one sample (000.jpg, 000.cls).
+    Members that share a name up to the first dot of its last part are one sample (000.jpg, 000.cls). Of several images
+    (000.jpg, 000.mask.png) it is the first; `others` is the number of those left out.
 
     Raises:
         ConfigurationError: a tar is cut, compressed or no tar.
@@ -123,11 +139,12 @@ def index_tars(folder: Path, files: Sequence[str]) -> pyarrow.Table:
 def index_tar(paths: Sequence[str]) -> pyarrow.Table:
     (path,) = paths
     images: dict[str, tuple[int, int]] = {}
+    others: Counter[str] = Counter()
     labels: dict[str, int] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if not member.isfile():
+                if not member.isfile() or any(is_hidden(part) for part in member.name.split("/") if part != "."):
                     continue
                 parent, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
@@ -137,6 +154,7 @@ def index_tar(paths: Sequence[str]) -> pyarrow.Table:
                     if word.isdigit():
                         labels[key] = int(word)
                 elif os.path.splitext(extension)[1] in IMAGE_EXTENSIONS or extension in IMAGE_EXTENSIONS:
+                    others[key] += key in images
                     images.setdefault(key, (member.offset_data, member.size))
             # A tar ends with a block of zeros, and nothing else after it. tarfile would also take the end of the
             # file for it, a damaged header, or the first end of two tars that were joined.
@@ -156,6 +174,7 @@ def index_tar(paths: Sequence[str]) -> pyarrow.Table:
             "offset": places[:, 0],
             "size": places[:, 1],
             "label": pyarrow.array([labels.get(key) for key in images], pyarrow.int64()),
+            "others": pyarrow.array([others[key] for key in images], pyarrow.int32()),
         }
     )
 
@@ -166,7 +185,7 @@ def index_tar(paths: Sequence[str]) -> pyarrow.Table:
 def index_parquet(files: Sequence[str]) -> pyarrow.Table:
     """The row groups of parquet files, local or remote (`hf://…`): `file` (its number), `group`, `rows`.
 
-    The schema is that of the first file's rows.
+    The schema is that of the first file with rows.
 
     Raises:
         ConfigurationError: a file is missing, cut or no parquet, or its columns are not those of the first.
@@ -177,12 +196,15 @@ def index_parquet(files: Sequence[str]) -> pyarrow.Table:
 def read_footers(files: Sequence[str]) -> pyarrow.Table:
     with ThreadPoolExecutor(READERS) as readers:
         footers = list(readers.map(read_footer, files))
-    first = footers[0].schema.to_arrow_schema()
-    for file, footer in zip(files, footers, strict=True):
-        if sorted(footer.schema.to_arrow_schema().names) != sorted(first.names):
+    # A file without rows may have anything for columns.
+    filled = [(file, footer.schema.to_arrow_schema()) for file, footer in zip(files, footers, strict=True)]
+    filled = [pair for pair, footer in zip(filled, footers, strict=True) if footer.num_rows] or filled
+    first_file, first = filled[0]
+    for file, schema in filled:
+        if sorted(schema.names) != sorted(first.names):
             raise ConfigurationError(
-                f"{file} has the columns {', '.join(footer.schema.to_arrow_schema().names)}, {files[0]} has "
-                f"{', '.join(first.names)}: give a folder of files that belong together"
+                f"{file} has the columns {', '.join(schema.names)}, {first_file} has {', '.join(first.names)}: give a "
+                "folder of files that belong together"
             )
     groups = [
         (i, group)

@@ -501,11 +501,10 @@ def settle_evaluation(config: PretrainConfig, data: ImageData) -> PretrainConfig
     Raises:
         ConfigurationError: evaluations are asked for where there are no labels.
     """
-    if config.evaluate_every and data.validation is None:
-        lacking = "no labels" if data.class_names is None else "no validation split and --validation_fraction is 0"
+    if config.evaluate_every and data.lacks:
         raise ConfigurationError(
-            f"--evaluate_every {config.evaluate_every} needs labelled images held out, but {config.dataset} has "
-            f"{lacking} (labels are class folders, or a column named by --label_column): use --evaluate_every 0"
+            f"--evaluate_every {config.evaluate_every} needs labelled images held out: use --evaluate_every 0. "
+            f"{config.dataset} has {data.lacks}"
         )
     if config.evaluate_every is None:
         every = max(1, config.epochs // 10) if data.validation is not None else 0

@@ -67,8 +67,11 @@ class ParquetShards:
         column = self.table(piece, [self.column])[self.column].slice(first, stop - first).to_pylist()
         images = []
         for i, row in enumerate(column):
-            content = row.get("bytes") if isinstance(row, dict) else row
-            path = row.get("path") if isinstance(row, dict) else None
+            content, path = row, None
+            if isinstance(row, dict):
+                content, path = row.get("bytes"), row.get("path")
+            elif isinstance(row, str):
+                content, path = None, row
             if content is None and path is None:
                 content = b""  # a row without an image
             place = f"row {first + i} of row group {self.group[piece]} of {self.files[self.file[piece]]}"

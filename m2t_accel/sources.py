@@ -28,6 +28,7 @@ TRAIN_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "validation", "valid", "test", "testing")  # the first that can be used is
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "target")
+MAX_KINDS_TOLD = 6  # of files that are not used
 # What streaming holds in memory to measure kNN: of ImageNet, 1.1 and 0.2 GB a process.
 MAX_STREAMED_BANK, MAX_STREAMED_QUERIES = 10_000, 2_000
 
@@ -46,6 +47,18 @@ class ImageData:
     class_names: list[str] | None
     note: str  # one line for people: what was found
     dataset: str = ""  # where they are from, as it was given
+
+    @property
+    def lacks(self) -> str | None:
+        """What an evaluation would need and is not there, for people."""
+        if self.class_names is None:
+            return f"no labels (class folders, or a column named by --label_column); found: {self.note}"
+        if self.validation is None:
+            return (
+                "no validation split, and no image is held out (--validation_fraction is 0, or no row group is so "
+                f"small); found: {self.note}"
+            )
+        return None
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -90,7 +103,7 @@ def load_images(config: ImageSettings) -> ImageData:
         splits = load_hub(config)
     splits = {name: split for name, split in splits.items() if len(split)}
     if not splits:
-        raise ConfigurationError(f"--dataset {config.dataset} holds no image: its files have no rows")
+        raise ConfigurationError(f"--dataset {config.dataset} holds no image: its files are empty, or of other things")
     train_name = "train" if "train" in splits else next(iter(splits))
     validation_name = next((name for name in VALIDATION_NAMES if name in splits and name != train_name), None)
     wanted = [train_name] + ([validation_name] if validation_name else [])
@@ -98,7 +111,7 @@ def load_images(config: ImageSettings) -> ImageData:
     if isinstance(splits[train_name], ParquetShards):
         train, bank, validation = streamed(splits[train_name], splits.get(validation_name), config, remarks)
     else:
-        splits = standard_columns({name: splits[name] for name in wanted}, config)
+        splits = standard_columns({name: splits[name] for name in wanted}, config, remarks)
         train, bank, validation = with_held_out(splits[train_name], splits.get(validation_name), config)
     class_names = bank.features["label"].names if bank is not None else None
     note = f"{config.dataset}: {len(train):,} images"
@@ -145,7 +158,12 @@ def streamed(
     image, label = find_columns(train.features, config)
     kind = train.features.arrow_schema.field(image).type
     is_image = pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    if not is_image and not pyarrow.types.is_binary(kind) and not pyarrow.types.is_large_binary(kind):
+    if not is_image and kind not in (
+        pyarrow.binary(),
+        pyarrow.large_binary(),
+        pyarrow.string(),
+        pyarrow.large_string(),
+    ):
         raise ConfigurationError(f"--image_column {image}: not a column of images but {kind}")
     for shards in (train, validation):
         if shards is not None:
@@ -161,6 +179,11 @@ def streamed(
         if len(held_out):
             validation = train.select(held_out)
             train = train.select(np.setdiff1d(np.arange(len(train.piece_sizes)), held_out))
+        elif limit:
+            remarks.append(
+                f"no image is held out, because the smallest row group has {train.piece_sizes.min():,}, more than the "
+                f"{limit:,.0f} wanted"
+            )
     parts = {"train": (train, MAX_STREAMED_BANK)} | ({"val": (validation, MAX_STREAMED_QUERIES)} if validation else {})
     splits = {}
     for name, (shards, limit) in parts.items():
@@ -171,10 +194,14 @@ def streamed(
         )
     # Which classes there are say all labels, not those of the images in memory.
     names = label_names(splits["train"].features[label], whole, label)
-    if names is not None:
-        splits = {name: with_names(split, label, names) for name, split in splits.items()}
-    splits = standard_columns(splits, config) if names is not None or config.label_column is not None else {}
-    if not splits or any("label" not in split.features for split in splits.values()):
+    if names is None:
+        if config.label_column is not None:
+            raise ConfigurationError(f"--label_column {label}: not class labels for all images")
+        remarks.append(f"no labels, because the column {label} has not one for all images")
+        return whole, None, None
+    splits = {name: with_names(split, label, names) for name, split in splits.items()}
+    splits = standard_columns(splits, config, remarks)
+    if any("label" not in split.features for split in splits.values()):
         return whole, None, None
     if len(splits["train"]) < len(train):
         remarks.append(f"its neighbours are looked for among {len(splits['train']):,}")
@@ -247,9 +274,14 @@ def load_folder(
         ConfigurationError: it is a file, holds none of them, or holds several kinds.
     """
     if folder.is_file():
-        raise ConfigurationError(f"--dataset {folder} is a file: give the folder that it is in")
+        known = folder.suffix.lower() in (*IMAGE_EXTENSIONS, *SHARD_EXTENSIONS)
+        advice = "give the folder that it is in" if known else "unpack it if it is an archive, and give the folder"
+        raise ConfigurationError(f"--dataset {folder} is a file: {advice}")
     kinds: dict[str, list[str]] = {}
-    for path in find_files(folder):
+    found = find_files(folder)
+    others = [f"{number:,} {f'*{name}' if name else 'without extension'}" for name, number in found.others.items()]
+    others = ", ".join(others if len(others) <= MAX_KINDS_TOLD else [*others[:MAX_KINDS_TOLD], "and other kinds"])
+    for path in found.paths:
         stem, extension = os.path.splitext(path)
         if extension.lower() not in SHARD_EXTENSIONS:
             kinds.setdefault("image", []).append(path)
@@ -259,20 +291,25 @@ def load_folder(
         raise ConfigurationError(
             f"--dataset {folder} holds no image: looked at any depth for *.parquet, *.tar and "
             f"{' '.join(sorted(IMAGE_EXTENSIONS))}"
+            + (f"; found {others} (unpack archives; Arrow tables: Dataset.to_parquet)" if others else "")
         )
     if len(kinds) > 1:
         found = " and ".join(f"{len(paths):,} like {paths[0]}" for paths in kinds.values())
         raise ConfigurationError(f"--dataset {folder} holds {found}: give a folder with files of one kind")
+    if others:
+        remarks.append(f"not used: {others}")
     ((kind, files),) = kinds.items()
     if kind == "image":
         return load_image_files(folder, files, remarks)
     by_split = files_by_split(files)
     if kind == ".tar":
-        return {name: tars_to_dataset(folder, paths) for name, paths in by_split.items()}
-    whole = {name: [str(folder / path) for path in paths] for name, paths in by_split.items()}
+        return {name: tars_to_dataset(folder, paths, remarks) for name, paths in by_split.items()}
+    shards = {name: ParquetShards([str(folder / path) for path in paths]) for name, paths in by_split.items()}
     if config.streaming:
-        return {name: ParquetShards(paths) for name, paths in whole.items()}
-    return call_datasets(config, "parquet", data_files=whole)
+        return shards
+    # `datasets` stumbles over a file without rows.
+    whole = {name: [part.files[i] for i in np.unique(part.file)] for name, part in shards.items() if len(part)}
+    return call_datasets(config, "parquet", data_files=whole) if whole else {}
 
 
 def load_image_files(folder: Path, images: Sequence[str], remarks: list[str]) -> dict[str, Dataset]:
@@ -286,7 +323,10 @@ def load_image_files(folder: Path, images: Sequence[str], remarks: list[str]) ->
     if train_name is None and len(by_folder) == len(named) == 1:
         train_name = next(iter(by_folder))  # val/ alone
     if train_name is None:
-        return {"train": images_to_dataset(folder, images, class_folders(images, remarks))}
+        class_names = class_folders(images, remarks)
+        if class_names is None and (below := folder_of_splits(images)):
+            remarks.append(f"all splits together: --dataset {folder / below} would keep them apart")
+        return {"train": images_to_dataset(folder, images, class_names)}
     class_names = class_folders(by_folder[train_name], remarks)
     splits = {"train": images_to_dataset(folder / train_name, by_folder[train_name], class_names)}
     if class_names is not None:
@@ -298,11 +338,24 @@ def load_image_files(folder: Path, images: Sequence[str], remarks: list[str]) ->
     return splits
 
 
+def folder_of_splits(images: Sequence[str]) -> str | None:
+    """The folder, if there is one, that has a folder of training and one of validation images further down."""
+    below: dict[str, set[str]] = {}
+    for parent in {path.rpartition("/")[0] for path in images}:
+        names = parent.split("/")
+        for i, name in enumerate(names):
+            kind = "train" * (name.lower() in TRAIN_NAMES) or "validation" * (name.lower() in VALIDATION_NAMES)
+            if i and kind:
+                below.setdefault("/".join(names[:i]), set()).add(kind)
+    return next((place for place in sorted(below) if len(below[place]) == 2), None)
+
+
 def class_folders(paths: Sequence[str], remarks: list[str]) -> list[str] | None:
     """The class names where every path is of a file in a folder at the top and there are several, else None."""
     parts = [path.split("/") for path in paths]
     names = sorted({part[0] for part in parts if len(part) > 1})
     if len(names) < 2:
+        remarks += [f"no labels, because all are in one folder, {name}" for name in names]
         return None
     stray = next(("/".join(part) for part in parts if len(part) != 2), None)
     if stray is not None:
@@ -330,9 +383,13 @@ def images_to_dataset(root: Path, paths: Sequence[str], class_names: list[str] |
     return Dataset(pyarrow.Table.from_arrays(columns, schema=features.arrow_schema))
 
 
-def tars_to_dataset(folder: Path, files: Sequence[str]) -> Dataset:
+def tars_to_dataset(folder: Path, files: Sequence[str], remarks: list[str]) -> Dataset:
     """A Dataset of the images in tar files, where they lie; labelled where all have a .cls."""
     table = index_tars(folder, files).combine_chunks()
+    if more := compute.sum(table["others"]).as_py():
+        remarks.append(f"not used: {more:,} more images of the same samples (of 0.jpg and 0.left.jpg it is the first)")
+    if 0 < table["label"].null_count < len(table):
+        remarks.append(f"no labels, because {table['label'].null_count:,} of {len(table):,} images have no .cls")
     image = pyarrow.StructArray.from_arrays(
         [pyarrow.nulls(len(table), pyarrow.binary()), table["path"].combine_chunks()], ["bytes", "path"]
     )
@@ -377,6 +434,8 @@ def call_datasets(config: ImageSettings, *arguments: object, **options: object) 
 
 @contextlib.contextmanager
 def datasets_errors(config: ImageSettings) -> Iterator[None]:
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it writes of an error, at length, and then raises it
     try:
         yield
     except Exception as error:  # of datasets, huggingface_hub, pyarrow, fsspec, httpx: no common ancestor
@@ -386,6 +445,8 @@ def datasets_errors(config: ImageSettings) -> Iterator[None]:
             f"--dataset {config.dataset} cannot be loaded ({in_short(error)}); give a folder that exists, "
             "or a Hub id that you can reach (`hf auth login` for a gated one)"
         ) from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def find_columns(features: Features, config: ImageSettings) -> tuple[str, str | None]:
@@ -412,7 +473,7 @@ def find_columns(features: Features, config: ImageSettings) -> tuple[str, str | 
     return image, label
 
 
-def standard_columns(splits: dict[str, Dataset], config: ImageSettings) -> dict[str, Dataset]:
+def standard_columns(splits: dict[str, Dataset], config: ImageSettings, remarks: list[str]) -> dict[str, Dataset]:
     """The splits with a column `image`, undecoded, and a ClassLabel column `label` where they have labels.
 
     The first split says what the columns are and which classes there are.
@@ -431,10 +492,12 @@ def standard_columns(splits: dict[str, Dataset], config: ImageSettings) -> dict[
                     f"--image_column {image}: not a column of images but {split.features['image']}"
                 ) from None
         standard[name] = split
-    return standard if label is None else with_class_labels(standard, label, config)
+    return standard if label is None else with_class_labels(standard, label, config, remarks)
 
 
-def with_class_labels(splits: dict[str, Dataset], column: str, config: ImageSettings) -> dict[str, Dataset]:
+def with_class_labels(
+    splits: dict[str, Dataset], column: str, config: ImageSettings, remarks: list[str]
+) -> dict[str, Dataset]:
     """The splits with `label` as one ClassLabel: of class labels, whole numbers from 0, words or booleans.
 
     A split of which a label is missing or negative (the Hub's way to withhold them) loses the column, and so
@@ -475,9 +538,17 @@ def with_class_labels(splits: dict[str, Dataset], column: str, config: ImageSett
             )
         values = {name: np.array([index[word] for word in part]) for name, part in words.items()}
     complete = {name for name, part in values.items() if names and part.min() >= 0}
-    if config.label_column is not None and next(iter(splits)) not in complete:
-        reason = "some are missing or negative" if names else f"they are {feature}"
-        raise ConfigurationError(f"--label_column {column}: not class labels for all images ({reason})")
+    if next(iter(splits)) not in complete:
+        reason = f"they are {dtype or feature}"
+        if names:
+            reason = "some are missing or negative"
+        elif values:
+            reason = f"they are numbers up to {largest:,}"
+        elif dtype.startswith("float"):
+            reason = f"they are {dtype}, as pandas makes of whole numbers some of which are missing"
+        if config.label_column is not None:
+            raise ConfigurationError(f"--label_column {column}: not class labels for all images ({reason})")
+        remarks.append(f"no labels, because the column {column} has not one for all images ({reason})")
     labelled = {}
     for name, split in splits.items():
         if "label" in split.features and not (name in complete and isinstance(feature, ClassLabel)):

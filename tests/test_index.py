@@ -28,10 +28,10 @@ def scans(monkeypatch):
 
 
 def test_a_second_start_scans_nothing(folder, scans):
-    first = index.find_files(folder)
+    first = index.find_files(folder).paths
     assert first == ["a/1.jpg", "a/2.png", "b/3.jpeg"]
     assert len(scans) == 3
-    assert index.find_files(folder) == first
+    assert index.find_files(folder).paths == first
     assert len(scans) == 3
 
 
@@ -49,7 +49,7 @@ def test_a_changed_folder_is_scanned_again(folder, change):
         (folder / "b").rmdir()
     else:
         (folder / "a" / "1.jpg").rename(folder / "a" / "9.jpg")
-    assert index.find_files(folder) == sorted(
+    assert index.find_files(folder).paths == sorted(
         str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()
     )
 
@@ -67,13 +67,13 @@ def test_times_that_are_set_back_are_noticed(folder):
     index.find_files(folder)
     write_image(folder / "a" / "0.png")
     os.utime(folder / "a", ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert "a/0.png" in index.find_files(folder)
+    assert "a/0.png" in index.find_files(folder).paths
 
 
 def test_a_link_to_a_folder_beside_is_followed_and_one_to_a_folder_above_is_not(folder):
     (folder / "val").symlink_to(folder / "a", target_is_directory=True)
     (folder / "b" / "loop").symlink_to(folder, target_is_directory=True)
-    assert index.find_files(folder) == ["a/1.jpg", "a/2.png", "b/3.jpeg", "val/1.jpg", "val/2.png"]
+    assert index.find_files(folder).paths == ["a/1.jpg", "a/2.png", "b/3.jpeg", "val/1.jpg", "val/2.png"]
 
 
 def test_damaged_and_joined_tars_lose_nothing_in_silence(tmp_path):
@@ -98,12 +98,12 @@ def test_a_label_in_words_is_none(tmp_path):
 
 @pytest.mark.parametrize("damage", [b"", b"ARROW1 but not really"])
 def test_a_broken_or_forbidden_cache_only_costs_a_scan(folder, damage, monkeypatch):
-    first = index.find_files(folder)
+    first = index.find_files(folder).paths
     (kept,) = (folder.parent / "cache" / "m2t_accel").iterdir()
     kept.write_bytes(damage)
-    assert index.find_files(folder) == first
+    assert index.find_files(folder).paths == first
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    assert index.find_files(folder) == first
+    assert index.find_files(folder).paths == first
 
 
 def test_a_tar_is_indexed_once_and_again_when_it_changes(tmp_path, monkeypatch):

@@ -63,7 +63,7 @@ MISTAKES = [
     (["--dataset", "UNLABELLED"], "fewer than one batch of 64: use --batch_size 4"),
     (
         ["--dataset", "UNLABELLED", "--batch_size", "2", "--evaluate_every", "1"],
-        "has no labels (labels are class folders, or a column named by --label_column)",
+        "has no labels (class folders, or a column named by --label_column); found:",
     ),
     (["--encoder", "CONVNEXT"], "ConvNextModel has no BatchNorm"),
     (["--output_dir", "/proc/run"], "cannot be written"),

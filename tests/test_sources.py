@@ -1,7 +1,10 @@
+import io
 import os
+import tarfile
 
 import cv2
 import numpy as np
+import pyarrow
 import pytest
 from conftest import settings, write_image, write_parquet, write_tar
 from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets
@@ -78,6 +81,73 @@ def test_a_folder_with_only_a_val_folder_in_it_is_that_folder(image_net):
         path.unlink() if path.is_file() else path.rmdir()
     (image_net / "train").rmdir()
     assert sources.load_images(settings(image_net, batch_size=2)).class_names == ["n01", "n02"]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_parquet_as_people_have_it(tmp_path, streaming):
+    """A file without rows, a column of paths, labels that are none: what can be used is, and the rest is told."""
+    for i in range(6):
+        write_image(tmp_path / f"{i}.png", value=40 * i)
+    paths = [str(tmp_path / f"{i}.png") for i in range(6)]
+    (tmp_path / "shards").mkdir()
+    for name, rows in (("a", slice(0, 0)), ("b", slice(0, 6))):
+        table = pyarrow.table({"image": paths[rows], "label": pyarrow.array([0, 1, None, 1, 0, 1][rows], "int64")})
+        parquet.write_table(table, tmp_path / "shards" / f"{name}.parquet")
+    images = sources.load_images(settings(tmp_path / "shards", streaming=streaming))
+    assert (len(images.train), images.validation) == (6, None)
+    assert "no labels, because the column label has not one for all images" in images.note
+    assert images.lacks.endswith(f"found: {images.note}")
+    rows = images.train.read(0, 0, 6)[1] if streaming else read_rows(images.train, range(6))
+    assert [decode_image(row)[0, 0, 0] for row in rows] == [40 * i for i in range(6)]
+
+
+def test_shards_of_which_none_can_be_held_out(tmp_path):
+    write_parquet(tmp_path / "train.parquet", 0, 100, row_group_size=50)
+    images = sources.load_images(settings(tmp_path, streaming=True))
+    assert (len(images.train), images.validation) == (100, None)
+    assert "no image is held out, because the smallest row group has 50, more than the 10 wanted" in images.note
+    assert "no row group is so small" in images.lacks
+
+
+def test_labels_that_do_not_fit_from_shard_to_shard_are_one_line(tmp_path, capfd):
+    for i, label in enumerate((1, "one")):
+        table = pyarrow.table({"image": [b"image"], "label": [label]})
+        parquet.write_table(table, tmp_path / f"{i}.parquet")
+    with pytest.raises(ConfigurationError, match="cannot be loaded"):
+        sources.load_images(settings(tmp_path))
+    assert "Failed to read" not in "".join(capfd.readouterr())
+
+
+def test_tars_as_people_have_them(tmp_path):
+    """One of macOS, which has a file beside each, with two images of each sample, and a label that is missing."""
+    png = (cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1]).tobytes()
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for i in range(3):
+            files = {f"./._{i}.png": b"", f"./{i}.png": png, f"./{i}.mask.png": png}
+            for name, content in (files | ({f"./{i}.cls": b"1"} if i else {})).items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    images = sources.load_images(settings(tmp_path))
+    assert len(images.train) == 3
+    assert [row["size"] for row in images.train] == [len(png)] * 3
+    assert "not used: 3 more images of the same samples" in images.note
+    assert "no labels, because 1 of 3 images have no .cls" in images.note
+
+
+def test_splits_that_lie_deeper_are_told(tmp_path):
+    """Kaggle's layout of ImageNet, of which somebody gives the top."""
+    for name in ("train/n01/1.JPEG", "train/n02/1.JPEG", "val/1.JPEG"):
+        write_image(tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / name)
+    note = sources.load_images(settings(tmp_path)).note
+    assert "3 images; no labels, because" in note
+    assert note.endswith(f"all splits together: --dataset {tmp_path}/ILSVRC/Data/CLS-LOC would keep them apart")
+    assert "together" not in sources.load_images(settings(tmp_path / "ILSVRC" / "Data" / "CLS-LOC")).note
+
+
+def test_one_folder_is_no_class(tmp_path):
+    write_image(tmp_path / "cats" / "1.png")
+    assert sources.load_images(settings(tmp_path)).note.endswith("no labels, because all are in one folder, cats")
 
 
 def test_images_at_any_depth_have_no_labels(tmp_path):
@@ -211,7 +281,7 @@ def test_parquet(tmp_path, kind, monkeypatch):
 def test_columns_that_are_not_there_or_not_right(columns, given, message):
     split = Dataset.from_dict({name: [value] * 8 for name, value in columns.items()})
     with pytest.raises(ConfigurationError, match=message):
-        sources.standard_columns({"train": split}, settings("digits", **given))
+        sources.standard_columns({"train": split}, settings("digits", **given), [])
 
 
 def labelled_splits(train, validation, feature=None):
@@ -225,38 +295,38 @@ def labelled_splits(train, validation, feature=None):
 
 
 def test_words_mean_the_same_class_in_every_split():
-    splits = sources.standard_columns(labelled_splits(["b", "c", "a", "c"], ["c", "b"]), settings("digits"))
+    splits = sources.standard_columns(labelled_splits(["b", "c", "a", "c"], ["c", "b"]), settings("digits"), [])
     assert splits["train"].features["label"].names == splits["test"].features["label"].names == ["a", "b", "c"]
     assert (splits["train"]["label"][:], splits["test"]["label"][:]) == ([1, 2, 0, 2], [2, 1])
 
 
 def test_a_word_that_only_validation_has_is_an_error():
     with pytest.raises(ConfigurationError, match="the label z of the validation split is not among"):
-        sources.standard_columns(labelled_splits(["a", "b"], ["z"]), settings("digits"))
+        sources.standard_columns(labelled_splits(["a", "b"], ["z"]), settings("digits"), [])
 
 
 @pytest.mark.parametrize("withheld", [[-1, -1], [None, None]])
 def test_withheld_labels_are_no_labels(withheld):
     splits = sources.standard_columns(
-        labelled_splits([0, 1, 0], withheld, ClassLabel(names=["a", "b"])), settings("digits")
+        labelled_splits([0, 1, 0], withheld, ClassLabel(names=["a", "b"])), settings("digits"), []
     )
     assert "label" in splits["train"].features
     assert "label" not in splits["test"].features
 
 
 def test_missing_words_are_no_class():
-    word = sources.standard_columns(labelled_splits(["b", "None", "a"], ["None"]), settings("digits"))
+    word = sources.standard_columns(labelled_splits(["b", "None", "a"], ["None"]), settings("digits"), [])
     assert word["train"].features["label"].names == ["None", "a", "b"]
     splits = labelled_splits(["b", None, "a"], ["a"])
-    assert "label" not in sources.standard_columns(splits, settings("digits"))["train"].features
+    assert "label" not in sources.standard_columns(splits, settings("digits"), [])["train"].features
     with pytest.raises(
         ConfigurationError, match=r"--label_column label: not class labels for all images \(some are miss"
     ):
-        sources.standard_columns(splits, settings("digits", label_column="label"))
+        sources.standard_columns(splits, settings("digits", label_column="label"), [])
 
 
 def test_numbers_that_are_no_classes_are_no_labels():
-    splits = sources.standard_columns(labelled_splits([20_000_001, 7, 9], [5]), settings("digits"))
+    splits = sources.standard_columns(labelled_splits([20_000_001, 7, 9], [5]), settings("digits"), [])
     assert list(splits["train"].features) == ["image"]
 
 
@@ -266,12 +336,28 @@ def test_errors_of_folders(tmp_path):
         ConfigurationError, match=r"holds no image: looked at any depth for \*\.parquet, \*\.tar and .*\.jpg"
     ):
         sources.load_images(settings(tmp_path))
-    with pytest.raises(ConfigurationError, match="is a file: give the folder"):
+    with pytest.raises(ConfigurationError, match="is a file: unpack it if it is an archive, and give the folder"):
         sources.load_images(settings(tmp_path / "notes.txt"))
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 but not really")
-    with pytest.raises(ConfigurationError, match="cannot be loaded") as caught:
+    with pytest.raises(ConfigurationError, match=r"the shard .*broken\.parquet cannot be read .*fetch it again"):
         sources.load_images(settings(tmp_path))
-    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigurationError, match="is a file: give the folder that it is in"):
+        sources.load_images(settings(tmp_path / "broken.parquet"))
+
+
+def test_what_is_not_used_is_told(tmp_path):
+    for name in ("a/1.jpg", "b/2.JFIF", "@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "__MACOSX/a/1.jpg", "a/._1.jpg"):
+        write_image(tmp_path / "images" / f"{name}.png")
+        (tmp_path / "images" / f"{name}.png").rename(tmp_path / "images" / name)
+    for name in ("a/3.heic", "a/4.HEIC", "b/tars.tar.gz", "LICENCE"):
+        (tmp_path / "images" / name).write_bytes(b"")
+    images = sources.load_images(settings(tmp_path / "images"))
+    assert images.note.endswith("; not used: 1 without extension, 1 *.gz, 2 *.heic")
+    assert len(images.train) + len(images.validation) == 2
+    for path in (tmp_path / "images").glob("?/?.*[gF]"):
+        path.unlink()
+    with pytest.raises(ConfigurationError, match=r"holds no image: .*; found 1 without .* 2 \*\.heic \(unpack"):
+        sources.load_images(settings(tmp_path / "images"))
 
 
 @pytest.mark.slow
