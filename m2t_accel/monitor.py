@@ -117,6 +117,10 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
     figure.savefig(picture, dpi=110)
 
 
+class TooManyBadImagesError(ConfigurationError):
+    """More images cannot be decoded than are allowed; what was trained so far is sound."""
+
+
 class BadImages:
     """The images of a run that cannot be decoded: each is told of once and written to bad_images.jsonl."""
 
@@ -146,14 +150,14 @@ class BadImages:
         """Stop where there are too many.
 
         Raises:
-            ConfigurationError: there are more than --max_bad_fraction allows.
+            TooManyBadImagesError: there are more than --max_bad_fraction allows.
         """
         allowed = max(MIN_BAD_ALLOWED, int(self.config.max_bad_fraction * self.num_images))
         if len(self.known) > allowed:
-            raise ConfigurationError(
+            raise TooManyBadImagesError(
                 f"{len(self.known)} of {self.num_images:,} images cannot be decoded, more than the {allowed} that "
                 f"--max_bad_fraction {self.config.max_bad_fraction:g} allows (ten always are): they are listed in "
-                f"{self.config.output_dir}/bad_images.jsonl; repair or remove them, or give a larger "
+                f"{self.config.output_dir}/bad_images.jsonl; repair them and remove that file, or give a larger "
                 "--max_bad_fraction"
             )
 
@@ -216,13 +220,14 @@ class Report:
         """Loss and spread averaged over all sub-batches of all processes since the last line, and the speed.
 
         Raises:
-            ConfigurationError: too many images are bad; the same on every process.
+            TooManyBadImagesError: on every process.
         """
         mean = torch.stack(self.rows).mean(dim=0)
         share_bad = mean.new_tensor([float(len(self.bad) > 0)])
         loss, spread, share_bad = self.accelerator.reduce(torch.cat([mean, share_bad]), reduction="mean").tolist()
         if share_bad > 0:
             self.tell_bad_images()
+        self.bad_images.check()
         speed = self.num_steps * self.config.batch_size / (time.perf_counter() - self.last)
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} images/s", refresh=False)
@@ -232,9 +237,6 @@ class Report:
         """Write down the images that processes could not decode since the last call, and tell of them.
 
         A collective call.
-
-        Raises:
-            ConfigurationError: they are too many; the same on every process.
         """
         new = self.bad_images.add([image for images in gather_from_all(self.bad) for image in images])
         self.bad.clear()
@@ -242,7 +244,6 @@ class Report:
             self.write_lines(self.folder.bad_images, [image._asdict() for image in new])
             for line in self.bad_images.told(new):
                 self.say(line)
-        self.bad_images.check()
 
     def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """Write one line of metrics; the clock of the speed starts again, so evaluations do not count."""

@@ -54,7 +54,7 @@ from m2t_accel.model import (
     create_student,
     momentum_teacher_loss,
 )
-from m2t_accel.monitor import KnnMonitor, Report, embedding_std
+from m2t_accel.monitor import KnnMonitor, Report, TooManyBadImagesError, embedding_std
 from m2t_accel.optim import create_optimizer, set_learning_rate
 from m2t_accel.order import steps_per_epoch
 from m2t_accel.photometry import photometry
@@ -108,6 +108,8 @@ def pretrain(config: PretrainConfig) -> Teacher | None:
             run.train(signals)
         except StopRequestedError as stop:
             raise signals.interruption(stop.number, run.stop()) from None
+        except TooManyBadImagesError as error:  # between two steps, on every process
+            raise ConfigurationError(f"{error}. {run.save()}; then the run goes on from there") from None
         if is_main:
             run.finish()
     return run.teacher
@@ -526,14 +528,17 @@ def check_same_data(data: ImageData, manifest: Mapping[str, object]) -> None:
     """
     if manifest["data"]["fingerprint"] != data.fingerprint:
         raise ConfigurationError(
-            f"the images are not those of the run so far (there {manifest['data']['note']}; here {data.note}; names, "
-            "sizes or order differ): give the same --dataset, or another --output_dir"
+            f"the images are not those of the run so far (there {manifest['data']['note']}; here {data.note}; names "
+            "or order differ, of shards also sizes): give the same --dataset, or another --output_dir"
         )
 
 
 def paths_of(images: Dataset | Shards, samples: Tensor) -> list[str] | None:
     """Where images are, for people; None of shards, which are not read row by row."""
-    return [describe(row) for row in read_rows(images, samples.tolist())] if isinstance(images, Dataset) else None
+    if not isinstance(images, Dataset):
+        return None
+    rows = read_rows(images, samples.tolist())
+    return [describe(row, sample) for row, sample in zip(rows, samples.tolist(), strict=True)]
 
 
 def introduction(

@@ -389,7 +389,7 @@ def test_broken_images_are_told_once_and_written_down(tmp_path, capfd):
     assert (tmp_path / "run" / "encoder" / "model.safetensors").exists()
 
 
-def test_too_many_broken_images_stop_the_run(tmp_path):
+def test_too_many_broken_images_stop_the_run_where_it_can_go_on(tmp_path, capfd):
     folder_with_broken_images(tmp_path / "images", 40, broken=range(0, 33, 3))  # 11
     settings = tiny(tmp_path / "run", dataset=str(tmp_path / "images"), batch_size=8, device_batch_size=4)
     with pytest.raises(ConfigurationError, match=r"11 of 40 images cannot be decoded, more than the 10 that --max_bad"):
@@ -397,7 +397,20 @@ def test_too_many_broken_images_stop_the_run(tmp_path):
     assert len((tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()) == 11
     assert not (tmp_path / "run" / "encoder").exists()
     AcceleratorState._reset_state(reset_partial_state=True)
-    pretrain(build_config({**settings, "output_dir": str(tmp_path / "second"), "max_bad_fraction": 0.3}))
+    pretrain(build_config({**settings, "max_bad_fraction": 0.3}))
+    assert "goes on from step 5 of 10" in capfd.readouterr().out
+
+
+def test_images_that_were_repaired_are_forgotten_with_the_file(tmp_path):
+    folder_with_broken_images(tmp_path / "images", 40, broken=range(0, 33, 3))
+    settings = tiny(tmp_path / "run", dataset=str(tmp_path / "images"), batch_size=8, device_batch_size=4)
+    with pytest.raises(ConfigurationError, match=r"repair them and remove that file"):
+        pretrain(build_config(settings))
+    for i in range(0, 33, 3):
+        write_image(tmp_path / "images" / f"{i:03}.png", value=i)
+    (tmp_path / "run" / "bad_images.jsonl").unlink()
+    pretrain(build_config(settings))
+    assert (tmp_path / "run" / "encoder").exists()
 
 
 def test_evaluation_leaves_broken_images_out(tmp_path):
@@ -588,7 +601,7 @@ def test_other_images_are_noticed(tmp_path, monkeypatch):
     (tmp_path / "images").rename(tmp_path / "elsewhere")  # where images lie does not matter
     moved = {**settings, "dataset": str(tmp_path / "elsewhere")}
     (tmp_path / "elsewhere" / "003.png").rename(tmp_path / "elsewhere" / "3.png")
-    with pytest.raises(ConfigurationError, match=r"the images are not those of the run so far .*sizes or order differ"):
+    with pytest.raises(ConfigurationError, match=r"the images are not those of the run so far .*names or order differ"):
         pretrain(build_config(moved))
     (tmp_path / "elsewhere" / "3.png").rename(tmp_path / "elsewhere" / "003.png")
     pretrain(build_config(moved))
