@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import signal
 import sys
 import time
 import types
@@ -65,8 +66,9 @@ def parse_with_options(
         description,
         f"{own} [--recipe NAME] [--dataset SOURCE] [--output_dir DIR]".strip(),
         PretrainConfig,
-        lambda given: build_config({"recipe": recipe, **given}),
+        build_config,
         preset="recipe",
+        defaults={"recipe": recipe},
         table=recipe_table,
         options=options,
         arguments=arguments,
@@ -82,11 +84,13 @@ def parse_settings(
     table: Callable[[], str] | None = None,
     options: argparse.ArgumentParser | None = None,
     arguments: Sequence[str] | None = None,
+    defaults: Mapping[str, object] = types.MappingProxyType({}),
 ) -> tuple[Settings, argparse.Namespace]:
     """Settings of the dataclass `kind` that the command line asks for, and the script's own options beside them.
 
     Of a preset (a recipe, a protocol), then of the `--config` file, then of flags; later wins. `preset` is the
     setting that names it, where there are any; `--PRESET list` prints the table of all and exits, and so does `--help`.
+    `defaults` are a script's own.
 
     Raises:
         ConfigurationError: an unknown flag, key or preset, or a value that is not allowed.
@@ -105,7 +109,7 @@ def parse_settings(
     for heading, fields in fields_by_heading(kind).items():
         group = parser.add_argument_group(heading)
         for item in fields:
-            add_flag(group, item, hints[item.name])
+            add_flag(group, item, hints[item.name], defaults.get(item.name, item.default))
     known, unknown = parser.parse_known_args(arguments)
     flags = vars(known)
     if unknown:
@@ -123,19 +127,16 @@ def parse_settings(
         raise ConfigurationError(
             f"--{preset} {flags[preset]} meets `{preset}: {from_file[preset]}` of {path}: give one of them"
         )
-    return build({**from_file, **flags}), given
+    return build({**defaults, **from_file, **flags}), given
 
 
-def add_flag(group: argparse._ArgumentGroup, item: dataclasses.Field, hint: object) -> None:
+def add_flag(group: argparse._ArgumentGroup, item: dataclasses.Field, hint: object, default: object) -> None:
     """The flag of a setting; its text is converted with that of YAML, not here."""
     if typing.get_origin(hint) is types.UnionType:  # `something | None`
         hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
     items = typing.get_args(hint)  # of a tuple
-    default = (
-        " ".join(n if isinstance(n, str) else f"{n:.3g}" for n in item.default)
-        if isinstance(item.default, tuple)
-        else item.default
-    )
+    if isinstance(default, tuple):
+        default = " ".join(n if isinstance(n, str) else f"{n:.3g}" for n in default)
     shown = "" if default is None else f" (default: {default})"
     letter = {int: "N", float: "X", str: "NAME", bool: "true|false"}[items[0] if items else hint]
     count = {"nargs": len(items), "metavar": (letter,) * len(items)} if items else {"metavar": letter}
@@ -188,6 +189,9 @@ def errors_in_one_line() -> Iterator[None]:
     Of several processes on a machine, the first speaks at once. The others wait: if the mistake is theirs too, their
     launcher ends them meanwhile; if it is not the first one's, they speak.
     """
+    kept = signal.getsignal(signal.SIGINT)
+    if kept is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     except (ConfigurationError, Interrupted) as error:
@@ -200,3 +204,18 @@ def errors_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
         raise SystemExit(STATUS_CTRL_C) from None
+    finally:
+        signal.signal(signal.SIGINT, kept)
+
+
+def interrupt(number: int, frame: types.FrameType | None) -> None:
+    """Ctrl-C: as Python takes it, but at once and in one line while a library is imported.
+
+    Libraries catch it then, or make something else of it: a RecursionError, an abort in C++.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+            os._exit(STATUS_CTRL_C)
+        frame = frame.f_back
+    raise KeyboardInterrupt

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
 import textwrap
 import types
@@ -102,6 +103,8 @@ def convert(name: str, kind: object, value: object) -> object:
         if str(value).lower() not in ("true", "false"):
             raise ConfigurationError(f"--{name} {value}: {words} is needed")
         return str(value).lower() == "true"
+    if kind is str and str(value).startswith("~"):  # a shell leaves it in --flag=~/folder, and so does YAML
+        return os.path.expanduser(str(value))
     try:
         return kind(str(value))  # str first: int(1.5) and int(True) would pass in silence
     except ValueError:

@@ -1,5 +1,6 @@
 import argparse
 import dataclasses
+import re
 import sys
 
 import pytest
@@ -33,6 +34,45 @@ def test_recipe_list_has_a_line_for_each(capsys):
 def test_without_arguments_it_trains_digits():
     config = parse()
     assert (config.recipe, config.dataset, config.output_dir) == ("digits", "digits", "runs/digits")
+
+
+def test_a_home_folder_that_no_shell_has_seen(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = parse("--dataset=~/images", "--output_dir=~/runs/~mine")
+    assert (config.dataset, config.output_dir) == (f"{tmp_path}/images", f"{tmp_path}/runs/~mine")
+
+
+INTERRUPTED = """
+import os, signal, sys, types
+from m2t_accel.command_line import errors_in_one_line
+class Library:
+    def find_spec(name, path, target=None):
+        if name == "library":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                signal.sigtimedwait([signal.SIGUSR1], 5)
+            except BaseException:
+                raise RecursionError("of a library")
+sys.meta_path.insert(0, Library)
+sys.argv = ["scripts/some.py"]
+with errors_in_one_line():
+    if {imports}:
+        import library
+    os.kill(os.getpid(), signal.SIGINT)
+    signal.sigtimedwait([signal.SIGUSR1], 5)
+"""
+
+
+@pytest.mark.parametrize("imports", [True, False])
+def test_ctrl_c_is_one_line_also_while_libraries_are_imported(run_script, imports):
+    done = run_script("-c", INTERRUPTED.format(imports=imports))
+    assert (done.returncode, done.stderr) == (130, "some.py: interrupted\n")
+
+
+def test_a_scripts_own_default_is_in_its_help(run_script):
+    assert re.search(
+        r"--recipe NAME[^-]*\(default: 8x2080Ti-b256-100ep\)", run_script("scripts/preview.py", "--help").stdout
+    )
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path):
