@@ -30,7 +30,7 @@ from m2t_accel.data import (
 )
 from m2t_accel.data_settings import check_enough_images
 from m2t_accel.decode import DecodeError, decode_image, read_bytes
-from m2t_accel.loader import create_loader, default_num_workers
+from m2t_accel.loader import create_loader, default_num_workers, read
 from m2t_accel.photometry import photometry
 from m2t_accel.recipes import PretrainConfig
 from m2t_accel.settings import ConfigurationError
@@ -67,6 +67,9 @@ def benchmark_data(config: PretrainConfig, num_images: int, repeats: int, second
     requests = some_requests(images, num_images)
     loader = create_loader(views, requests, dataclasses.replace(config, num_workers=0))  # does what a worker does
     view_batches = [views.__getitems__(request) for request in requests]
+    bad = [image for batch in view_batches for image in batch.bad]
+    if len(bad) == len(requests) * BATCH_SIZE:
+        raise ConfigurationError(f"none of the images can be decoded, the first {bad[0].path} ({bad[0].reason})")
     stages = {
         "read": lambda: [read_all(images, request) for request in requests],
         "whole": lambda: [decode_all(read_all(images, request)) for request in requests],
@@ -179,7 +182,8 @@ def usual_pipeline(contents: Sequence[bytes], config: PretrainConfig) -> None:
         except OSError:
             continue
         pairs.append([transform(image) for transform in view_transforms])
-    default_collate(pairs)
+    if pairs:
+        default_collate(pairs)
 
 
 def usual_transform(config: PretrainConfig, view: int) -> Callable:
@@ -218,7 +222,7 @@ def loader_rate(
     loader = create_loader(views, batches, dataclasses.replace(config, num_workers=num_workers))
     count, started = 0, None
     first = time.perf_counter()
-    for batch in loader:
+    for batch in read(loader):
         now = time.perf_counter()
         if started is not None:
             count += len(batch.samples)

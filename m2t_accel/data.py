@@ -37,6 +37,7 @@ from m2t_accel.decode import DecodeError, decode_bytes, decode_part, plain_jpeg_
 from m2t_accel.order import PooledOrder, ShuffledOrder, steps_per_epoch
 from m2t_accel.shards import Shards
 
+MAX_PATH = 4096  # Linux's
 MAX_READERS = 16  # threads of a process that read pieces ahead; each waits for a disk or a network
 
 
@@ -230,12 +231,15 @@ class TwoViews:
             try:
                 self.cut(image, uniforms[:, i], places[:, i])
             except DecodeError as error:
-                bad.append((i, BadImage(int(shown[i]), describe(image), str(error))))
+                bad.append((i, BadImage(int(shown[i]), describe(image, shown[i]), str(error))))
         broken = {i for i, _ in bad}
         if len(bad) < num_images:
             for i in broken:
                 other = next(j % num_images for j in range(i + 1, i + num_images) if j % num_images not in broken)
-                self.cut(images[other], uniforms[:, i], places[:, i])
+                try:
+                    self.cut(images[other], uniforms[:, i], places[:, i])
+                except DecodeError:  # it is damaged where these crops lie, and its own do not
+                    places[:, i] = places[:, other]
                 shown[i] = request.samples[other]
         return ViewBatch(
             crops=crops if new else self.buffers.hand_over(request.buffer),
@@ -295,11 +299,13 @@ class CentralViews:
                 digests[i] = int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
                 crops[i] = central_view(decode_bytes(content), size, self.config.evaluation_crop)
             except DecodeError as error:
-                bad.append(BadImage(int(samples[i]), describe(row), str(error)))
+                bad.append(BadImage(int(samples[i]), describe(row, samples[i]), str(error)))
         return CentralBatch(torch.from_numpy(crops), torch.from_numpy(digests), bad)
 
 
-def describe(image: Mapping[str, object]) -> str:
-    """Where an image is, for people."""
-    where = image["path"] or f"an image of {len(image['bytes'] or b''):,} bytes without a path"
+def describe(image: Mapping[str, object], sample: int) -> str:
+    """Where the image of a sample is, for people."""
+    where = image["path"] or f"image {sample:,}, of {len(image['bytes'] or b''):,} bytes and without a path"
+    if len(where) > MAX_PATH:  # it is no path at all
+        where = f"{where[:100]} … ({len(where):,} characters)"
     return f"{where}, {image['size']} bytes at {image['offset']}" if image.get("offset") is not None else where

@@ -7,8 +7,10 @@ import copy
 import os
 import re
 import signal
+import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 
 import cv2
@@ -65,16 +67,25 @@ def create_loader(
         dataset.buffers = Buffers(number, dataset.crops_shape(config.device_batch_size), shared=num_workers > 0)
         batches = InBuffers(batches, dataset.buffers)
     cv2.setNumThreads(0)  # the workers are the parallelism; OpenCV's threads would fight over the cores
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=as_it_is,
-        num_workers=num_workers,
-        pin_memory=is_gpu(device),
-        prefetch_factor=PREFETCH if num_workers > 0 else None,
-        worker_init_fn=settle_worker,
-        generator=torch.Generator(),  # its own: the global one must not depend on how often a loader started
-    )
+    with as_many_workers_as_asked_for():
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=as_it_is,
+            num_workers=num_workers,
+            pin_memory=is_gpu(device),
+            prefetch_factor=PREFETCH if num_workers > 0 else None,
+            worker_init_fn=settle_worker,
+            generator=torch.Generator(),  # its own: the global one must not depend on how often a loader started
+        )
+
+
+@contextlib.contextmanager
+def as_many_workers_as_asked_for() -> Iterator[None]:
+    """Without a warning if they are more than cores, which torch gives at the making of a loader and at its start."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create .* worker processes")
+        yield
 
 
 def read(loader: DataLoader, device: torch.device | None = None) -> Iterator:
@@ -86,7 +97,8 @@ def read(loader: DataLoader, device: torch.device | None = None) -> Iterator:
     batches = None
     stream = torch.cuda.Stream(device) if is_gpu(device) else None
     try:
-        batches = iter(loader)
+        with as_many_workers_as_asked_for():
+            batches = iter(loader)
         while (batch := next_of(batches)) is not None:
             yield send(batch, device, stream) if device is not None and isinstance(batch, ViewBatch) else batch
     except BaseException as error:
@@ -164,7 +176,15 @@ def as_it_is(batch):
 
 
 def settle_worker(worker: int) -> None:
-    """One thread, and no ear for signals: the run's process ends its workers, and may have a step to finish first."""
+    """One thread, and no ear for signals: the run's process ends its workers, and may have a step to finish first.
+
+    What libraries in C write of images (libpng of each colour profile, libjpeg of each odd byte, at each decoding,
+    and never of which file) is not shown; what Python writes is.
+    """
+    with contextlib.suppress(OSError):  # stderr is closed
+        sys.stderr = open(os.dup(2), "w", buffering=1, errors="backslashreplace")  # noqa: SIM115 (for good)
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)

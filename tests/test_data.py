@@ -81,7 +81,6 @@ def test_every_epoch_shows_every_sample_once_up_to_the_dropped_last_batch(config
     assert shown[:steps] != shown[steps : 2 * steps]
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 @pytest.mark.parametrize(("num_workers", "num_processes"), [(0, 1), (2, 1), (3, 1), (0, 2), (2, 2), (3, 2)])
 def test_a_resumed_run_sees_what_an_uninterrupted_one_would_have(config, num_workers, num_processes):
     """Stopped twice, the second time across an epoch's end: the ids are those of one process that never stopped."""
@@ -120,6 +119,25 @@ def test_views_are_the_same_whether_a_part_or_the_whole_is_decoded(kind, monkeyp
     monkeypatch.setattr(data, "plain_jpeg_size", lambda content: None)
     assert torch.equal(parts, views.__getitems__(request).crops)
     assert len(areas) == 4
+
+
+def test_a_replacement_that_is_damaged_elsewhere_shows_its_own_crops(monkeypatch):
+    """Decoded are parts: an image may serve for its own crops, and not for those of the place it shall fill."""
+    config = settings("digits")
+    images = load_images(config).train
+    expected = data.TwoViews(images, config).__getitems__(data.Request(0, np.arange(4), None)).crops.view(2, 4, -1)
+    tried, cut = [], data.TwoViews.cut
+
+    def failing(self, image, uniforms, crops):
+        tried.append(image)
+        if len(tried) == 1 or len(tried) > 4:
+            raise data.DecodeError("damaged")
+        cut(self, image, uniforms, crops)
+
+    monkeypatch.setattr(data.TwoViews, "cut", failing)
+    batch = data.TwoViews(images, config).__getitems__(data.Request(0, np.arange(4), None))
+    assert batch.samples.tolist() == [1, 1, 2, 3]
+    assert torch.equal(batch.crops.view(2, 4, -1)[:, 0], expected[:, 1])
 
 
 def test_a_resume_reads_one_pool_again_and_nothing_else(tmp_path, monkeypatch):

@@ -21,6 +21,40 @@ def test_the_loader_leaves_the_global_random_state_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_more_workers_than_cores_are_no_warning(num_workers, monkeypatch):
+    """pytest makes errors of warnings."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
+    config = settings("digits", num_workers=num_workers)
+    images = load_images(config).train
+    next(read(create_loader(TwoViews(images, config), DeviceBatches(images, config, 1, 0), config)))
+
+
+NOISY = """
+import os, sys
+import torch
+from conftest import settings
+from m2t_accel import data, loader
+from m2t_accel.sources import load_images
+class Views(data.TwoViews):
+    def __getitems__(self, request):
+        os.write(2, b"libpng warning: iCCP: known incorrect sRGB profile")
+        print("what Python says", file=sys.stderr)
+        return super().__getitems__(request)
+config = settings("digits", num_workers=1, epochs=2, batch_size=1024)
+images = load_images(config).train
+for _ in loader.read(loader.create_loader(Views(images, config), data.DeviceBatches(images, config, 1, 0), config)):
+    os.write(2, b"of the main process")
+"""
+
+
+def test_what_libraries_write_of_images_is_not_shown(run_script):
+    done = run_script("-c", NOISY, environment={"PYTHONPATH": "tests"})
+    assert "libpng" not in done.stderr
+    assert "what Python says" in done.stderr
+    assert "of the main process" in done.stderr
+
+
 def test_nothing_to_show_ends_the_run(tmp_path):
     for i in range(8):
         write_image(tmp_path / f"{i}.png")
