@@ -194,9 +194,11 @@ def check_enough_images(num_images: int, config: TrainingSettings) -> None:
     Raises:
         ConfigurationError: there are fewer.
     """
+    if num_images < 2:
+        raise ConfigurationError(f"--dataset {config.dataset} has one image to train on: two are the least")
     if num_images < config.batch_size:
         smaller = f"use --batch_size {num_images // 2 * 2} --device_batch_size {num_images // 2 * 2} or smaller"
         raise ConfigurationError(
             f"--dataset {config.dataset} has {num_images} images to train on, fewer than one batch of "
-            f"{config.batch_size}: {smaller if num_images >= 2 else 'two are the least'}"
+            f"{config.batch_size}: {smaller}"
         )

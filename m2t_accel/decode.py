@@ -86,6 +86,8 @@ def decode_bytes(content: bytes) -> np.ndarray:
         raise
     except Exception as error:  # of cv2 and PIL: OSError, ValueError, SyntaxError, struct.error, cv2.error and more
         message = "no known image format" if "cannot identify" in str(error) else in_short(error)
+        if "CV_IO_MAX_IMAGE" in message:  # its size is checked before anything is read of it
+            message = "larger than OpenCV reads, 2^30 pixels and 2^20 a side"
         raise DecodeError(message) from None
     return pixels
 

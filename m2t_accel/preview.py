@@ -48,7 +48,7 @@ def draw_preview(config: PretrainConfig, picture: Path) -> list[str]:
             # Of twelve large photographs the pixels, and what is drawn of them, would take gigabytes.
             shown.append((sample, image, size, pixels if max(size) <= ORIGINAL else thumbnail(pixels, ORIGINAL)))
         except DecodeError as error:
-            lines.append(f"cannot be decoded: {describe(image)} ({error})")
+            lines.append(f"cannot be decoded: {describe(image, sample)} ({error})")
         if len(shown) == NUM_PAIRS:
             break
     if not shown:

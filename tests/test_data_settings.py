@@ -47,5 +47,5 @@ def test_fewer_images_than_a_batch():
     check_enough_images(256, settings())
     with pytest.raises(ConfigurationError, match=r"has 13 images .* --batch_size 12 --device_batch_size 12 or smaller"):
         check_enough_images(13, settings())
-    with pytest.raises(ConfigurationError, match="two are the least"):
+    with pytest.raises(ConfigurationError, match="has one image to train on: two are the least"):
         check_enough_images(1, settings())

@@ -217,8 +217,8 @@ def test_whole_batches_are_in_the_order_of_the_virtual_devices():
     assert probe.whole_batch(rows, TwoProcesses()).tolist() == [0, 1, 10, 11, 20, 21, 30, 31]
 
 
-def test_fewer_images_than_a_batch(given, tmp_path):
+def test_too_few_images(given, tmp_path):
     write_image(tmp_path / "few" / "a" / "1.png")
     write_image(tmp_path / "few" / "b" / "1.png")
-    with pytest.raises(ConfigurationError, match="images to train on, fewer than one batch of 16"):
+    with pytest.raises(ConfigurationError, match="has one image to train on: two are the least"):
         probe.evaluate_linear(linear({**given, "dataset": str(tmp_path / "few"), "validation_fraction": 0.5}))
