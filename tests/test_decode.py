@@ -6,6 +6,7 @@ import warnings
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 from conftest import natural_image
 from PIL import Image
@@ -183,6 +184,18 @@ def test_what_may_not_be_what_its_header_says_is_decoded_whole():
         "more than OpenCV takes": plain[: header + 5] + b"\xff\xff\xff\xff" + plain[header + 9 :],
     }
     assert {name: decode.plain_jpeg_size(content) for name, content in others.items()} == dict.fromkeys(others)
+
+
+def test_memory_does_not_grow_with_the_parts_that_were_decoded():
+    content, process = encoded_jpeg(), psutil.Process()
+
+    def own_memory_after(number):
+        for _ in range(number):
+            decode.decode_part(content, 0, 0, 20, 30)
+        return process.memory_full_info().uss
+
+    before = own_memory_after(5_000)
+    assert own_memory_after(30_000) - before < 300_000  # it was 32 bytes each: 960 000
 
 
 def test_a_process_that_was_forked_decodes_parts(capfd):
