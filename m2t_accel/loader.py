@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
+import multiprocessing
 import os
 import re
 import signal
@@ -94,11 +96,11 @@ def read(loader: DataLoader, device: torch.device | None = None) -> Iterator:
     Raises:
         ConfigurationError: no image of a batch can be decoded, or a shard cannot be read.
     """
-    batches = None
+    batches, workers = None, Workers()
     stream = torch.cuda.Stream(device) if is_gpu(device) else None
     try:
         with as_many_workers_as_asked_for():
-            batches = iter(loader)
+            batches = workers.of(loader)
         while (batch := next_of(batches)) is not None:
             yield send(batch, device, stream) if device is not None and isinstance(batch, ViewBatch) else batch
     except BaseException as error:
@@ -108,6 +110,32 @@ def read(loader: DataLoader, device: torch.device | None = None) -> Iterator:
         raise
     finally:
         batches = None
+        workers.end()
+
+
+class Workers:
+    """The processes of a loader; those that do not end with it are killed, also at the end of the program.
+
+    They do not hear SIGTERM, so torch could only wait for one that hangs in a read.
+    """
+
+    def __init__(self) -> None:
+        self.processes: set[multiprocessing.process.BaseProcess] = set()
+
+    def of(self, loader: DataLoader) -> Iterator:
+        """Start the loader."""
+        others = set(multiprocessing.active_children())
+        try:
+            return iter(loader)
+        finally:
+            self.processes = set(multiprocessing.active_children()) - others
+            atexit.register(self.end)
+
+    def end(self) -> None:
+        atexit.unregister(self.end)
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
 
 
 def next_of(batches: Iterator) -> object | None:

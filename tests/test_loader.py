@@ -197,6 +197,30 @@ def test_a_worker_that_is_killed_ends_the_run(run_script):
         assert re.match(r"a process that decodes images has died .*give a smaller --num_workers", line)
 
 
+STUCK = """
+import os, signal, time
+from conftest import settings
+from m2t_accel import data, loader
+from m2t_accel.sources import load_images
+class Views(data.TwoViews):
+    def __getitems__(self, request):
+        if request.samples[0] == asked[1].samples[0]:
+            time.sleep(600)
+        return super().__getitems__(request)
+config = settings("digits", num_workers=2)
+images = load_images(config).train
+asked = list(data.DeviceBatches(images, config, 1, 0))
+for batch in loader.read(loader.create_loader(Views(images, config), asked, config)):
+    raise SystemExit(7)
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_does_not_keep_the_end_waiting(run_script):
+    """As in a read from a disk that has gone; five seconds are torch's."""
+    assert run_script("-c", STUCK, environment={"PYTHONPATH": "tests"}, timeout=60).returncode == 7
+
+
 def test_workers_take_the_cores_that_training_leaves(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
