@@ -56,7 +56,7 @@ def start_evaluation(config: EvaluationSettings) -> Evaluation:
     view = {name: getattr(loaded, name) for name in ("image_size", "evaluation_crop", "image_mean", "image_std")}
     config = dataclasses.replace(config, **{k: v for k, v in view.items() if getattr(config, k) is None})
     images = on_all_processes(accelerator, lambda: load_images(config))
-    check_same_images(accelerator, images.note)
+    check_same_images(accelerator, images.note, images.fingerprint)
     if images.lacks and config.evaluates:
         raise ConfigurationError(f"nothing can be measured on --dataset {config.dataset}: it has {images.lacks}")
     set_seed(getattr(config, "seed", 0))

@@ -168,15 +168,15 @@ def on_all_processes(accelerator: Accelerator, action: Callable[[], Result]) -> 
     return result
 
 
-def check_same_images(accelerator: Accelerator, note: str) -> None:
-    """Check that all processes found the same images, told by their note: each machine may have a copy of its own.
+def check_same_images(accelerator: Accelerator, note: str, fingerprint: str) -> None:
+    """Check that all processes found the same images, by their fingerprint: each machine may have a copy of its own.
 
     A collective call.
 
     Raises:
         ConfigurationError: they did not; the same on every process.
     """
-    found = gather_from_all(note)
+    found = gather_from_all(f"{note} [{fingerprint}]")
     other = next((other for other in found if other != found[0]), None)
     if other is not None:
         raise ConfigurationError(

@@ -99,7 +99,7 @@ def pretrain(config: PretrainConfig) -> Teacher | None:
         config = dataclasses.replace(config, evaluate_every=start.checkpoint.manifest["config"]["evaluate_every"])
     data = on_all_processes(accelerator, lambda: load_images(config))  # the first fills the cache of `datasets`
     check_enough_images(len(data.train), config)
-    check_same_images(accelerator, data.note)
+    check_same_images(accelerator, data.note, data.fingerprint)
     config = settle_evaluation(config, data)
     run = Run(config, data, folder, accelerator)
     with StopSignals() as signals, contextlib.closing(run), lost_processes_in_one_line(accelerator, timeout):

@@ -46,7 +46,7 @@ class ImageData:
     validation: Dataset | None
     class_names: list[str] | None
     note: str  # one line for people: what was found
-    dataset: str = ""  # where they are from, as it was given
+    folder: str = ""  # with which the paths begin, where they are from a folder
 
     @property
     def lacks(self) -> str | None:
@@ -62,13 +62,13 @@ class ImageData:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A name for the images to train on: their number, names, sizes and order, wherever they lie.
+        """A name for the images to train on: their number, names and order, wherever they lie; of shards their sizes.
 
         Their contents are not read.
         """
         digest = hashlib.sha256(str(len(self.train)).encode())
         for part in outlines(self.train):
-            digest.update(part if isinstance(part, np.ndarray) else part.replace(self.dataset, "").encode())
+            digest.update(part if isinstance(part, np.ndarray) else part.replace(self.folder, "").encode())
         return digest.hexdigest()[:16]
 
 
@@ -95,10 +95,11 @@ def load_images(config: ImageSettings) -> ImageData:
         ConfigurationError: there are no images, or no such column.
     """
     remarks: list[str] = []
+    folder = Path(os.path.abspath(config.dataset))  # so that it is the same however it is spelled
     if config.dataset == "digits":
         splits = load_digits()
     elif os.path.exists(config.dataset):
-        splits = load_folder(Path(config.dataset), config, remarks)
+        splits = load_folder(folder, config, remarks)
     else:
         splits = load_hub(config)
     splits = {name: split for name, split in splits.items() if len(split)}
@@ -130,7 +131,7 @@ def load_images(config: ImageSettings) -> ImageData:
             f"{len(train.piece_sizes)} pieces (row groups, runs of a tar) for {config.num_virtual_devices} virtual "
             "devices: each piece is read once for every device that shows a part of it"
         )
-    return ImageData(train, bank, validation, class_names, "; ".join([note, *remarks]), config.dataset)
+    return ImageData(train, bank, validation, class_names, "; ".join([note, *remarks]), str(folder))
 
 
 def with_held_out(

@@ -232,9 +232,9 @@ def test_what_a_launch_command_promises(words, promise):
 
 
 def test_machines_with_different_images_are_refused(monkeypatch):
-    check_same_images(Accelerator(), "digits: 1,437 images")
+    check_same_images(Accelerator(), "digits: 1,437 images", "abc")
     monkeypatch.setattr("m2t_accel.launch.gather_from_all", lambda found: [found, "elsewhere: 3 images"])
     with pytest.raises(
-        ConfigurationError, match=r"different images \(digits: 1,437 images; but elsewhere elsewhere: 3 images"
+        ConfigurationError, match=r"different images \(digits: 1,437 images \[abc\]; but elsewhere elsewhere: 3 images"
     ):
-        check_same_images(Accelerator(), "digits: 1,437 images")
+        check_same_images(Accelerator(), "digits: 1,437 images", "abc")

@@ -345,6 +345,12 @@ def test_errors_of_folders(tmp_path):
         sources.load_images(settings(tmp_path / "broken.parquet"))
 
 
+def test_a_data_set_is_the_same_however_its_folder_is_spelled(image_net, monkeypatch):
+    monkeypatch.chdir(image_net)
+    spellings = (image_net, f"{image_net}/", f"{image_net}//", f"{image_net.parent}/./{image_net.name}", ".", "./")
+    assert len({sources.load_images(settings(spelling)).fingerprint for spelling in spellings}) == 1
+
+
 def test_what_is_not_used_is_told(tmp_path):
     for name in ("a/1.jpg", "b/2.JFIF", "@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "__MACOSX/a/1.jpg", "a/._1.jpg"):
         write_image(tmp_path / "images" / f"{name}.png")
