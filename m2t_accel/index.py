@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple, TypeVar
 
 import fsspec
 import numpy as np
@@ -26,6 +26,8 @@ from pyarrow import parquet
 
 from m2t_accel.settings import ConfigurationError, in_short
 
+Read = TypeVar("Read")
+
 OF_JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
 IMAGE_EXTENSIONS = frozenset(
     (*OF_JPEG, ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
@@ -33,7 +35,8 @@ IMAGE_EXTENSIONS = frozenset(
 SHARD_EXTENSIONS = (".parquet", ".tar")
 NOT_OURS = ("@eaDir", "__MACOSX")  # folders in which a NAS and macOS keep thumbnails and what else they know
 SETTLED = 2.0  # seconds; what was changed so short a time before its scan may change again under the same time stamp
-LAYOUT = 2  # of what is kept; another one is not read
+LAYOUT = 3  # of what is kept; another one is not read
+ATTEMPTS = 5  # at reading from a network, with 1, 2, 4 and 8 seconds between them
 READERS = 32  # threads that read the ends of shards
 
 
@@ -133,7 +136,10 @@ def index_tars(folder: Path, files: Sequence[str]) -> pyarrow.Table:
     """
     paths = [str(folder / file) for file in files]
     with ThreadPoolExecutor(READERS) as readers:
-        return pyarrow.concat_tables(readers.map(lambda path: kept_for_files("tar", [path], index_tar), paths))
+        tables = list(readers.map(lambda path: kept_for_files("tar", [path], index_tar), paths))
+    # What is kept does not say where a file lies: it is the same one by another path.
+    where = [pyarrow.array([path] * len(table), pyarrow.string()) for path, table in zip(paths, tables, strict=True)]
+    return pyarrow.concat_tables(table.add_column(0, "path", part) for table, part in zip(tables, where, strict=True))
 
 
 def index_tar(paths: Sequence[str]) -> pyarrow.Table:
@@ -170,7 +176,6 @@ def index_tar(paths: Sequence[str]) -> pyarrow.Table:
     places = np.array(list(images.values()), np.int64).reshape(-1, 2)
     return pyarrow.table(
         {
-            "path": pyarrow.array([path] * len(images), pyarrow.string()),
             "offset": places[:, 0],
             "size": places[:, 1],
             "label": pyarrow.array([labels.get(key) for key in images], pyarrow.int64()),
@@ -225,11 +230,26 @@ def read_footer(file: str) -> parquet.FileMetaData:
     Raises:
         ConfigurationError: it is missing, cut or no parquet.
     """
-    try:
-        with open_shard(file) as source:
-            return parquet.read_metadata(source)
-    except Exception as error:  # of pyarrow, fsspec, huggingface_hub and httpx: no common ancestor
-        raise unreadable_shard(file, error) from error
+    return in_attempts(file, parquet.read_metadata)
+
+
+def in_attempts(file: str, read: Callable[[IO[bytes]], Read]) -> Read:
+    """What `read` makes of an open shard; a remote one is tried again when it fails.
+
+    Raises:
+        ConfigurationError: the file is missing or cut, or the network stays away.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            with open_shard(file) as source:
+                return read(source)
+        except ConfigurationError:
+            raise
+        except Exception as error:  # of pyarrow, fsspec, huggingface_hub and httpx: no common ancestor
+            if "://" not in file or attempt == ATTEMPTS - 1:
+                raise unreadable_shard(file, error) from error
+            time.sleep(2**attempt)
+    raise AssertionError("not reached")
 
 
 def open_shard(file: str):
@@ -262,14 +282,14 @@ def kept_for_files(kind: str, files: Sequence[str], build: Callable[[Sequence[st
 
 
 def file_fingerprint(file: str) -> list[object]:
-    """Of a local file its path, size and time; a remote one is named with its revision, and does not change."""
+    """What says that a local file is the same; a remote one is named with its revision, and does not change."""
     if "://" in file:
         return [file]
     try:
         status = os.stat(file)
     except OSError as error:
         raise unreadable_shard(file, error) from None
-    return [os.path.realpath(file), status.st_size, status.st_mtime_ns]
+    return [os.path.realpath(file), status.st_size, status.st_ino, *times_of_change(status)]
 
 
 def cache_file(kind: str, key: str) -> Path:
@@ -281,7 +301,8 @@ def cache_file(kind: str, key: str) -> Path:
 def read_cache(path: Path) -> pyarrow.Table | None:
     """The table kept in the file; None if there is none, or it is broken."""
     try:
-        with pyarrow.memory_map(str(path)) as source:
+        # Not mapped: a process may hold 65 530 maps, and there may be more tars.
+        with pyarrow.OSFile(str(path)) as source:
             return pyarrow.ipc.open_file(source).read_all()
     except (OSError, pyarrow.ArrowInvalid):
         return None
@@ -292,7 +313,11 @@ def write_cache(path: Path, table: pyarrow.Table) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            pyarrow.feather.write_feather(table, file, compression="uncompressed")  # so that it can be mapped
+            try:
+                pyarrow.feather.write_feather(table, file, compression="uncompressed")
+            except OSError:  # the disk is full
+                os.unlink(file.name)
+                raise
         os.replace(file.name, path)
     except OSError:
         return

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, runtime_checkable
+from typing import IO, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow
 from datasets import Dataset, Features
 from pyarrow import parquet
 
-from m2t_accel.index import READERS, index_parquet, open_shard, read_footer, unreadable_shard
+from m2t_accel.index import READERS, in_attempts, index_parquet, read_footer, unreadable_shard
 from m2t_accel.settings import ConfigurationError, in_short
 
 TAR_RUN = 64  # images of a tar that are read at once: of ImageNet's, 7 MB
-ATTEMPTS = 5  # at reading from a network, with 1, 2, 4 and 8 seconds between them
 
 
 @runtime_checkable
@@ -85,19 +83,13 @@ class ParquetShards:
             ConfigurationError: its file is missing or cut, or the network stays away.
         """
         file = self.files[self.file[piece]]
-        for attempt in range(ATTEMPTS):
-            try:
-                with open_shard(file) as source:
-                    # Not pre_buffer: its threads call Python, and may still do so when the interpreter has gone.
-                    shard = parquet.ParquetFile(source, metadata=read_footer(file), pre_buffer=False)
-                    return shard.read_row_group(int(self.group[piece]), columns=columns, use_threads=False)
-            except ConfigurationError:
-                raise
-            except Exception as error:  # of pyarrow, fsspec, huggingface_hub and httpx: no common ancestor
-                if "://" not in file or attempt == ATTEMPTS - 1:
-                    raise unreadable_shard(file, error) from error
-                time.sleep(2**attempt)
-        raise AssertionError("not reached")
+
+        def read_group(source: IO[bytes]) -> pyarrow.Table:
+            # Not pre_buffer: its threads call Python, and may still do so when the interpreter has gone.
+            shard = parquet.ParquetFile(source, metadata=read_footer(file), pre_buffer=False)
+            return shard.read_row_group(int(self.group[piece]), columns=columns, use_threads=False)
+
+        return in_attempts(file, read_group)
 
     def dataset(self, pieces: np.ndarray, columns: list[str]) -> Dataset:
         """Some of the pieces in memory."""

@@ -1,9 +1,11 @@
 import io
 import os
 import tarfile
+from pathlib import Path
 
+import pyarrow
 import pytest
-from conftest import write_image, write_tar
+from conftest import write_image, write_parquet, write_tar
 
 from m2t_accel import index
 from m2t_accel.settings import ConfigurationError
@@ -104,6 +106,56 @@ def test_a_broken_or_forbidden_cache_only_costs_a_scan(folder, damage, monkeypat
     assert index.find_files(folder).paths == first
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     assert index.find_files(folder).paths == first
+
+
+def test_a_tar_has_the_path_by_which_it_was_asked_for(tmp_path, monkeypatch):
+    """What is kept of a tar serves from another folder, where the same words may mean another one."""
+    for number, name in enumerate(("here", "there")):
+        (tmp_path / name / "set").mkdir(parents=True)
+        write_tar(tmp_path / name / "set" / "a.tar", 100 * number, 3)
+    for name in ("here", "there", "here"):
+        monkeypatch.chdir(tmp_path / name)
+        for folder in (Path("set"), tmp_path / name / "set"):
+            table = index.index_tars(folder, ["a.tar"])
+            assert set(table["path"].to_pylist()) == {f"{folder}/a.tar"}
+            assert len(table) == 3
+
+
+def test_a_tar_that_is_replaced_by_one_of_its_size_and_time_is_read_again(tmp_path):
+    write_tar(tmp_path / "a.tar", 0, 3)
+    before = os.stat(tmp_path / "a.tar")
+    first = index.index_tars(tmp_path, ["a.tar"])
+    write_tar(tmp_path / "b.tar", 0, 3, labels=False)
+    (tmp_path / "b.tar").write_bytes((tmp_path / "b.tar").read_bytes().ljust(before.st_size, b"\0"))
+    os.replace(tmp_path / "b.tar", tmp_path / "a.tar")
+    os.utime(tmp_path / "a.tar", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert index.index_tars(tmp_path, ["a.tar"]) != first
+
+
+def test_a_full_disk_leaves_nothing_of_what_was_to_be_kept(small_disk):
+    table = pyarrow.table({"path": [f"images/{i:08}.jpg" for i in range(20_000)]})
+    folder = small_disk(100)
+    index.write_cache(folder / "kept.arrow", table)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_footer_that_does_not_come_at_once_is_asked_for_again(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "a.parquet", 0, 6, row_group_size=3)
+    tried, waited = [], []
+
+    def open_shard(file):
+        tried.append(file)
+        if len(tried) <= 2 or file.endswith("b.parquet"):
+            raise ConnectionError("503")
+        return open(tmp_path / "a.parquet", "rb")
+
+    monkeypatch.setattr(index, "open_shard", open_shard)
+    monkeypatch.setattr(index.time, "sleep", waited.append)
+    assert index.read_footer("hf://datasets/some/a.parquet").num_rows == 6
+    assert waited == [1, 2]
+    with pytest.raises(ConfigurationError, match=r"cannot be read \(ConnectionError: 503\)"):
+        index.read_footer("hf://datasets/some/b.parquet")
+    assert waited == [1, 2, 1, 2, 4, 8]
 
 
 def test_a_tar_is_indexed_once_and_again_when_it_changes(tmp_path, monkeypatch):
