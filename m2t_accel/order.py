@@ -26,6 +26,11 @@ def steps_per_epoch(num_samples: int, batch_size: int) -> int:
     return num_samples // batch_size
 
 
+def batches_of_a_pool(config: TrainingSettings) -> int:
+    """Sub-batches that a pool holds."""
+    return max(POOL_SIZE // config.num_virtual_devices // config.device_batch_size, MIN_POOL_BATCHES)
+
+
 def permuted(positions: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
     """Where a permutation of range(size), chosen by the key, takes these positions: int64 of their shape.
 
@@ -100,8 +105,7 @@ class PooledOrder:
         self.size = config.device_batch_size
         self.num_virtual_devices = config.num_virtual_devices
         self.steps = steps_per_epoch(self.num_samples, config.batch_size)
-        per_device = POOL_SIZE // self.num_virtual_devices // self.size
-        self.pool_batches = max(per_device, MIN_POOL_BATCHES)
+        self.pool_batches = batches_of_a_pool(config)
         self.epoch: int | None = None
 
     def set_epoch(self, epoch: int) -> None:

@@ -21,6 +21,7 @@ from pyarrow import compute
 
 from m2t_accel.data_settings import ImageSettings
 from m2t_accel.index import IMAGE_EXTENSIONS, SHARD_EXTENSIONS, find_files, index_tars
+from m2t_accel.order import batches_of_a_pool
 from m2t_accel.settings import ConfigurationError, did_you_mean, in_short
 from m2t_accel.shards import ParquetShards, Shards, TarShards
 
@@ -131,6 +132,13 @@ def load_images(config: ImageSettings) -> ImageData:
             f"{len(train.piece_sizes)} pieces (row groups, runs of a tar) for {config.num_virtual_devices} virtual "
             "devices: each piece is read once for every device that shows a part of it"
         )
+    if isinstance(train, Shards):
+        size, pool = int(np.median(train.piece_sizes)), batches_of_a_pool(config) * config.device_batch_size
+        if size > pool:
+            remarks.append(
+                f"row groups of {size:,} images, of which a pool shows {pool:,}: each is read whole about "
+                f"{1 + size // pool} times an epoch and held in memory; write shards with smaller ones"
+            )
     return ImageData(train, bank, validation, class_names, "; ".join([note, *remarks]), str(folder))
 
 

@@ -351,6 +351,16 @@ def test_a_data_set_is_the_same_however_its_folder_is_spelled(image_net, monkeyp
     assert len({sources.load_images(settings(spelling)).fingerprint for spelling in spellings}) == 1
 
 
+def test_row_groups_larger_than_a_pool_are_told(tmp_path):
+    write_parquet(tmp_path / "train.parquet", 0, 100, row_group_size=50)
+    two, many = (
+        sources.load_images(settings(tmp_path, streaming=True, batch_size=size, device_batch_size=2)).note
+        for size in (4, 2048)
+    )
+    assert "row groups of 50" not in two, "a pool has half of 8192"
+    assert "row groups of 50 images, of which a pool shows 16: each is read whole about 4 times an epoch" in many
+
+
 def test_what_is_not_used_is_told(tmp_path):
     for name in ("a/1.jpg", "b/2.JFIF", "@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "__MACOSX/a/1.jpg", "a/._1.jpg"):
         write_image(tmp_path / "images" / f"{name}.png")
