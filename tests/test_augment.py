@@ -62,6 +62,42 @@ def test_crops_have_the_distribution_of_torchvisions():
             assert abs(difference) < 0.035 * scale, (column, quantile)
 
 
+def test_what_is_drawn_for_a_view_does_not_hang_together():
+    """No random number serves twice: places of crops, factors, places in the order and choices are not correlated."""
+    number, config = 4000, imagenet(jitter_probability=1.0, crop_scale=(0.25, 0.25), crop_ratio=(1.0, 1.0))
+    columns = []
+    for view in range(2):
+        uniforms = augment.draw_uniforms(11, 2, np.arange(number), view)
+        crops = np.array([augment.draw_crop(row, 400, 600, config)[:2] for row in uniforms])
+        photometry = augment.photometry_parameters(uniforms, np.full(number, view), config)
+        columns += [*crops.T, *photometry.factors.numpy().T, *photometry.order.argsort(dim=1).numpy().T[:3]]
+        columns += [photometry.flip.numpy(), photometry.grayscale.numpy(), photometry.sigma.numpy()]
+    columns.append(photometry.solarize.numpy())  # of view 2; never of view 1
+    correlations = np.corrcoef(np.array(columns, float))
+    names = ["top", "left", *"bcsh", "place b", "place c", "place s", "flip", "gray", "sigma"]
+    places = [i for i, name in enumerate(names) if name.startswith("place")]
+    for i, j in zip(*np.triu_indices(len(columns), 1), strict=True):
+        same_order = i // 12 == j // 12 and {i % 12, j % 12} <= set(places)  # one cannot be where another is
+        assert abs(correlations[i, j] + same_order / 3) < 0.08, (i, j, correlations[i, j])
+
+
+@pytest.mark.parametrize(("height", "width", "expected"), [(20, 400, (0, 187, 20, 27)), (400, 20, (187, 0, 27, 20))])
+def test_a_crop_that_never_fits_is_the_largest_in_the_middle(height, width, expected):
+    config = imagenet(crop_scale=(1.0, 1.0))
+    uniforms = augment.draw_uniforms(0, 0, np.arange(20), 0)
+    for row in uniforms:
+        top, left, crop_height, crop_width, _ = augment.draw_crop(row, height, width, config)
+        assert abs(top - expected[0]) + abs(left - expected[1]) <= 2
+        assert (crop_height, crop_width) == expected[2:]
+
+
+def test_a_crop_reaches_every_row_and_column():
+    config = imagenet(crop_scale=(0.5, 0.5), crop_ratio=(1.0, 1.0))
+    boxes = [augment.draw_crop(row, 6, 7, config) for row in augment.draw_uniforms(1, 0, np.arange(300), 0)]
+    assert {box.top for box in boxes} == set(range(6 - 5 + 1))
+    assert {box.left for box in boxes} == set(range(7 - 5 + 1))
+
+
 # --- geometry
 
 

@@ -5,6 +5,8 @@ import torch
 from torch.nn import functional
 
 from m2t_accel import monitor
+from m2t_accel.data import BadImage
+from m2t_accel.recipes import build_config
 
 
 @pytest.mark.parametrize(("spread", "low", "high"), [(0.0, 0.0, 0.0), (1e-3, 0.0, 0.01), (1e3, 0.97, 1.01)])
@@ -24,3 +26,19 @@ def test_curves_are_drawn(tmp_path, with_knn):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monitor.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", "title")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("num_images", "fraction", "allowed"), [(100, 0.001, 10), (100, 0.5, 50), (1_000_000, 0.0001, 100), (50_000, 0, 10)]
+)
+def test_how_many_bad_images_are_allowed(num_images, fraction, allowed):
+    config = build_config({"recipe": "digits", "max_bad_fraction": fraction})
+    bad = monitor.BadImages(config, num_images)
+    bad.add([BadImage(sample, "a.jpg", "cut") for sample in range(allowed)])
+    assert bad.add([BadImage(0, "a.jpg", "cut")]) == []
+    bad.check()
+    assert len(bad.add([BadImage(allowed, "b.jpg", "cut")])) == 1
+    with pytest.raises(
+        monitor.TooManyBadImagesError, match=rf"{allowed + 1} of {num_images:,} .*more than the {allowed}"
+    ):
+        bad.check()

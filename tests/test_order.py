@@ -1,3 +1,4 @@
+import itertools
 import time
 import tracemalloc
 
@@ -114,6 +115,15 @@ def test_pools_are_shuffled_and_epochs_differ():
     assert samples_of(pooled, 0, 0) == first  # going back to an epoch
     pieces = [piece for piece, _ in first[:4]]
     assert len(set(pieces)) > 1  # a sub-batch is of several pieces
+
+
+def test_every_pool_has_a_shuffle_of_its_own(monkeypatch):
+    monkeypatch.setattr(order, "POOL_SIZE", 16)
+    sizes = np.full(1000, 10, np.int32)
+    pooled, reseeded = PooledOrder(sizes, settings()), PooledOrder(sizes, settings(seed=1))
+    places = list(itertools.product((0, 1), (0, 3), (0, 1)))  # epoch, device, index
+    shuffles = [part.pool(*place).shuffle.tobytes() for part in (pooled, reseeded) for place in places]
+    assert len(set(shuffles)) == len(shuffles) == 16
 
 
 SIZES = {  # samples: pieces, rows of each

@@ -451,7 +451,9 @@ def test_tars(tmp_path, streaming):
         samples, rows = images.train.read(2, 3, 5)
         assert samples.tolist() == [73, 74]
         assert [decode_image(row)[0, 0, 0] for row in rows] == [73, 74]
-        assert "2 pieces" not in images.note
+        assert "pieces (row groups, runs of a tar)" not in images.note
+        few = sources.load_images(settings(tmp_path, streaming=True, batch_size=64, device_batch_size=16)).note
+        assert "3 pieces (row groups, runs of a tar) for 4 virtual devices" in few
 
 
 def test_tars_without_labels(tmp_path):
