@@ -200,27 +200,29 @@ def index_parquet(files: Sequence[str]) -> pyarrow.Table:
 
 def read_footers(files: Sequence[str]) -> pyarrow.Table:
     with ThreadPoolExecutor(READERS) as readers:
-        footers = list(readers.map(read_footer, files))
+        outlines = list(readers.map(read_outline, files))
     # A file without rows may have anything for columns.
-    filled = [(file, footer.schema.to_arrow_schema()) for file, footer in zip(files, footers, strict=True)]
-    filled = [pair for pair, footer in zip(filled, footers, strict=True) if footer.num_rows] or filled
-    first_file, first = filled[0]
-    for file, schema in filled:
-        if sorted(schema.names) != sorted(first.names):
+    filled = [(file, names) for file, (names, rows) in zip(files, outlines, strict=True) if rows.any()]
+    first_file, first_names = (filled or [(files[0], outlines[0][0])])[0]
+    for file, names in filled:
+        if sorted(names) != sorted(first_names):
             raise ConfigurationError(
-                f"{file} has the columns {', '.join(schema.names)}, {first_file} has {', '.join(first.names)}: give a "
-                "folder of files that belong together"
+                f"{file} has the columns {', '.join(names)}, {first_file} has {', '.join(first_names)}: give a folder "
+                "of files that belong together"
             )
-    groups = [
-        (i, group)
-        for i, footer in enumerate(footers)
-        for group in range(footer.num_row_groups)
-        if footer.row_group(group).num_rows
-    ]
-    rows = [footers[i].row_group(group).num_rows for i, group in groups]
-    numbers = np.array(groups, np.int32).reshape(-1, 2)
-    table = pyarrow.table({"file": numbers[:, 0], "group": numbers[:, 1], "rows": np.array(rows, np.int32)})
-    return table.replace_schema_metadata({"schema": first.serialize().to_pybytes().hex()})
+    numbers = np.repeat(np.arange(len(files), dtype=np.int32), [len(rows) for _, rows in outlines])
+    groups = np.concatenate([np.arange(len(rows), dtype=np.int32) for _, rows in outlines])
+    rows = np.concatenate([rows for _, rows in outlines])
+    table = pyarrow.table({"file": numbers[rows > 0], "group": groups[rows > 0], "rows": rows[rows > 0]})
+    schema = read_footer(first_file).schema.to_arrow_schema()
+    return table.replace_schema_metadata({"schema": schema.serialize().to_pybytes().hex()})
+
+
+def read_outline(file: str) -> tuple[list[str], np.ndarray]:
+    """The columns of a parquet file and the rows of each of its groups, int32; its whole footer takes much more."""
+    footer = in_attempts(file, parquet.read_metadata)
+    rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+    return footer.schema.to_arrow_schema().names, np.array(rows, np.int32)
 
 
 @functools.lru_cache(maxsize=1024)
