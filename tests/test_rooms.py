@@ -11,7 +11,7 @@ from conftest import ROOT
 ROOMS = (
     "settings", "data_settings", "recipes", "protocols", "command_line", "launch", "interruption",
     "splitmix", "schedules", "momentum_norm", "model", "optim", "keys", "encoders",
-    "augment", "photometry", "decode", "order", "index", "shards", "sources", "buffers", "data", "loader",
+    "augment", "photometry", "decode", "order", "index", "shards", "columns", "sources", "buffers", "data", "loader",
     "pictures", "features", "checkpoint", "run_folder", "run_state", "saving", "monitor", "hub", "completion",
     "pretrain", "evaluation", "heads", "metrics", "probe", "finetune", "embedding",
     "publish", "export", "reference", "benchmark", "preview",
