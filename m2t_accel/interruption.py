@@ -18,7 +18,7 @@ import torch
 import torch.distributed
 from accelerate import Accelerator
 
-from m2t_accel.launch import control_group, launcher_words
+from m2t_accel.launch import control_group, groups, launcher_words
 from m2t_accel.settings import STATUS_CTRL_C, STATUS_GO_ON, Interrupted, in_short
 
 # SLURM and other schedulers send one of them before they end a job; Ctrl-C is SIGINT.
@@ -125,10 +125,12 @@ def lost_processes_in_one_line(accelerator: Accelerator, timeout: timedelta) -> 
 def who_is_missing(accelerator: Accelerator) -> str:
     """Which processes do not answer, as far as the first one can tell."""
     answers: list[str] = []
+    # A group on which no call has failed: gloo closes the connections of a call that timed out.
+    group = None if groups() is None else groups().patient
 
     def ask() -> None:
         try:
-            torch.distributed.monitored_barrier(control_group(), ROLL_CALL, wait_all_ranks=True)
+            torch.distributed.monitored_barrier(group, ROLL_CALL, wait_all_ranks=True)
         except (RuntimeError, ValueError) as error:
             answers.append(str(error))
 

@@ -96,3 +96,48 @@ def test_other_errors_are_left_as_they_are():
         raise RuntimeError("NCCL of one process")
     with pytest.raises(StopRequestedError), lost_processes_in_one_line(TwoProcesses(), timedelta(minutes=6)):
         raise StopRequestedError(signal.SIGTERM)
+
+
+SILENCE = """
+import os, sys, tempfile, time
+from datetime import timedelta
+import torch
+from m2t_accel import interruption
+from m2t_accel.launch import create_groups
+from m2t_accel.settings import Interrupted
+
+class OfThree:
+    num_processes, process_index = 3, 0
+
+torch.set_num_threads(1)
+interruption.ROLL_CALL = timedelta(seconds=2)
+path, children, timeout = tempfile.mktemp(), [], timedelta(seconds=2)
+for rank in range(3):
+    children.append(os.fork())
+    if children[-1] == 0:
+        store = torch.distributed.FileStore(path, 3)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=3)
+        create_groups(timeout)
+        agreement = interruption.Agreement(timeout)
+        agreement.reach()
+        if rank == 1:
+            time.sleep(60)
+        OfThree.process_index = rank
+        try:
+            with interruption.lost_processes_in_one_line(OfThree(), timeout):
+                agreement.reach()
+        except Interrupted as error:
+            print(error, flush=True)
+        os._exit(0)
+for child in (children[0], children[2]):
+    os.waitpid(child, 0)
+os.kill(children[1], 9)
+"""
+
+
+@pytest.mark.slow
+def test_who_is_silent_in_the_agreement_is_named(run_script):
+    """The group of a call that timed out is of no use any more: the roll is called over another."""
+    said = run_script("-c", SILENCE).stdout
+    assert "process 0 of 3 has lost the others: no word from process 1 (" in said
+    assert "process 2 of 3 has lost the others: " in said
