@@ -118,9 +118,9 @@ def some_requests(images: object, num_images: int) -> list[Request]:
         samples, rows = np.empty(0, np.int64), []
         for piece in np.random.default_rng(0).permutation(len(images.piece_sizes)):
             if len(rows) < num_images:
-                numbers, found = images.read(int(piece), 0, int(images.piece_sizes[piece]))
+                missing = num_images - len(rows)
+                numbers, found = images.open(int(piece))(0, min(missing, int(images.piece_sizes[piece])))
                 samples, rows = np.append(samples, numbers), rows + found
-        samples, rows = samples[:num_images], rows[:num_images]
     else:
         samples, rows = np.linspace(0, len(images) - 1, min(num_images, len(images))).astype(np.int64), None
     starts = range(0, len(samples) - BATCH_SIZE + 1, BATCH_SIZE)

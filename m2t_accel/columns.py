@@ -133,7 +133,7 @@ def label_names(feature: object, shards: ParquetShards, column: str) -> list[str
         ("string", "large_string", "bool", "int", "uint")
     ):
         return None
-    values = compute.unique(shards.values(column))
+    values = shards.values(column)
     if values.null_count or not len(values):
         return None
     values = values.to_pylist()

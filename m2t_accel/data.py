@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
@@ -34,8 +34,8 @@ from m2t_accel.augment import (
 from m2t_accel.buffers import Buffers, new_memory
 from m2t_accel.data_settings import ImageSettings, TrainingSettings
 from m2t_accel.decode import DecodeError, decode_bytes, decode_part, plain_jpeg_size, read_bytes
-from m2t_accel.order import PooledOrder, ShuffledOrder, steps_per_epoch
-from m2t_accel.shards import Shards
+from m2t_accel.order import Pool, PooledOrder, Segment, ShuffledOrder, steps_per_epoch
+from m2t_accel.shards import Reader, Shards
 
 MAX_PATH = 4096  # Linux's
 MAX_READERS = 16  # threads of a process that read pieces ahead; each waits for a disk or a network
@@ -143,23 +143,48 @@ class DeviceBatches:
 
     def pools(self, order: PooledOrder, readers: ThreadPoolExecutor) -> Iterator[list[PoolInReading]]:
         """For each stretch of steps to come the pools of this process's virtual devices, their reading begun."""
-        done = None
+        done, stretches = None, {device: Stretch(self.images, readers) for device in self.devices}
         for epoch, step in self.places():
             index = step // order.pool_batches
             if (epoch, index) != done:
                 done = (epoch, index)
-                yield [PoolInReading(self.images, order, readers, epoch, device, index) for device in self.devices]
+                yield [
+                    PoolInReading(order.pool(epoch, device, index), stretch) for device, stretch in stretches.items()
+                ]
+
+
+class Stretch:
+    """What the pools of a virtual device read, one after the other: a piece that two of them share is read once."""
+
+    def __init__(self, shards: Shards, readers: ThreadPoolExecutor) -> None:
+        self.shards = shards
+        self.readers = readers
+        self.read: Reader | None = None
+        self.last: Future | None = None  # of this reader, which is asked by one thread at a time
+        self.end: tuple[int, int] | None = None  # the piece and the row that it has come to
+
+    def submit(self, segment: Segment) -> Future:
+        """Begin to read a segment: its samples (n,) and their undecoded images."""
+        if self.end != (segment.piece, segment.first):
+            self.read, self.last = self.shards.open(segment.piece), None
+        self.last = self.readers.submit(read_after, self.last, self.read, segment.first, segment.stop)
+        self.end = (segment.piece, segment.stop)
+        return self.last
+
+
+def read_after(before: Future | None, read: Reader, first: int, stop: int) -> tuple[np.ndarray, list]:
+    """Read a segment when the one before it has been: it was begun earlier, so no thread waits for one to come."""
+    if before is not None:
+        wait([before])
+    return read(first, stop)
 
 
 class PoolInReading:
     """A pool whose segments are being read."""
 
-    def __init__(
-        self, shards: Shards, order: PooledOrder, readers: ThreadPoolExecutor, epoch: int, device: int, index: int
-    ) -> None:
-        pool = order.pool(epoch, device, index)
+    def __init__(self, pool: Pool, stretch: Stretch) -> None:
         self.shuffle = pool.shuffle
-        self.parts: list[Future] = [readers.submit(shards.read, *segment) for segment in pool.segments]
+        self.parts = [stretch.submit(segment) for segment in pool.segments]
 
     def result(self) -> tuple[np.ndarray, list[Mapping[str, object]]]:
         """Wait for it: the samples (n,) and their undecoded images, in the pool's order."""

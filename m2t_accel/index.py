@@ -5,12 +5,12 @@ Kept are small Arrow files below ~/.cache/m2t_accel (or $XDG_CACHE_HOME/m2t_acce
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
 import tarfile
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,11 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, NamedTuple, TypeVar
 
+import cachetools
 import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.feather
-from pyarrow import parquet
+from pyarrow import compute, parquet
 
 from m2t_accel.settings import ConfigurationError, in_short
 
@@ -35,9 +36,10 @@ IMAGE_EXTENSIONS = frozenset(
 SHARD_EXTENSIONS = (".parquet", ".tar")
 NOT_OURS = ("@eaDir", "__MACOSX")  # folders in which a NAS and macOS keep thumbnails and what else they know
 SETTLED = 2.0  # seconds; what was changed so short a time before its scan may change again under the same time stamp
-LAYOUT = 3  # of what is kept; another one is not read
+LAYOUT = 4  # of what is kept; another one is not read
 ATTEMPTS = 5  # at reading from a network, with 1, 2, 4 and 8 seconds between them
 READERS = 32  # threads that read the ends of shards
+FOOTERS = 16 << 20  # bytes of remote footers that are kept; in memory they take up to three times as much
 
 
 # --- files of a folder
@@ -188,17 +190,17 @@ def index_tar(paths: Sequence[str]) -> pyarrow.Table:
 
 
 def index_parquet(files: Sequence[str]) -> pyarrow.Table:
-    """The row groups of parquet files, local or remote (`hf://…`): `file` (its number), `group`, `rows`.
+    """The row groups of parquet files, local or remote (`hf://…`): of each file `rows`, a list of the rows of each.
 
     The schema is that of the first file with rows.
 
     Raises:
         ConfigurationError: a file is missing, cut or no parquet, or its columns are not those of the first.
     """
-    return kept_for_files("parquet", files, read_footers)
+    return kept_for_files("parquet", files, read_outlines)
 
 
-def read_footers(files: Sequence[str]) -> pyarrow.Table:
+def read_outlines(files: Sequence[str]) -> pyarrow.Table:
     with ThreadPoolExecutor(READERS) as readers:
         outlines = list(readers.map(read_outline, files))
     # A file without rows may have anything for columns.
@@ -210,12 +212,10 @@ def read_footers(files: Sequence[str]) -> pyarrow.Table:
                 f"{file} has the columns {', '.join(names)}, {first_file} has {', '.join(first_names)}: give a folder "
                 "of files that belong together"
             )
-    numbers = np.repeat(np.arange(len(files), dtype=np.int32), [len(rows) for _, rows in outlines])
-    groups = np.concatenate([np.arange(len(rows), dtype=np.int32) for _, rows in outlines])
-    rows = np.concatenate([rows for _, rows in outlines])
-    table = pyarrow.table({"file": numbers[rows > 0], "group": groups[rows > 0], "rows": rows[rows > 0]})
-    schema = read_footer(first_file).schema.to_arrow_schema()
-    return table.replace_schema_metadata({"schema": schema.serialize().to_pybytes().hex()})
+    ends = np.cumsum([0, *(len(rows) for _, rows in outlines)], dtype=np.int32)
+    rows = pyarrow.ListArray.from_arrays(ends, np.concatenate([rows for _, rows in outlines]))
+    schema = in_attempts(first_file, parquet.read_schema)
+    return pyarrow.table({"rows": rows}, metadata={"schema": schema.serialize().to_pybytes().hex()})
 
 
 def read_outline(file: str) -> tuple[list[str], np.ndarray]:
@@ -225,9 +225,40 @@ def read_outline(file: str) -> tuple[list[str], np.ndarray]:
     return footer.schema.to_arrow_schema().names, np.array(rows, np.int32)
 
 
-@functools.lru_cache(maxsize=1024)
-def read_footer(file: str) -> parquet.FileMetaData:
-    """What a parquet file says of itself at its end.
+def index_values(files: Sequence[str], column: str, kind: pyarrow.DataType) -> pyarrow.ChunkedArray:
+    """The different values of a column of parquet files, such as the labels, null among them if there is one.
+
+    Raises:
+        ConfigurationError: a file is missing or cut, or its values are not of this kind.
+    """
+
+    def read_values(files: Sequence[str]) -> pyarrow.Table:
+        def different(file: str) -> pyarrow.ChunkedArray:
+            values = in_attempts(file, lambda source: parquet.read_table(source, columns=[column], use_threads=False))
+            try:
+                return compute.unique(values[column].cast(kind))
+            except pyarrow.ArrowException as error:
+                raise columns_differ([column], file, error) from None
+
+        with ThreadPoolExecutor(READERS) as readers:
+            values = pyarrow.chunked_array(list(readers.map(different, files)), kind)
+        return pyarrow.table({"value": compute.unique(values)})
+
+    return kept_for_files(f"values-{column}-{kind}", files, read_values)["value"]
+
+
+def columns_differ(columns: Sequence[str], file: str, error: Exception) -> ConfigurationError:
+    return ConfigurationError(
+        f"the columns {', '.join(columns)} of {file} differ from those of other files ({in_short(error)}): "
+        "give a folder of files that belong together"
+    )
+
+
+@cachetools.cached(cachetools.LRUCache(FOOTERS, lambda footer: footer.serialized_size), lock=threading.Lock())
+def remote_footer(file: str) -> parquet.FileMetaData:
+    """What a parquet file says of itself at its end, without which none of its row groups can be read.
+
+    Of a local file it is read again each time, which takes 0.1 ms; of a remote one it would take as long as an image.
 
     Raises:
         ConfigurationError: it is missing, cut or no parquet.
@@ -241,22 +272,35 @@ def in_attempts(file: str, read: Callable[[IO[bytes]], Read]) -> Read:
     Raises:
         ConfigurationError: the file is missing or cut, or the network stays away.
     """
+
+    def open_and_read() -> Read:
+        with open_shard(file) as source:
+            return read(source)
+
+    return attempts(file, open_and_read)
+
+
+def attempts(file: str, read: Callable[[], Read]) -> Read:
+    """As in_attempts, where `read` opens the shard itself."""
     for attempt in range(ATTEMPTS):
         try:
-            with open_shard(file) as source:
-                return read(source)
+            return read()
         except ConfigurationError:
             raise
         except Exception as error:  # of pyarrow, fsspec, huggingface_hub and httpx: no common ancestor
-            if "://" not in file or attempt == ATTEMPTS - 1:
+            if not is_remote(file) or isinstance(error, FileNotFoundError) or attempt == ATTEMPTS - 1:
                 raise unreadable_shard(file, error) from error
             time.sleep(2**attempt)
     raise AssertionError("not reached")
 
 
-def open_shard(file: str):
+def is_remote(file: str) -> bool:
+    return "://" in file
+
+
+def open_shard(file: str) -> IO[bytes]:
     """A file, local or remote, open for reading at any place."""
-    if "://" not in file:
+    if not is_remote(file):
         return open(file, "rb")
     filesystem, path = fsspec.core.url_to_fs(file)
     return filesystem.open(path, "rb", cache_type="none")  # pyarrow asks for what it needs
@@ -285,7 +329,7 @@ def kept_for_files(kind: str, files: Sequence[str], build: Callable[[Sequence[st
 
 def file_fingerprint(file: str) -> list[object]:
     """What says that a local file is the same; a remote one is named with its revision, and does not change."""
-    if "://" in file:
+    if is_remote(file):
         return [file]
     try:
         status = os.stat(file)

@@ -26,11 +26,6 @@ def steps_per_epoch(num_samples: int, batch_size: int) -> int:
     return num_samples // batch_size
 
 
-def batches_of_a_pool(config: TrainingSettings) -> int:
-    """Sub-batches that a pool holds."""
-    return max(POOL_SIZE // config.num_virtual_devices // config.device_batch_size, MIN_POOL_BATCHES)
-
-
 def permuted(positions: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
     """Where a permutation of range(size), chosen by the key, takes these positions: int64 of their shape.
 
@@ -94,8 +89,8 @@ class PooledOrder:
     The pieces in a seeded order make one sequence of samples. Each virtual device has an equal stretch of it,
     cut into pools of some sub-batches, and a pool is shuffled. So all virtual devices together show every sample once,
     up to the dropped last batch; a process reads the pools of its virtual devices and nothing else, except that
-    a piece on the border of two stretches or pools is read for both; and where there are fewer pieces than virtual
-    devices, every one of them reads a part of a piece, and throws the rest away.
+    of a piece that a stretch or a resumed run begins in, the rows before are read and thrown away; where there are
+    fewer pieces than virtual devices, that is a part of a piece for every one of them.
     """
 
     def __init__(self, piece_sizes: np.ndarray, config: TrainingSettings) -> None:
@@ -105,17 +100,20 @@ class PooledOrder:
         self.size = config.device_batch_size
         self.num_virtual_devices = config.num_virtual_devices
         self.steps = steps_per_epoch(self.num_samples, config.batch_size)
-        self.pool_batches = batches_of_a_pool(config)
+        self.pool_batches = max(POOL_SIZE // config.batch_size, MIN_POOL_BATCHES)
         self.epoch: int | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Lay out the pieces of an epoch."""
         if epoch == self.epoch:
             return
-        self.order = np.arange(len(self.piece_sizes), dtype=np.int32)  # 10 million row groups of a billion samples
+        self.order = self.ends = None  # of ten million pieces, of a billion samples, either takes 40 MB
+        self.order = np.arange(len(self.piece_sizes), dtype=np.int32)
         np.random.default_rng((PIECES_STREAM, self.seed, epoch)).shuffle(self.order)
-        dtype = np.int32 if self.num_samples < 2**31 else np.int64
-        self.ends = np.cumsum(self.piece_sizes[self.order], dtype=dtype)
+        sizes = np.empty(len(self.order), np.int32 if self.num_samples < 2**31 else np.int64)
+        for at in range(0, len(sizes), 2**20):  # numpy makes int64 of the numbers that it looks up
+            sizes[at : at + 2**20] = self.piece_sizes[self.order[at : at + 2**20]]
+        self.ends = np.cumsum(sizes, dtype=sizes.dtype, out=sizes)
         self.epoch = epoch
 
     def num_pools(self) -> int:

@@ -90,7 +90,7 @@ def first_images(images: object, config: PretrainConfig):
         pooled = PooledOrder(images.piece_sizes, config)
         pooled.set_epoch(0)
         for piece in pooled.order:
-            samples, rows = images.read(int(piece), 0, min(3, int(images.piece_sizes[piece])))
+            samples, rows = images.open(int(piece))(0, min(3, int(images.piece_sizes[piece])))
             yield from zip(samples.tolist(), rows, strict=True)
         return
     shuffled = ShuffledOrder(len(images), config)

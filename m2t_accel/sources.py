@@ -22,7 +22,6 @@ from pyarrow import compute
 from m2t_accel.columns import find_columns, label_names, standard_columns, with_names
 from m2t_accel.data_settings import ImageSettings
 from m2t_accel.index import IMAGE_EXTENSIONS, SHARD_EXTENSIONS, find_files, index_tars
-from m2t_accel.order import batches_of_a_pool
 from m2t_accel.settings import ConfigurationError, in_short
 from m2t_accel.shards import ParquetShards, Shards, TarShards
 
@@ -76,7 +75,7 @@ def outlines(images: Dataset | Shards) -> Iterator[np.ndarray | str]:
     """What can be told of images without reading them: names, and sizes where a table holds them."""
     if isinstance(images, Shards):
         yield "\n".join(images.files)
-        yield from (images.file, images.piece_sizes)
+        yield images.piece_sizes
         return
     # First all names and then all sizes, so that it does not matter how a table is cut into chunks.
     columns = [chunk.flatten() for chunk in images.data.column("image").chunks]
@@ -126,18 +125,12 @@ def load_images(config: ImageSettings) -> ImageData:
             train = TarShards(train)
         else:
             remarks.append("--streaming changes nothing for images that can be read one by one")
-    if isinstance(train, Shards) and len(train.piece_sizes) < config.num_virtual_devices:
+    if isinstance(train, Shards) and (num_pieces := np.count_nonzero(train.piece_sizes)) < config.num_virtual_devices:
         remarks.append(
-            f"{len(train.piece_sizes)} pieces (row groups, runs of a tar) for {config.num_virtual_devices} virtual "
-            "devices: each piece is read once for every device that shows a part of it"
+            f"{num_pieces} {'piece' if num_pieces == 1 else 'pieces'} (row groups, runs of a tar) for "
+            f"{config.num_virtual_devices} virtual devices: each device reads a piece from its begin to the part that "
+            "it shows"
         )
-    if isinstance(train, Shards):
-        size, pool = int(np.median(train.piece_sizes)), batches_of_a_pool(config) * config.device_batch_size
-        if size > pool:
-            remarks.append(
-                f"row groups of {size:,} images, of which a pool shows {pool:,}: each is read whole about "
-                f"{1 + size // pool} times an epoch and held in memory; write shards with smaller ones"
-            )
     return ImageData(train, bank, validation, class_names, "; ".join([note, *remarks]), str(folder))
 
 
@@ -185,12 +178,13 @@ def streamed(
         limit = min(MAX_STREAMED_QUERIES, config.validation_fraction * len(train))
         held_out = spread_pieces(train.piece_sizes, limit)
         if len(held_out):
-            validation = train.select(held_out)
-            train = train.select(np.setdiff1d(np.arange(len(train.piece_sizes)), held_out))
+            chosen = np.zeros(len(train.piece_sizes), bool)
+            chosen[held_out] = True
+            train, validation = train.select(~chosen), train.select(chosen)
         elif limit:
             remarks.append(
-                f"no image is held out, because the smallest row group has {train.piece_sizes.min():,}, more than the "
-                f"{limit:,.0f} wanted"
+                f"no image is held out, because the smallest row group has {smallest(train.piece_sizes)[1]:,}, more "
+                f"than the {limit:,.0f} wanted"
             )
     parts = {"train": (train, MAX_STREAMED_BANK)} | ({"val": (validation, MAX_STREAMED_QUERIES)} if validation else {})
     splits = {}
@@ -198,7 +192,7 @@ def streamed(
         # Where the least is too much, it is taken all the same: at least one piece.
         pieces = spread_pieces(shards.piece_sizes, limit)
         splits[name] = shards.dataset(
-            pieces if len(pieces) else np.array([shards.piece_sizes.argmin()]), [image, label]
+            pieces if len(pieces) else np.array(smallest(shards.piece_sizes)[:1]), [image, label]
         )
     # Which classes there are say all labels, not those of the images in memory.
     names = label_names(splits["train"].features[label], whole, label)
@@ -218,14 +212,22 @@ def streamed(
 
 def spread_pieces(sizes: np.ndarray, num_images: float) -> np.ndarray:
     """Pieces evenly spread that hold at most so many images: all if they do, none where the smallest holds more."""
+    filled = np.flatnonzero(sizes)
     if sizes.sum(dtype=np.int64) <= num_images:
-        return np.arange(len(sizes))
-    for number in range(int(min(num_images / max(1.0, sizes.mean()), len(sizes))), 0, -1):
-        pieces = np.unique(np.linspace(0, len(sizes) - 1, number + 2)[1:-1].round().astype(int))
+        return filled
+    for number in range(int(min(num_images / sizes[filled].mean(), len(filled))), 0, -1):
+        pieces = filled[np.unique(np.linspace(0, len(filled) - 1, number + 2)[1:-1].round().astype(int))]
         if sizes[pieces].sum() <= num_images:
             return pieces
-    smallest = int(sizes.argmin())
-    return np.array([smallest] if sizes[smallest] <= num_images else [], int)
+    piece, size = smallest(sizes)
+    return np.array([piece] if size <= num_images else [], int)
+
+
+def smallest(sizes: np.ndarray) -> tuple[int, int]:
+    """The smallest piece that is not empty, and its size."""
+    filled = np.flatnonzero(sizes)
+    piece = int(filled[sizes[filled].argmin()])
+    return piece, int(sizes[piece])
 
 
 def load_digits() -> dict[str, Dataset]:
@@ -288,7 +290,9 @@ def load_folder(
     if config.streaming:
         return shards
     # `datasets` stumbles over a file without rows.
-    whole = {name: [part.files[i] for i in np.unique(part.file)] for name, part in shards.items() if len(part)}
+    whole = {
+        name: [part.files[i] for i in np.flatnonzero(part.file_sizes)] for name, part in shards.items() if len(part)
+    }
     return call_datasets(config, "parquet", data_files=whole) if whole else {}
 
 

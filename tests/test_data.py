@@ -10,7 +10,8 @@ import torch
 from conftest import natural_image, settings, write_image, write_parquet, write_tar
 from PIL import Image
 
-from m2t_accel import data, order
+from m2t_accel import data, order, shards
+from m2t_accel.decode import decode_image
 from m2t_accel.loader import create_loader, read
 from m2t_accel.order import permuted
 from m2t_accel.recipes import build_config
@@ -146,14 +147,35 @@ def test_a_resume_reads_one_pool_again_and_nothing_else(tmp_path, monkeypatch):
     write_parquet(tmp_path / "train-0.parquet", 0, 160, row_group_size=4)
     config = settings(tmp_path, streaming=True, batch_size=8, device_batch_size=8, validation_fraction=0, epochs=2)
     images = load_images(config).train
-    read, whole = [], type(images).table
-    monkeypatch.setattr(
-        type(images), "table", lambda self, piece, columns: read.append(piece) or whole(self, piece, columns)
-    )
+    read, whole = [], type(images).open
+    monkeypatch.setattr(type(images), "open", lambda self, piece: read.append(piece) or whole(self, piece))
     list(data.DeviceBatches(images, config, 1, 0, first_step=20 + 3))
     pooled = order.PooledOrder(images.piece_sizes, config)
-    wanted = [segment.piece for index in range(1, pooled.num_pools()) for segment in pooled.pool(1, 0, index).segments]
-    assert sorted(read) == sorted(wanted)  # of the second epoch, from the pool of its third step on
+    wanted = {segment.piece for index in range(1, pooled.num_pools()) for segment in pooled.pool(1, 0, index).segments}
+    assert len(read) == len(wanted) == 36  # a piece that two pools share is opened once
+    assert set(read) == wanted  # of the second epoch, from the pool of its third step on
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_piece_that_many_pools_share_is_read_once(tmp_path, monkeypatch, num_devices):
+    """By each device whose stretch it lies in; and every pool gets the rows that are its own."""
+    monkeypatch.setattr(order, "POOL_SIZE", 16)
+    monkeypatch.setattr(order, "MIN_POOL_BATCHES", 2)
+    write_parquet(tmp_path / "train-0.parquet", 0, 160, row_group_size=160)
+    config = settings(
+        tmp_path, streaming=True, batch_size=8, device_batch_size=8 // num_devices, validation_fraction=0, epochs=2
+    )
+    images = load_images(config).train
+    opened, decoded, whole = [], [], shards.open_shard
+    monkeypatch.setattr(shards, "open_shard", lambda file: opened.append(file) or whole(file))
+    undecoded = shards.undecoded
+    monkeypatch.setattr(shards, "undecoded", lambda row, place: decoded.append(place) or undecoded(row, place))
+    requests = list(data.DeviceBatches(images, config, 1, 0))
+    assert len(opened) == 2 * num_devices  # of each epoch
+    assert len(decoded) == 2 * 160
+    assert sorted(np.concatenate([request.samples for request in requests])) == sorted([*range(160)] * 2)
+    for request in requests:
+        assert [decode_image(image)[0, 0, 0] for image in request.images] == request.samples.tolist()
 
 
 # --- views

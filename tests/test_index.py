@@ -151,11 +151,23 @@ def test_a_footer_that_does_not_come_at_once_is_asked_for_again(tmp_path, monkey
 
     monkeypatch.setattr(index, "open_shard", open_shard)
     monkeypatch.setattr(index.time, "sleep", waited.append)
-    assert index.read_footer("hf://datasets/some/a.parquet").num_rows == 6
+    assert index.remote_footer("hf://datasets/some/a.parquet").num_rows == 6
     assert waited == [1, 2]
     with pytest.raises(ConfigurationError, match=r"cannot be read \(ConnectionError: 503\)"):
-        index.read_footer("hf://datasets/some/b.parquet")
+        index.remote_footer("hf://datasets/some/b.parquet")
     assert waited == [1, 2, 1, 2, 4, 8]
+    assert index.remote_footer("hf://datasets/some/a.parquet").num_rows == 6
+    assert len(tried) == 3 + 5  # that of a is kept
+
+
+def test_a_remote_shard_that_is_not_there_is_not_asked_for_again(monkeypatch):
+    def open_shard(file):
+        raise FileNotFoundError(file)
+
+    monkeypatch.setattr(index, "open_shard", open_shard)
+    monkeypatch.setattr(index.time, "sleep", None)
+    with pytest.raises(ConfigurationError, match=r"gone\.parquet cannot be read \(FileNotFoundError"):
+        index.remote_footer("hf://datasets/some/gone.parquet")
 
 
 def test_a_tar_is_indexed_once_and_again_when_it_changes(tmp_path, monkeypatch):

@@ -1,7 +1,16 @@
+import sys
+import time
+import tracemalloc
+
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import write_parquet, write_tar
 
+from m2t_accel import index, shards
+from m2t_accel.decode import decode_image
+from m2t_accel.order import PooledOrder
 from m2t_accel.recipes import build_config
 from m2t_accel.settings import ConfigurationError
 from m2t_accel.shards import ParquetShards, Shards
@@ -10,28 +19,121 @@ from m2t_accel.sources import load_images
 
 def test_both_kinds_are_shards(tmp_path):
     write_parquet(tmp_path / "a.parquet", 0, 10, row_group_size=4)
-    shards = ParquetShards([str(tmp_path / "a.parquet")])
-    assert isinstance(shards, Shards)
-    assert (len(shards), shards.piece_sizes.tolist()) == (10, [4, 4, 2])
+    found = ParquetShards([str(tmp_path / "a.parquet")])
+    assert isinstance(found, Shards)
+    assert (len(found), found.piece_sizes.tolist()) == (10, [4, 4, 2])
     (tmp_path / "tars").mkdir()
     write_tar(tmp_path / "tars" / "a.tar", 0, 10)
     config = build_config({"recipe": "digits", "dataset": str(tmp_path / "tars"), "batch_size": 4, "streaming": True})
     assert isinstance(load_images(config).train, Shards)
 
 
-def test_a_selection_keeps_the_numbers_of_its_samples(tmp_path):
-    write_parquet(tmp_path / "a.parquet", 0, 10, row_group_size=4)
-    some = ParquetShards([str(tmp_path / "a.parquet")]).select(np.array([0, 2]))
-    assert some.piece_sizes.tolist() == [4, 2]
-    assert some.read(1, 0, 2)[0].tolist() == [8, 9]
+def test_a_selection_numbers_its_samples_without_gaps(tmp_path):
+    for name, number in (("a", 10), ("b", 3), ("c", 9)):
+        write_parquet(tmp_path / f"{name}.parquet", 0, number, row_group_size=4)
+    whole = ParquetShards([str(tmp_path / f"{name}.parquet") for name in "abc"])
+    assert whole.piece_sizes.tolist() == [4, 4, 2, 3, 4, 4, 1]
+    some = whole.select(np.isin(np.arange(7), [0, 2, 5, 6]))
+    assert (len(some), some.piece_sizes.tolist()) == (11, [4, 0, 2, 0, 0, 4, 1])
+    samples = [some.open(piece)(0, some.piece_sizes[piece])[0].tolist() for piece in (0, 2, 5, 6)]
+    assert samples == [[0, 1, 2, 3], [4, 5], [6, 7, 8, 9], [10]]
+    assert whole.open(5)(1, 3)[0].tolist() == [18, 19]
+
+
+# --- read onwards
+
+
+def test_a_row_group_is_read_onwards_and_from_the_begin_where_it_must(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "a.parquet", 0, 200, row_group_size=200)
+    opened, whole = [], shards.open_shard
+    monkeypatch.setattr(shards, "open_shard", lambda file: opened.append(whole(file)) or opened[-1])
+    readers = [ParquetShards([str(tmp_path / "a.parquet")]).open(0)]
+
+    def rows(first, stop):
+        samples, images = readers[0](first, stop)
+        assert samples.tolist() == list(range(first, stop))
+        return [decode_image(image)[0, 0, 0] for image in images]
+
+    assert rows(3, 10) == list(range(3, 10))
+    assert rows(10, 150) == list(range(10, 150))
+    assert rows(180, 199) == list(range(180, 199))
+    assert (len(opened), opened[0].closed) == (1, False)
+    assert rows(20, 30) == list(range(20, 30))
+    assert (len(opened), opened[0].closed) == (2, True)
+    assert rows(199, 200) == [199]
+    assert opened[1].closed  # nothing is left of it
+    assert rows(0, 200) == list(range(200))
+    assert (len(opened), opened[2].closed) == (3, True)
+    rows(0, 5)
+    readers.clear()
+    assert opened[3].closed
+
+
+def test_a_network_that_fails_within_a_row_group_costs_no_row(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "a.parquet", 0, 200, row_group_size=200)
+    local, opened = str(tmp_path / "a.parquet"), []
+
+    def fails_while_rows_are_read(file):
+        opened.append(file)
+        if len(opened) in (2, 3):
+            raise ConnectionError("503")
+        return open(local, "rb")
+
+    monkeypatch.setattr(shards, "open_shard", fails_while_rows_are_read)
+    monkeypatch.setattr(shards, "remote_footer", lambda file: pyarrow.parquet.read_metadata(local))
+    waited = []
+    monkeypatch.setattr(index.time, "sleep", waited.append)
+    group = shards.RowGroup("hf://datasets/some/a.parquet", 0, "image", 200)
+    first = group.read(0, 70)
+    group.batches = iter([])  # the connection is lost: no more comes
+    rest = group.read(70, 200)
+    assert [decode_image(row)[0, 0, 0] for row in first + rest] == list(range(200))
+    assert len(opened) == 4
+    assert waited == [1, 2, 4]
+
+
+def test_a_large_row_group_is_not_held(tmp_path):
+    images = [{"bytes": np.random.default_rng(i).bytes(100_000), "path": None} for i in range(640)]
+    table = pyarrow.table({"image": images})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=640, write_batch_size=16)
+    del images, table
+    read, before = ParquetShards([str(tmp_path / "a.parquet")]).open(0), pyarrow.total_allocated_bytes()
+    for first in range(0, 640, 64):
+        read(first, first + 64 - (first == 576))
+        assert pyarrow.total_allocated_bytes() - before < 32e6  # of 64: a buffer, a page and what is read at once
+
+
+def test_the_plan_of_a_billion_images_with_its_shards_takes_200_megabytes(monkeypatch):
+    """What a rank holds to know who reads what: names, row groups, and the order of an epoch; and at its peak."""
+    num_files, groups = 100_000, 100
+    rows = pyarrow.ListArray.from_arrays(
+        np.arange(0, (num_files + 1) * groups, groups, dtype=np.int32), np.full(num_files * groups, 100, np.int32)
+    )
+    table = pyarrow.table({"rows": rows}, metadata={"schema": "00"})
+    monkeypatch.setattr(shards, "index_parquet", lambda files: table)
+    names = [f"/data/some/where/train-{i:05}-of-{num_files}.parquet" for i in range(num_files)]
+    config = build_config({"recipe": "digits", "batch_size": 1024 * 32, "device_batch_size": 32})
+    chosen = np.arange(num_files * groups) > 0
+    tracemalloc.start()
+    started = time.perf_counter()
+    rest = ParquetShards(names).select(chosen)
+    pool = PooledOrder(rest.piece_sizes, config).pool(epoch=3, device=1023, index=0)
+    first = pool.segments[0]
+    place, sample = rest.place(first.piece), rest.first_sample(first.piece)
+    seconds, peak = time.perf_counter() - started, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (place, sample) == (divmod(first.piece, 100), first.piece * 100 - 100)
+    assert len(rest) == 10**9 - 100
+    assert seconds < 2
+    assert peak + table.nbytes + chosen.nbytes + sum(map(sys.getsizeof, names)) < 200e6
 
 
 def test_a_shard_that_has_gone(tmp_path):
     write_parquet(tmp_path / "a.parquet", 0, 10, row_group_size=4)
-    shards = ParquetShards([str(tmp_path / "a.parquet")])
+    gone = ParquetShards([str(tmp_path / "a.parquet")])
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(ConfigurationError, match=r"the shard .*a\.parquet cannot be read .*move it away"):
-        shards.read(0, 0, 1)
+        gone.open(0)(0, 1)
 
 
 def test_shards_that_do_not_belong_together(tmp_path):

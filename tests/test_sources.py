@@ -97,7 +97,11 @@ def test_parquet_as_people_have_it(tmp_path, streaming):
     assert (len(images.train), images.validation) == (6, None)
     assert "no labels, because the column label has not one for all images" in images.note
     assert images.lacks.endswith(f"found: {images.note}")
-    rows = images.train.read(0, 0, 6)[1] if streaming else read_rows(images.train, range(6))
+    rows = (
+        images.train.open(images.train.piece_sizes.argmax())(0, 6)[1]
+        if streaming
+        else read_rows(images.train, range(6))
+    )
     assert [decode_image(row)[0, 0, 0] for row in rows] == [40 * i for i in range(6)]
 
 
@@ -289,16 +293,6 @@ def test_a_data_set_is_the_same_however_its_folder_is_spelled(image_net, monkeyp
     assert len({sources.load_images(settings(spelling)).fingerprint for spelling in spellings}) == 1
 
 
-def test_row_groups_larger_than_a_pool_are_told(tmp_path):
-    write_parquet(tmp_path / "train.parquet", 0, 100, row_group_size=50)
-    two, many = (
-        sources.load_images(settings(tmp_path, streaming=True, batch_size=size, device_batch_size=2)).note
-        for size in (4, 2048)
-    )
-    assert "row groups of 50" not in two, "a pool has half of 8192"
-    assert "row groups of 50 images, of which a pool shows 16: each is read whole about 4 times an epoch" in many
-
-
 def test_what_is_not_used_is_told(tmp_path):
     for name in ("a/1.jpg", "b/2.JFIF", "@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "__MACOSX/a/1.jpg", "a/._1.jpg"):
         write_image(tmp_path / "images" / f"{name}.png")
@@ -342,7 +336,7 @@ def test_a_dataset_of_the_hub_over_http(tmp_path, run_script):
             "config = recipes.build_config({'recipe': 'digits', 'dataset': 'someone/pictures', 'batch_size': 4, "
             "'streaming': True})\n"
             "images = sources.load_images(config)\n"
-            "samples, rows = images.train.read(0, 2, 8)\n"
+            "samples, rows = images.train.open(0)(2, 8)\n"
             "print(images.note, samples, [int(decode.decode_image(row)[0, 0, 0]) for row in rows], "
             "images.train.files[0])"
         )
@@ -386,7 +380,7 @@ def test_tars(tmp_path, streaming):
     assert [pixel(images.bank, sample) for sample in (0, 69, 70, 89)] == [0, 69, 70, 89]
     if streaming:
         assert images.train.piece_sizes.tolist() == [64, 6, 20]
-        samples, rows = images.train.read(2, 3, 5)
+        samples, rows = images.train.open(2)(3, 5)
         assert samples.tolist() == [73, 74]
         assert [decode_image(row)[0, 0, 0] for row in rows] == [73, 74]
         assert "pieces (row groups, runs of a tar)" not in images.note
@@ -407,7 +401,7 @@ def test_streamed_parquet(tmp_path):
     assert images.train.piece_sizes.tolist() == [10, 10, 10, 10, 10, 5]
     assert (len(images.train), len(images.bank), len(images.validation)) == (55, 55, 6)
     assert images.class_names == ["even", "odd"]
-    samples, rows = images.train.read(4, 8, 10)
+    samples, rows = images.train.open(4)(8, 10)
     assert samples.tolist() == [48, 49]
     assert [decode_image(row)[0, 0, 0] for row in rows] == [48, 49]
     assert rows[0]["path"] == f"row 8 of row group 1 of {tmp_path}/train-1.parquet"
@@ -417,7 +411,12 @@ def test_streamed_images_are_held_out_piece_by_piece(tmp_path):
     write_parquet(tmp_path / "all.parquet", 0, 100, row_group_size=10)
     images = sources.load_images(settings(tmp_path, streaming=True, validation_fraction=0.2))
     assert (len(images.train), len(images.validation)) == (80, 20)
-    seen = {decode_image(row)[0, 0, 0] for piece in range(8) for row in images.train.read(piece, 0, 10)[1]}
+    assert sorted(images.train.piece_sizes.tolist()) == [0, 0, *[10] * 8]
+    seen = {
+        decode_image(row)[0, 0, 0]
+        for piece, size in enumerate(images.train.piece_sizes)
+        for row in images.train.open(piece)(0, size)[1]
+    }
     held_out = {pixel(images.validation, i) for i in range(20)}
     assert len(seen) == 80
     assert len(held_out) == 20
@@ -428,9 +427,7 @@ def test_streamed_images_are_held_out_piece_by_piece(tmp_path):
 def test_few_pieces_and_what_they_cost_are_told(tmp_path):
     write_parquet(tmp_path / "all.parquet", 0, 64, row_group_size=64)
     images = sources.load_images(settings(tmp_path, streaming=True, batch_size=16, device_batch_size=2))
-    assert (
-        "1 pieces (row groups, runs of a tar) for 8 virtual devices: each piece is read once for every" in images.note
-    )
+    assert "1 piece (row groups, runs of a tar) for 8 virtual devices: each device reads a piece from" in images.note
     assert images.validation is None
 
 
@@ -471,7 +468,7 @@ def test_streamed_images_of_another_column_are_held_out(tmp_path):
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=5)
     images = sources.load_images(settings(tmp_path, streaming=True, image_column="mask", validation_fraction=0.2))
     assert len(images.validation) < len(images.train) < 40
-    samples, found = images.train.read(0, 0, 5)
+    samples, found = images.train.open(0)(0, 5)
     assert [decode_image(row)[0, 0, 0] for row in found] == (60 + samples).tolist()
     assert pixel(images.validation, 0) >= 60
 
