@@ -244,7 +244,7 @@ def index_values(files: Sequence[str], column: str, kind: pyarrow.DataType) -> p
             values = pyarrow.chunked_array(list(readers.map(different, files)), kind)
         return pyarrow.table({"value": compute.unique(values)})
 
-    return kept_for_files(f"values-{column}-{kind}", files, read_values)["value"]
+    return kept_for_files("values", files, read_values, column, str(kind))["value"]
 
 
 def columns_differ(columns: Sequence[str], file: str, error: Exception) -> ConfigurationError:
@@ -316,9 +316,11 @@ def unreadable_shard(file: str, error: Exception) -> ConfigurationError:
 # --- what is kept
 
 
-def kept_for_files(kind: str, files: Sequence[str], build: Callable[[Sequence[str]], pyarrow.Table]) -> pyarrow.Table:
-    """The table built of some files, kept for as long as their sizes and times are the same."""
-    fingerprint = json.dumps([file_fingerprint(file) for file in files])
+def kept_for_files(
+    kind: str, files: Sequence[str], build: Callable[[Sequence[str]], pyarrow.Table], *words: str
+) -> pyarrow.Table:
+    """The table built of some files, kept for as long as their sizes and times are the same, and the words."""
+    fingerprint = json.dumps([*words, *(file_fingerprint(file) for file in files)])
     kept = cache_file(kind, fingerprint)
     table = read_cache(kept)
     if table is None:

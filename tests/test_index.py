@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 from conftest import write_image, write_parquet, write_tar
+from pyarrow import parquet
 
 from m2t_accel import index
 from m2t_accel.settings import ConfigurationError
@@ -168,6 +169,25 @@ def test_a_remote_shard_that_is_not_there_is_not_asked_for_again(monkeypatch):
     monkeypatch.setattr(index.time, "sleep", None)
     with pytest.raises(ConfigurationError, match=r"gone\.parquet cannot be read \(FileNotFoundError"):
         index.remote_footer("hf://datasets/some/gone.parquet")
+
+
+def test_the_values_of_a_column_are_read_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rows = {"a/../b": ["x", "y", "x", None], "label": [3, 1, 1, 3]}
+    files = [str(tmp_path / "1.parquet"), str(tmp_path / "2.parquet")]
+    for file in files:
+        parquet.write_table(pyarrow.table(rows), file, row_group_size=1)
+    read, whole = [], parquet.read_table
+    monkeypatch.setattr(index.parquet, "read_table", lambda *a, **k: read.append(k["columns"]) or whole(*a, **k))
+    for _ in range(2):
+        assert index.index_values(files, "label", pyarrow.int64()).to_pylist() == [3, 1]
+        assert index.index_values(files, "a/../b", pyarrow.string()).to_pylist() == ["x", "y", None]
+    assert read == [["label"]] * 2 + [["a/../b"]] * 2
+    parquet.write_table(pyarrow.table(rows | {"label": [7, 1, 1, 3]}), files[0])
+    assert index.index_values(files, "label", pyarrow.int64()).to_pylist() == [7, 1, 3]
+    parquet.write_table(pyarrow.table(rows | {"label": list("abcd")}), files[1])
+    with pytest.raises(ConfigurationError, match=r"the columns label of .*2\.parquet differ from those of other files"):
+        index.index_values(files, "label", pyarrow.int64())
 
 
 def test_a_tar_is_indexed_once_and_again_when_it_changes(tmp_path, monkeypatch):
