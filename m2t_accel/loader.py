@@ -103,7 +103,7 @@ def read(loader: DataLoader, device: torch.device | None = None) -> Iterator:
             batches = workers.of(loader)
         while (batch := next_of(batches)) is not None:
             yield send(batch, device, stream) if device is not None and isinstance(batch, ViewBatch) else batch
-    except BaseException as error:
+    except (Exception, KeyboardInterrupt) as error:
         # The workers end here. With an error that somebody keeps they would live on, and be ended as garbage is: with
         # their queues, whose threads then still close what the collector closes, or what was opened in its place.
         traceback.clear_frames(error.__traceback__)
@@ -129,13 +129,21 @@ class Workers:
             return iter(loader)
         finally:
             self.processes = set(multiprocessing.active_children()) - others
-            atexit.register(self.end)
+            if self.processes:
+                atexit.register(self.end_with_program)
 
     def end(self) -> None:
-        atexit.unregister(self.end)
-        for process in self.processes:
+        if self.processes:  # else the program may have ended, and its modules with it
+            atexit.unregister(self.end_with_program)
+        while self.processes:
+            process = self.processes.pop()
             if process.is_alive():
                 process.kill()
+
+    def end_with_program(self) -> None:
+        with contextlib.suppress(ValueError):  # signals are of the main thread
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would tell of workers that are killed
+        self.end()
 
 
 def next_of(batches: Iterator) -> object | None:

@@ -221,6 +221,23 @@ def test_a_worker_that_hangs_does_not_keep_the_end_waiting(run_script):
     assert run_script("-c", STUCK, environment={"PYTHONPATH": "tests"}, timeout=60).returncode == 7
 
 
+LEFT = """
+from conftest import settings
+from m2t_accel import data, loader, sources
+
+config = settings("digits", num_workers=1)
+images = sources.load_images(config).train
+batches = loader.read(loader.create_loader(
+    data.TwoViews(images, config), data.DeviceBatches(images, config, 1, 0), config))
+next(batches)
+"""
+
+
+def test_a_program_that_leaves_a_loader_in_the_middle_says_nothing(run_script):
+    left = run_script("-c", LEFT, environment={"PYTHONPATH": "tests"}, timeout=60)
+    assert (left.returncode, left.stdout, left.stderr) == (0, "", "")
+
+
 def test_workers_take_the_cores_that_training_leaves(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
