@@ -170,7 +170,8 @@ def measure_knn(
 
 def labels_of(images: Dataset) -> np.ndarray:
     """The labels (N,) int64 of labelled images."""
-    return np.asarray(images.with_format("numpy")["label"][:], np.int64)
+    # Not numpy's format, which takes 7 s for a million images that are selected of others, where Arrow's takes 2.
+    return images.with_format("arrow")["label"][:].to_numpy().astype(np.int64)
 
 
 def block_size(num_images: int) -> int:

@@ -127,8 +127,8 @@ def is_unchanged(folder: Path, folders: dict[str, list[int]]) -> bool:
 # --- images of tar files
 
 
-def index_tars(folder: Path, files: Sequence[str]) -> pyarrow.Table:
-    """Where each image is in WebDataset tars: `path`, `offset` and `size` in bytes, `label` (int, null without .cls).
+def index_tars(folder: Path, files: Sequence[str]) -> list[pyarrow.Table]:
+    """Where each image is in WebDataset tars: of each `offset` and `size` in bytes, `label` (int, null without .cls).
 
     Members that share a name up to the first dot of its last part are one sample (000.jpg, 000.cls). Of several images
     (000.jpg, 000.mask.png) it is the first; `others` is the number of those left out.
@@ -138,10 +138,8 @@ def index_tars(folder: Path, files: Sequence[str]) -> pyarrow.Table:
     """
     paths = [str(folder / file) for file in files]
     with ThreadPoolExecutor(READERS) as readers:
-        tables = list(readers.map(lambda path: kept_for_files("tar", [path], index_tar), paths))
-    # What is kept does not say where a file lies: it is the same one by another path.
-    where = [pyarrow.array([path] * len(table), pyarrow.string()) for path, table in zip(paths, tables, strict=True)]
-    return pyarrow.concat_tables(table.add_column(0, "path", part) for table, part in zip(tables, where, strict=True))
+        # What is kept does not say where a file lies: it is the same one by another path.
+        return list(readers.map(lambda path: kept_for_files("tar", [path], index_tar), paths))
 
 
 def index_tar(paths: Sequence[str]) -> pyarrow.Table:

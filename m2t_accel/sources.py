@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +24,11 @@ from m2t_accel.columns import find_columns, label_names, standard_columns, with_
 from m2t_accel.data_settings import ImageSettings
 from m2t_accel.index import IMAGE_EXTENSIONS, SHARD_EXTENSIONS, find_files, index_tars
 from m2t_accel.settings import ConfigurationError, in_short
-from m2t_accel.shards import ParquetShards, Shards, TarShards
+from m2t_accel.shards import ParquetShards, Shards, TarShards, dataset_of
 
 TRAIN_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "validation", "valid", "test", "testing")  # the first that can be used is
+CHUNK = 2**18  # paths, of at most 4096 letters each
 MAX_KINDS_TOLD = 6  # of files that are not used
 # What streaming holds in memory to measure kNN: of ImageNet, 1.1 and 0.2 GB a process.
 MAX_STREAMED_BANK, MAX_STREAMED_QUERIES = 10_000, 2_000
@@ -144,12 +146,23 @@ def with_held_out(
         return train, train, validation
     if config.validation_fraction == 0 or not config.evaluates:
         return train, train, None
-    num_held_out = max(1, round(config.validation_fraction * len(train)))
+    held_out = np.zeros(len(train), bool)
     # Not the run's seed: the figure must not depend on a lucky split. Scattered: files come class by class.
     order = np.random.default_rng(0).permutation(len(train))
-    validation = train.select(np.sort(order[:num_held_out]))
-    train = train.select(np.sort(order[num_held_out:]))
+    held_out[order[: max(1, round(config.validation_fraction * len(train)))]] = True
+    train, validation = choose(train, ~held_out), choose(train, held_out)
     return train, train, validation
+
+
+def choose(images: Dataset, chosen: np.ndarray) -> Dataset:
+    """Some of the images: chosen (N,) bool.
+
+    Names in memory become a table of their own: through the indices of a selection, `datasets` would need 10 s to hand
+    out the places in a tar of a million images.
+    """
+    if images.cache_files:  # what is on a disk stays there
+        return images.select(np.flatnonzero(chosen))
+    return dataset_of(images.data.table.filter(pyarrow.array(chosen)), images.info)
 
 
 def streamed(
@@ -350,8 +363,7 @@ def class_folders(paths: Sequence[str], remarks: list[str]) -> list[str] | None:
 
 def images_to_dataset(root: Path, paths: Sequence[str], class_names: list[str] | None) -> Dataset:
     """A Dataset of paths below the root, labelled by their folder where class names are given."""
-    whole = pyarrow.array([f"{root}/{path}" for path in paths], pyarrow.string())
-    storage = pyarrow.StructArray.from_arrays([pyarrow.nulls(len(paths), pyarrow.binary()), whole], ["bytes", "path"])
+    storage = image_column(f"{root}/{path}" for path in paths)
     columns, features = [storage], Features({"image": Image(decode=False)})
     if class_names is not None:
         index = {name: i for i, name in enumerate(class_names)}
@@ -364,25 +376,33 @@ def images_to_dataset(root: Path, paths: Sequence[str], class_names: list[str] |
             )
         columns.append(pyarrow.array([index[name] for name in folders], pyarrow.int64()))
         features["label"] = ClassLabel(names=class_names)
-    return Dataset(pyarrow.Table.from_arrays(columns, schema=features.arrow_schema))
+    return dataset_of(pyarrow.Table.from_arrays(columns, schema=features.arrow_schema))
 
 
 def tars_to_dataset(folder: Path, files: Sequence[str], remarks: list[str]) -> Dataset:
     """A Dataset of the images in tar files, where they lie; labelled where all have a .cls."""
-    table = index_tars(folder, files).combine_chunks()
+    tables = index_tars(folder, files)
+    table = pyarrow.concat_tables(tables).combine_chunks()
     if more := compute.sum(table["others"]).as_py():
         remarks.append(f"not used: {more:,} more images of the same samples (of 0.jpg and 0.left.jpg it is the first)")
     if 0 < table["label"].null_count < len(table):
         remarks.append(f"no labels, because {table['label'].null_count:,} of {len(table):,} images have no .cls")
-    image = pyarrow.StructArray.from_arrays(
-        [pyarrow.nulls(len(table), pyarrow.binary()), table["path"].combine_chunks()], ["bytes", "path"]
-    )
+    paths = (itertools.repeat(str(folder / file), len(part)) for file, part in zip(files, tables, strict=True))
     features = Features({"image": Image(decode=False), "offset": Value("int64"), "size": Value("int64")})
-    columns = [image, table["offset"], table["size"]]
+    columns = [image_column(itertools.chain.from_iterable(paths)), table["offset"], table["size"]]
     if len(table) and table["label"].null_count == 0:
         features["label"] = Value("int64")
         columns.append(table["label"])
-    return Dataset(pyarrow.Table.from_arrays(columns, schema=features.arrow_schema))
+    return dataset_of(pyarrow.Table.from_arrays(columns, schema=features.arrow_schema))
+
+
+def image_column(paths: Iterable[str]) -> pyarrow.ChunkedArray:
+    """Undecoded images at these paths; in chunks, because one holds no more than 2 GB of letters."""
+    chunks, paths, kind = [], iter(paths), Image(decode=False).pa_type
+    while part := list(itertools.islice(paths, CHUNK)):
+        names = pyarrow.array(part, pyarrow.string())
+        chunks.append(pyarrow.StructArray.from_arrays([pyarrow.nulls(len(part), pyarrow.binary()), names], fields=kind))
+    return pyarrow.chunked_array(chunks, kind)
 
 
 def files_by_split(files: Sequence[str]) -> dict[str, list[str]]:

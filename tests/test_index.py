@@ -8,7 +8,7 @@ import pytest
 from conftest import write_image, write_parquet, write_tar
 from pyarrow import parquet
 
-from m2t_accel import index
+from m2t_accel import index, sources
 from m2t_accel.settings import ConfigurationError
 
 
@@ -96,7 +96,7 @@ def test_a_label_in_words_is_none(tmp_path):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    assert index.index_tars(tmp_path, ["a.tar"])["label"].to_pylist() == [0, 1, 0, None]
+    assert index.index_tars(tmp_path, ["a.tar"])[0]["label"].to_pylist() == [0, 1, 0, None]
 
 
 @pytest.mark.parametrize("damage", [b"", b"ARROW1 but not really"])
@@ -117,9 +117,8 @@ def test_a_tar_has_the_path_by_which_it_was_asked_for(tmp_path, monkeypatch):
     for name in ("here", "there", "here"):
         monkeypatch.chdir(tmp_path / name)
         for folder in (Path("set"), tmp_path / name / "set"):
-            table = index.index_tars(folder, ["a.tar"])
-            assert set(table["path"].to_pylist()) == {f"{folder}/a.tar"}
-            assert len(table) == 3
+            images = sources.tars_to_dataset(folder, ["a.tar"], [])
+            assert [image["path"] for image in images["image"]] == [f"{folder}/a.tar"] * 3
 
 
 def test_a_tar_that_is_replaced_by_one_of_its_size_and_time_is_read_again(tmp_path):
@@ -194,9 +193,9 @@ def test_a_tar_is_indexed_once_and_again_when_it_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_tar(tmp_path / "a.tar", 0, 5)
     first = index.index_tars(tmp_path, ["a.tar"])
-    assert first["label"].to_pylist() == [0, 1, 0, 1, 0]
+    assert first[0]["label"].to_pylist() == [0, 1, 0, 1, 0]
     with monkeypatch.context() as patch:
         patch.setattr(index.tarfile, "open", None)
         assert index.index_tars(tmp_path, ["a.tar"]) == first
     write_tar(tmp_path / "a.tar", 0, 6)
-    assert len(index.index_tars(tmp_path, ["a.tar"])) == 6
+    assert len(index.index_tars(tmp_path, ["a.tar"])[0]) == 6

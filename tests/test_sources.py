@@ -388,6 +388,31 @@ def test_tars(tmp_path, streaming):
         assert "3 pieces (row groups, runs of a tar) for 4 virtual devices" in few
 
 
+@pytest.mark.parametrize("kind", ["folders", "tars", "streamed tars"])
+def test_more_paths_than_a_chunk_holds(tmp_path, monkeypatch, kind):
+    """Of 20 million the letters take more than the 2 GB that Arrow counts in one."""
+    if kind == "folders":
+        for i in range(30):
+            write_image(tmp_path / "ab"[i % 2] / f"{i:02}.png", value=i)
+    else:
+        for first, number in ((0, 13), (13, 11), (24, 6)):
+            write_tar(tmp_path / f"train-{first:02}.tar", first, number)
+    config = settings(tmp_path, streaming=kind == "streamed tars", validation_fraction=0.2)
+    whole = sources.load_images(config)
+    monkeypatch.setattr(sources, "CHUNK", 4)
+    cut = sources.load_images(config)
+    assert cut.bank.data.column("image").num_chunks > 5
+    assert (len(whole.train), len(whole.validation)) == (len(cut.train), len(cut.validation)) == (24, 6)
+    assert (cut.fingerprint, cut.note) == (whole.fingerprint, whole.note)
+    for one, other in ((whole.bank, cut.bank), (whole.validation, cut.validation)):
+        assert [pixel(one, i) for i in range(len(one))] == [pixel(other, i) for i in range(len(one))]
+        assert one["label"][:] == other["label"][:]
+    if kind == "streamed tars":
+        assert whole.train.piece_sizes.tolist() == cut.train.piece_sizes.tolist()
+        for piece, size in enumerate(cut.train.piece_sizes):
+            assert whole.train.open(piece)(0, size)[1] == cut.train.open(piece)(0, size)[1]
+
+
 def test_tars_without_labels(tmp_path):
     write_tar(tmp_path / "a.tar", 0, 9, labels=False)
     images = sources.load_images(settings(tmp_path))
