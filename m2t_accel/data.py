@@ -6,10 +6,11 @@ beside them and are applied on the training device (m2t_accel.photometry).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -175,7 +176,9 @@ class Stretch:
 def read_after(before: Future | None, read: Reader, first: int, stop: int) -> tuple[np.ndarray, list]:
     """Read a segment when the one before it has been: it was begun earlier, so no thread waits for one to come."""
     if before is not None:
-        wait([before])
+        # Not wait(), which never ends for one that is cancelled at the end of a run while this one begins.
+        with contextlib.suppress(CancelledError):
+            before.exception()
     return read(first, stop)
 
 

@@ -132,7 +132,8 @@ class ParquetShards:
 
     def values(self, column: str) -> pyarrow.ChunkedArray:
         """The different values of a column in all files, such as the labels."""
-        return index_values(self.files, column, self.features.arrow_schema.field(column).type)
+        filled = [self.files[number] for number in np.flatnonzero(self.file_sizes)]  # others may have no such column
+        return index_values(filled, column, self.features.arrow_schema.field(column).type)
 
 
 def dataset_of(table: pyarrow.Table, info: DatasetInfo | None = None) -> Dataset:

@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import pickle
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, pairwise
 from multiprocessing.reduction import ForkingPickler
 
@@ -176,6 +177,15 @@ def test_a_piece_that_many_pools_share_is_read_once(tmp_path, monkeypatch, num_d
     assert sorted(np.concatenate([request.samples for request in requests])) == sorted([*range(160)] * 2)
     for request in requests:
         assert [decode_image(image)[0, 0, 0] for image in request.images] == request.samples.tolist()
+
+
+def test_a_segment_does_not_wait_for_one_that_is_cancelled():
+    """At a run's end what waits is cancelled, while a thread may begin what follows it."""
+    before = Future()
+    before.cancel()
+    with ThreadPoolExecutor(1) as readers:
+        read = readers.submit(data.read_after, before, lambda first, stop: (first, stop), 3, 5)
+        assert read.result(timeout=10) == (3, 5)
 
 
 # --- views

@@ -40,6 +40,13 @@ def test_a_selection_numbers_its_samples_without_gaps(tmp_path):
     assert whole.open(5)(1, 3)[0].tolist() == [18, 19]
 
 
+def test_values_are_of_files_with_rows(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"other": pyarrow.array([], "int8")}), tmp_path / "a.parquet")
+    write_parquet(tmp_path / "b.parquet", 0, 10, row_group_size=4)
+    found = ParquetShards([str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet")])
+    assert found.values("label").to_pylist() == [0, 1]
+
+
 # --- read onwards
 
 
