@@ -36,7 +36,7 @@ IMAGE_EXTENSIONS = frozenset(
 SHARD_EXTENSIONS = (".parquet", ".tar")
 NOT_OURS = ("@eaDir", "__MACOSX")  # folders in which a NAS and macOS keep thumbnails and what else they know
 SETTLED = 2.0  # seconds; what was changed so short a time before its scan may change again under the same time stamp
-LAYOUT = 4  # of what is kept; another one is not read
+LAYOUT = 5  # of what is kept; another one is not read
 ATTEMPTS = 5  # at reading from a network, with 1, 2, 4 and 8 seconds between them
 READERS = 32  # threads that read the ends of shards
 FOOTERS = 16 << 20  # bytes of remote footers that are kept; in memory they take up to three times as much
@@ -131,7 +131,7 @@ def index_tars(folder: Path, files: Sequence[str]) -> list[pyarrow.Table]:
     """Where each image is in WebDataset tars: of each `offset` and `size` in bytes, `label` (int, null without .cls).
 
     Members that share a name up to the first dot of its last part are one sample (000.jpg, 000.cls). Of several images
-    (000.jpg, 000.mask.png) it is the first; `others` is the number of those left out.
+    (000.depth.png, 000.jpg, 000.png) it is the first of those with the fewest dots; `others` is the number of the rest.
 
     Raises:
         ConfigurationError: a tar is cut, compressed or no tar.
@@ -144,13 +144,18 @@ def index_tars(folder: Path, files: Sequence[str]) -> list[pyarrow.Table]:
 
 def index_tar(paths: Sequence[str]) -> pyarrow.Table:
     (path,) = paths
-    images: dict[str, tuple[int, int]] = {}
+    images: dict[str, tuple[int, int, int]] = {}
     others: Counter[str] = Counter()
     labels: dict[str, int] = {}
+    places: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if not member.isfile() or any(is_hidden(part) for part in member.name.split("/") if part != "."):
+                if member.isfile():
+                    place = places[member.name] = (member.offset_data, member.size)
+                else:  # a hard link, to what came before
+                    place = places.get(member.linkname) if member.islnk() else None
+                if place is None or any(is_hidden(part) for part in member.name.split("/") if part != "."):
                     continue
                 parent, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
@@ -161,7 +166,8 @@ def index_tar(paths: Sequence[str]) -> pyarrow.Table:
                         labels[key] = int(word)
                 elif os.path.splitext(extension)[1] in IMAGE_EXTENSIONS or extension in IMAGE_EXTENSIONS:
                     others[key] += key in images
-                    images.setdefault(key, (member.offset_data, member.size))
+                    image = (extension.count("."), *place)
+                    images[key] = min(images.get(key, image), image, key=lambda image: image[0])
             # A tar ends with a block of zeros, and nothing else after it. tarfile would also take the end of the
             # file for it, a damaged header, or the first end of two tars that were joined.
             tar.fileobj.seek(tar.offset)
@@ -173,13 +179,14 @@ def index_tar(paths: Sequence[str]) -> pyarrow.Table:
             f"{path} cannot be read as a tar ({in_short(error)}): it is cut, damaged, joined of several or "
             "compressed; fetch it again, unpack it with gunzip, or move it away"
         ) from None
-    places = np.array(list(images.values()), np.int64).reshape(-1, 2)
+    keys = sorted(images, key=lambda key: images[key][1])  # as they lie, so that a run of them is read at once
+    found = np.array([images[key] for key in keys], np.int64).reshape(-1, 3)
     return pyarrow.table(
         {
-            "offset": places[:, 0],
-            "size": places[:, 1],
-            "label": pyarrow.array([labels.get(key) for key in images], pyarrow.int64()),
-            "others": pyarrow.array([others[key] for key in images], pyarrow.int32()),
+            "offset": found[:, 1],
+            "size": found[:, 2],
+            "label": pyarrow.array([labels.get(key) for key in keys], pyarrow.int64()),
+            "others": pyarrow.array([others[key] for key in keys], pyarrow.int32()),
         }
     )
 

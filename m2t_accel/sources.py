@@ -325,13 +325,23 @@ def load_image_files(folder: Path, images: Sequence[str], remarks: list[str]) ->
             remarks.append(f"all splits together: --dataset {folder / below} would keep them apart")
         return {"train": images_to_dataset(folder, images, class_names)}
     class_names = class_folders(by_folder[train_name], remarks)
-    splits = {"train": images_to_dataset(folder / train_name, by_folder[train_name], class_names)}
+    splits, used = {"train": images_to_dataset(folder / train_name, by_folder[train_name], class_names)}, {train_name}
     if class_names is not None:
         for name in (named[name] for name in VALIDATION_NAMES if name in named and named[name] != train_name):
+            used.add(name)
             if class_folders(by_folder[name], []) is not None:
                 splits["val"] = images_to_dataset(folder / name, by_folder[name], class_names)
                 break
             remarks.append(f"{name}/ has no class folders, and is not used")
+    left = {name: len(paths) for name, paths in by_folder.items() if name not in used}
+    if left:
+        names = ", ".join(f"{name}/" if name else "no folder" for name in itertools.islice(left, MAX_KINDS_TOLD))
+        names += ", …" if len(left) > MAX_KINDS_TOLD else ""
+        number, hint = (
+            sum(left.values()),
+            "" if class_names or len(named) > 1 else f" (if {train_name} is a class, rename its folder)",
+        )
+        remarks.append(f"not used: {number:,} image{'s' * (number > 1)} beside {train_name}/, in {names}{hint}")
     return splits
 
 
@@ -384,7 +394,7 @@ def tars_to_dataset(folder: Path, files: Sequence[str], remarks: list[str]) -> D
     tables = index_tars(folder, files)
     table = pyarrow.concat_tables(tables).combine_chunks()
     if more := compute.sum(table["others"]).as_py():
-        remarks.append(f"not used: {more:,} more images of the same samples (of 0.jpg and 0.left.jpg it is the first)")
+        remarks.append(f"not used: {more:,} more images of the same samples (of 0.depth.png and 0.jpg it is 0.jpg)")
     if 0 < table["label"].null_count < len(table):
         remarks.append(f"no labels, because {table['label'].null_count:,} of {len(table):,} images have no .cls")
     paths = (itertools.repeat(str(folder / file), len(part)) for file, part in zip(files, tables, strict=True))
@@ -406,12 +416,23 @@ def image_column(paths: Iterable[str]) -> pyarrow.ChunkedArray:
 
 
 def files_by_split(files: Sequence[str]) -> dict[str, list[str]]:
-    """Shards by their split, told by a word of their path, such as `train-00000-of-00002.parquet`."""
+    """Shards by their split, told by a word of their name or else of a folder's: `train-00000-of-00002.parquet`."""
     by_split: dict[str, list[str]] = {}
     for path in files:
-        words = set(re.split(r"[-_./]", path.lower()))
-        by_split.setdefault(next((name for name in VALIDATION_NAMES if name in words), "train"), []).append(path)
+        by_split.setdefault(split_of(path), []).append(path)
     return by_split
+
+
+def split_of(path: str) -> str:
+    for name in reversed(path.lower().split("/")):
+        words = set(re.split(r"[-_.]", name))
+        validation = next((word for word in VALIDATION_NAMES if word in words), None)
+        if words.isdisjoint(TRAIN_NAMES):
+            if validation is not None:
+                return validation
+        elif validation is None:  # a name of both, such as train-test-split, says nothing
+            return "train"
+    return "train"
 
 
 def load_hub(config: ImageSettings) -> dict[str, Dataset] | dict[str, ParquetShards]:

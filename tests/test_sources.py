@@ -139,6 +139,57 @@ def test_tars_as_people_have_them(tmp_path):
     assert "no labels, because 1 of 3 images have no .cls" in images.note
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_tar_of_pictures_with_maps_before_them_and_hard_links(tmp_path, streaming):
+    """The picture is the image whose name has the fewest dots, wherever its bytes lie."""
+    contents = {"a.depth.png": 9, "b.png": 1, "a.png": 0, "a.mask.png": 9, "c.depth.png": 9, "c.png": 2}
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for name, value in contents.items():
+            content = cv2.imencode(".png", np.full((8, 8, 3), value, np.uint8))[1].tobytes()
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        for name, to in (("d.png", "b.png"), ("e.png", "gone.png")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.LNKTYPE, to
+            tar.addfile(member)
+    images = sources.load_images(settings(tmp_path, streaming=streaming))
+    rows = images.train.open(0)(0, 4)[1] if streaming else read_rows(images.train, range(4))
+    assert [decode_image(row)[0, 0, 0] for row in rows] == [1, 1, 0, 2]
+    assert len(images.train) == 4
+    assert "not used: 3 more images of the same samples (of 0.depth.png and 0.jpg it is 0.jpg)" in images.note
+
+
+def test_what_lies_beside_the_splits_is_told(tmp_path, image_net):
+    for name in ("unlabeled/1.png", "unlabeled/2.png", "test/n01/1.png", "logo.png"):
+        write_image(image_net / name)
+    images = sources.load_images(settings(image_net))
+    assert (len(images.train), len(images.validation)) == (12, 6)
+    assert images.note.endswith("; not used: 4 images beside train/, in no folder, test/, unlabeled/")
+    for name in ("train/1.png", "train/2.png", "bus/1.png", "car/1.png"):
+        write_image(tmp_path / "vehicles" / name)
+    note = sources.load_images(settings(tmp_path / "vehicles")).note
+    assert note.endswith("not used: 2 images beside train/, in bus/, car/ (if train is a class, rename its folder)")
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("train-00000-of-00002.parquet", "train"),
+        ("data/validation_0.parquet", "validation"),
+        ("val/0000.tar", "val"),
+        ("train-test-split/train-0.parquet", "train"),
+        ("train-test-split/test-0.parquet", "test"),
+        ("train-test-split/0.parquet", "train"),
+        ("test/train/0.parquet", "train"),
+        ("a.parquet", "train"),
+        ("contest/latest.parquet", "train"),
+    ],
+)
+def test_the_split_is_what_the_innermost_name_says(path, split):
+    assert sources.split_of(path) == split
+
+
 def test_splits_that_lie_deeper_are_told(tmp_path):
     """Kaggle's layout of ImageNet, of which somebody gives the top."""
     for name in ("train/n01/1.JPEG", "train/n02/1.JPEG", "val/1.JPEG"):
