@@ -44,8 +44,9 @@ TARGETS = (500, 1000, 2000, 4000, 8000)  # images/s; ResNet-50 in bf16 takes abo
 def benchmark_data(config: PretrainConfig, num_images: int, repeats: int, seconds: float) -> dict[str, object]:
     """Measure the data path of a dataset: medians of interleaved repeats on one core, then workers together.
 
-    ms: of an image for each stage (decode: the part that its crops need), and for the usual pipeline: PIL and
-    torchvision's transforms, one image after the other, two views, as the published code and most others do it.
+    ms: of an image for each stage (read: of streamed ones by the main process, in pieces; decode: the part that its
+    crops need), and for the usual pipeline: PIL and torchvision's transforms, one image after the other, two views, as
+    the published code and most others do it.
     images_per_second: `decode alone` is of whole images.
     """
     config = dataclasses.replace(
@@ -78,6 +79,9 @@ def benchmark_data(config: PretrainConfig, num_images: int, repeats: int, second
         "usual": lambda: [usual_pipeline(read_all(images, request), config) for request in requests],
         "photometry": lambda: [color(batch, config, device) for batch in view_batches],
     }
+    pieces = some_pieces(images, len(requests) * BATCH_SIZE) if isinstance(images, Shards) else []
+    if pieces:  # the requests bring their images: of them nothing is left to be read
+        stages["pieces"] = lambda: read_pieces(images, pieces)
     times = interleaved(stages, repeats)
     per_image = {name: 1000 * value / (len(requests) * BATCH_SIZE) for name, value in times.items()}
     torch.set_num_threads(threads)
@@ -91,7 +95,7 @@ def benchmark_data(config: PretrainConfig, num_images: int, repeats: int, second
         "seconds_to_load": loaded - started,
         "seconds_to_first_batch": first_batch - started,
         "ms": {
-            "read": per_image["read"],
+            "read": per_image["pieces" if pieces else "read"],
             "decode": per_image["decode"] - per_image["read"],
             "crop": per_image["crop"] - per_image["decode"],
             "photometry": per_image["photometry"],
@@ -112,15 +116,27 @@ def benchmark_data(config: PretrainConfig, num_images: int, repeats: int, second
     }
 
 
+def some_pieces(images: Shards, num_images: int) -> list[tuple[int, int]]:
+    """Pieces at random with so many images, or all that there are: of each its number, and how many."""
+    chosen = []
+    for piece in np.random.default_rng(0).permutation(len(images.piece_sizes)).tolist():
+        number = min(int(images.piece_sizes[piece]), num_images)
+        if number:
+            chosen.append((piece, number))
+            num_images -= number
+    return chosen
+
+
+def read_pieces(images: Shards, pieces: list[tuple[int, int]]) -> tuple[np.ndarray, list]:
+    """The samples of some pieces and their undecoded images."""
+    parts = [images.open(piece)(0, number) for piece, number in pieces]
+    return np.concatenate([samples for samples, _ in parts]), [row for _, rows in parts for row in rows]
+
+
 def some_requests(images: object, num_images: int) -> list[Request]:
     """Requests for evenly spread images, streamed ones read already."""
     if isinstance(images, Shards):
-        samples, rows = np.empty(0, np.int64), []
-        for piece in np.random.default_rng(0).permutation(len(images.piece_sizes)):
-            if len(rows) < num_images:
-                missing = num_images - len(rows)
-                numbers, found = images.open(int(piece))(0, min(missing, int(images.piece_sizes[piece])))
-                samples, rows = np.append(samples, numbers), rows + found
+        samples, rows = read_pieces(images, some_pieces(images, num_images))
     else:
         samples, rows = np.linspace(0, len(images) - 1, min(num_images, len(images))).astype(np.int64), None
     starts = range(0, len(samples) - BATCH_SIZE + 1, BATCH_SIZE)
