@@ -36,7 +36,7 @@ from m2t_accel.buffers import Buffers, new_memory
 from m2t_accel.data_settings import ImageSettings, TrainingSettings
 from m2t_accel.decode import DecodeError, decode_bytes, decode_part, plain_jpeg_size, read_bytes
 from m2t_accel.order import Pool, PooledOrder, Segment, ShuffledOrder, steps_per_epoch
-from m2t_accel.shards import Reader, Shards
+from m2t_accel.shards import HELD, Reader, Shards
 
 MAX_PATH = 4096  # Linux's
 MAX_READERS = 16  # threads of a process that read pieces ahead; each waits for a disk or a network
@@ -144,7 +144,8 @@ class DeviceBatches:
 
     def pools(self, order: PooledOrder, readers: ThreadPoolExecutor) -> Iterator[list[PoolInReading]]:
         """For each stretch of steps to come the pools of this process's virtual devices, their reading begun."""
-        done, stretches = None, {device: Stretch(self.images, readers) for device in self.devices}
+        may_hold = HELD // len(self.devices)
+        done, stretches = None, {device: Stretch(self.images, readers, may_hold) for device in self.devices}
         for epoch, step in self.places():
             index = step // order.pool_batches
             if (epoch, index) != done:
@@ -157,9 +158,10 @@ class DeviceBatches:
 class Stretch:
     """What the pools of a virtual device read, one after the other: a piece that two of them share is read once."""
 
-    def __init__(self, shards: Shards, readers: ThreadPoolExecutor) -> None:
+    def __init__(self, shards: Shards, readers: ThreadPoolExecutor, may_hold: int) -> None:
         self.shards = shards
         self.readers = readers
+        self.may_hold = may_hold  # bytes, between two pools
         self.read: Reader | None = None
         self.last: Future | None = None  # of this reader, which is asked by one thread at a time
         self.end: tuple[int, int] | None = None  # the piece and the row that it has come to
@@ -167,7 +169,7 @@ class Stretch:
     def submit(self, segment: Segment) -> Future:
         """Begin to read a segment: its samples (n,) and their undecoded images."""
         if self.end != (segment.piece, segment.first):
-            self.read, self.last = self.shards.open(segment.piece), None
+            self.read, self.last = self.shards.open(segment.piece, self.may_hold), None
         self.last = self.readers.submit(read_after, self.last, self.read, segment.first, segment.stop)
         self.end = (segment.piece, segment.stop)
         return self.last

@@ -27,12 +27,15 @@ from m2t_accel.index import (
     unreadable_shard,
 )
 
+MAX_RUN = 1 << 30  # bytes of a tar that are read at once at most; Linux would give 2 GB
 TAR_RUN = 64  # images of a tar that are read at once: of ImageNet's, 7 MB
 READERS = 8  # threads that read what is then held in memory
 ROWS = 64  # of a row group, that are decoded at once
 # Bytes of a row group that are read at once: one of 4320 of ImageNet's images, 500 MB, took 0.15 s and 0.1 GB so, in
 # rows from begin to end; 0.33 s with 1 MB, 0.16 s with 32; and as a whole 0.8 s and 2 GB.
 BUFFER = 8 << 20
+HELD = 1 << 30  # bytes that all readers of a process may hold of the pieces that they have begun
+PAGE_ROWS = 1024  # of a page that pyarrow writes, if nobody tells it otherwise
 
 # What reads rows `first` to `stop` of a piece: the samples (n,) int64 and their n undecoded images.
 Reader = Callable[[int, int], tuple[np.ndarray, list[dict[str, object]]]]
@@ -46,8 +49,10 @@ class Shards(Protocol):
 
     def __len__(self) -> int: ...
 
-    def open(self, piece: int) -> Reader:
-        """What reads a piece; rows that are asked for in their order are read once."""
+    def open(self, piece: int, may_hold: int = HELD) -> Reader:
+        """What reads a piece; rows that are asked for in their order are read once, if for that it need not hold more
+        than so many bytes between two calls.
+        """
         ...
 
 
@@ -96,10 +101,10 @@ class ParquetShards:
         file, _ = self.place(piece)
         return int(self.firsts[file] + self.piece_sizes[self.starts[file] : piece].sum(dtype=np.int64))
 
-    def open(self, piece: int) -> Reader:
+    def open(self, piece: int, may_hold: int = HELD) -> Reader:
         file, group = self.place(piece)
         begin = self.first_sample(piece)
-        rows = RowGroup(self.files[file], group, self.column, int(self.piece_sizes[piece]))
+        rows = RowGroup(self.files[file], group, self.column, int(self.piece_sizes[piece]), may_hold)
 
         def read(first: int, stop: int) -> tuple[np.ndarray, list[dict[str, object]]]:
             place = f"of row group {group} of {self.files[file]}"
@@ -164,10 +169,13 @@ def undecoded(row: object, place: str) -> dict[str, object]:
 
 
 class RowGroup:
-    """A row group's column, read onwards: of a large one nothing is held but the rows asked for and a page."""
+    """A row group's column, read onwards: of a large one nothing is held but the rows asked for and a page.
 
-    def __init__(self, file: str, group: int, column: str, size: int) -> None:
-        self.file, self.group, self.column, self.size = file, group, column, size
+    Where even a page is more than `may_hold` bytes, it is let go of after each call, and the next reads from the begin.
+    """
+
+    def __init__(self, file: str, group: int, column: str, size: int, may_hold: int = HELD) -> None:
+        self.file, self.group, self.column, self.size, self.may_hold = file, group, column, size, may_hold
         self.source: IO[bytes] | None = None
 
     def read(self, first: int, stop: int) -> list[object]:
@@ -190,11 +198,14 @@ class RowGroup:
                     first += len(part)
                 else:
                     self.begin += len(self.batch)
-                    self.batch = next(self.batches)[self.column]
+                    batch = next(self.batches, None)
+                    if batch is None:
+                        raise EOFError(f"row group {self.group} ends at row {self.begin}")
+                    self.batch = batch[self.column]
         except BaseException:
             self.close()
             raise
-        if stop == self.size:
+        if stop == self.size or self.page > self.may_hold:
             self.close()
         return rows
 
@@ -204,6 +215,7 @@ class RowGroup:
         shard = open_parquet(self.source, self.file, buffer_size=BUFFER)
         self.batches = shard.iter_batches(ROWS, row_groups=[self.group], columns=[self.column], use_threads=False)
         self.begin, self.batch = 0, pyarrow.nulls(0)  # the row that a batch begins with
+        self.page = page_bytes(shard.metadata.row_group(self.group), self.column)
 
     def close(self) -> None:
         if self.source is not None:
@@ -212,6 +224,17 @@ class RowGroup:
 
     def __del__(self) -> None:
         self.close()
+
+
+def page_bytes(group: parquet.RowGroupMetaData, column: str) -> int:
+    """What a page of a column takes at most, if its writer was not told otherwise: as it is read, and decompressed."""
+    parts = [group.column(i) for i in range(group.num_columns)]
+    parts = [part for part in parts if part.path_in_schema.split(".")[0] == column]
+    whole = sum(
+        part.total_uncompressed_size + part.total_compressed_size * (part.compression != "UNCOMPRESSED")
+        for part in parts
+    )
+    return whole * min(group.num_rows, PAGE_ROWS) // max(group.num_rows, 1)
 
 
 class TarShards:
@@ -232,24 +255,36 @@ class TarShards:
     def __len__(self) -> int:
         return len(self.file)
 
-    def open(self, piece: int) -> Reader:
+    def open(self, piece: int, may_hold: int = HELD) -> Reader:
         return functools.partial(self.read, piece)
 
     def read(self, piece: int, first: int, stop: int) -> tuple[np.ndarray, list[dict[str, object]]]:
         """Rows of a piece.
 
         Raises:
-            ConfigurationError: the file is missing.
+            ConfigurationError: the file is missing or cut.
         """
         samples = np.arange(self.starts[piece] + first, self.starts[piece] + stop)
-        file, begin = self.files[self.file[samples[0]]], int(self.offset[samples[0]])
-        end = int(self.offset[samples[-1]] + self.size[samples[-1]])
+        file = self.files[self.file[samples[0]]]
+        places = list(zip(self.offset[samples].tolist(), self.size[samples].tolist(), strict=True))
+        begin, end = places[0][0], places[-1][0] + places[-1][1]
         try:
             with open(file, "rb") as source:
-                content = os.pread(source.fileno(), end - begin, begin)
-        except OSError as error:
+                if end - begin > min(2 * sum(size for _, size in places), MAX_RUN):  # other things lie between
+                    contents = [read_at(source, at, size) for at, size in places]
+                else:
+                    run = read_at(source, begin, end - begin)
+                    contents = [run[at - begin : at - begin + size] for at, size in places]
+        except (OSError, EOFError) as error:
             raise unreadable_shard(file, error) from None
-        places = zip(self.offset[samples] - begin, self.size[samples], strict=True)
         return samples, [
-            {"bytes": content[at : at + size], "path": f"{file}, {size} bytes at {begin + at}"} for at, size in places
+            {"bytes": content, "path": f"{file}, {size} bytes at {at}"}
+            for content, (at, size) in zip(contents, places, strict=True)
         ]
+
+
+def read_at(source: IO[bytes], at: int, size: int) -> bytes:
+    content = os.pread(source.fileno(), size, at)
+    if len(content) < size:
+        raise EOFError(f"it ends at byte {at + len(content):,}")
+    return content

@@ -149,7 +149,9 @@ def test_a_resume_reads_one_pool_again_and_nothing_else(tmp_path, monkeypatch):
     config = settings(tmp_path, streaming=True, batch_size=8, device_batch_size=8, validation_fraction=0, epochs=2)
     images = load_images(config).train
     read, whole = [], type(images).open
-    monkeypatch.setattr(type(images), "open", lambda self, piece: read.append(piece) or whole(self, piece))
+    monkeypatch.setattr(
+        type(images), "open", lambda self, piece, *held: read.append(piece) or whole(self, piece, *held)
+    )
     list(data.DeviceBatches(images, config, 1, 0, first_step=20 + 3))
     pooled = order.PooledOrder(images.piece_sizes, config)
     wanted = {segment.piece for index in range(1, pooled.num_pools()) for segment in pooled.pool(1, 0, index).segments}

@@ -1,4 +1,7 @@
+import io
+import os
 import sys
+import tarfile
 import time
 import tracemalloc
 
@@ -6,7 +9,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import write_parquet, write_tar
+from conftest import encoded, write_parquet, write_tar
 
 from m2t_accel import index, shards
 from m2t_accel.decode import decode_image
@@ -108,6 +111,52 @@ def test_a_large_row_group_is_not_held(tmp_path):
     for first in range(0, 640, 64):
         read(first, first + 64 - (first == 576))
         assert pyarrow.total_allocated_bytes() - before < 32e6  # of 64: a buffer, a page and what is read at once
+
+
+@pytest.mark.parametrize(("may_hold", "openings"), [(10**9, 1), (10**6, 4)])
+def test_a_page_that_is_too_large_is_let_go_of_between_calls(tmp_path, monkeypatch, may_hold, openings):
+    """As pyarrow writes them by itself: of 1024 rows."""
+    content = [np.random.default_rng(i).bytes(20_000) for i in range(1200)]
+    images = [{"bytes": image, "path": None} for image in content]
+    pyarrow.parquet.write_table(pyarrow.table({"image": images}), tmp_path / "a.parquet", row_group_size=1200)
+    del images
+    found, opened, whole = ParquetShards([str(tmp_path / "a.parquet")]), [], shards.open_shard
+    monkeypatch.setattr(shards, "open_shard", lambda file: opened.append(whole(file)) or opened[-1])
+    read, before = found.open(0, may_hold), pyarrow.total_allocated_bytes()
+    for first in range(0, 1200, 300):
+        rows = read(first, first + 300)[1]
+        assert [row["bytes"] for row in rows] == content[first : first + 300]
+        assert (pyarrow.total_allocated_bytes() - before < may_hold) or openings == 1
+    assert len(opened) == openings
+    assert all(file.closed for file in opened)
+
+
+def test_a_row_group_that_has_become_shorter_is_named(tmp_path):
+    write_parquet(tmp_path / "a.parquet", 0, 20, row_group_size=20)
+    read = ParquetShards([str(tmp_path / "a.parquet")]).open(0)
+    write_parquet(tmp_path / "a.parquet", 0, 10, row_group_size=10)
+    with pytest.raises(ConfigurationError, match=r"a\.parquet cannot be read \(EOFError: row group 0 ends at row 10\)"):
+        read(0, 20)
+
+
+@pytest.mark.parametrize("gap", [0, 500_000])
+def test_a_tar_with_other_things_between_its_images(tmp_path, monkeypatch, gap):
+    """A run that is mostly of other things is not read as one; and what is cut while it is read is no bad image."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(5):
+            for name, content in ((f"{i}.mp4", bytes(gap)), (f"{i}.png", encoded(i, 1)[0]["bytes"])):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    config = build_config({"recipe": "digits", "dataset": str(tmp_path), "batch_size": 4, "streaming": True})
+    sizes, whole = [], shards.os.pread
+    monkeypatch.setattr(shards.os, "pread", lambda file, size, at: sizes.append(size) or whole(file, size, at))
+    images = load_images(config).train
+    assert [decode_image(row)[0, 0, 0] for row in images.open(0)(0, 5)[1]] == list(range(5))
+    assert sum(sizes) < 20_000
+    os.truncate(tmp_path / "a.tar", os.path.getsize(tmp_path / "a.tar") // 2)
+    with pytest.raises(ConfigurationError, match=r"a\.tar cannot be read \(EOFError: it ends at byte [\d,]+\)"):
+        images.open(0)(0, 5)
 
 
 def test_the_plan_of_a_billion_images_with_its_shards_takes_200_megabytes(monkeypatch):
