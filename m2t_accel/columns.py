@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow
 from datasets import ClassLabel, Dataset, Features, Image, Value
@@ -142,12 +144,36 @@ def label_names(feature: object, shards: ParquetShards, column: str) -> list[str
     return [str(i) for i in range(max(values) + 1)] if 0 <= min(values) <= max(values) < len(shards) else None
 
 
+def has_labels(shards: ParquetShards, column: str, names: list[str]) -> bool:
+    """Whether all images of a validation split have a label.
+
+    Raises:
+        ConfigurationError: one of them is not among the classes.
+    """
+    values = shards.values(column).to_pylist() if column in shards.features else [None]
+    if any(value is None or (not isinstance(value, str) and value < 0) for value in values):
+        return False
+    for value, number in zip(values, class_numbers(values, names), strict=True):
+        if number is None:
+            raise ConfigurationError(
+                f"the label {value} of the validation split is not among the training labels of the column {column}; "
+                "choose another with --label_column"
+            )
+    return True
+
+
+def class_numbers(values: Sequence[object], names: list[str]) -> list[int | None]:
+    """Which class each label is, a word or the number of one; None where it is of none."""
+    index = {name: i for i, name in enumerate(names)}
+    numbers = [
+        value if isinstance(value, int) and not isinstance(value, bool) else index.get(str(value)) for value in values
+    ]
+    return [number if number is not None and 0 <= number < len(names) else None for number in numbers]
+
+
 def with_names(split: Dataset, column: str, names: list[str]) -> Dataset:
-    """The split with its labels as ClassLabel of these names; without the rows of other labels."""
+    """The split with its labels as ClassLabel of these names."""
     if isinstance(split.features[column], ClassLabel):
         return split
-    index = {name: i for i, name in enumerate(names)}
-    values = [index.get(str(value), -1) for value in split[column]]
-    known = [i for i, value in enumerate(values) if value >= 0]
-    split = split.select(known).remove_columns(column)
-    return split.add_column(column, np.array(values, np.int64)[known], feature=ClassLabel(names=names))
+    numbers = class_numbers(split[column], names)
+    return split.remove_columns(column).add_column(column, np.array(numbers, np.int64), feature=ClassLabel(names=names))

@@ -212,6 +212,8 @@ def read_outlines(files: Sequence[str]) -> pyarrow.Table:
     filled = [(file, names) for file, (names, rows) in zip(files, outlines, strict=True) if rows.any()]
     first_file, first_names = (filled or [(files[0], outlines[0][0])])[0]
     for file, names in filled:
+        if len(set(names)) < len(names):
+            raise ConfigurationError(f"{file} has two columns of one name: {', '.join(sorted(names))}; rename one")
         if sorted(names) != sorted(first_names):
             raise ConfigurationError(
                 f"{file} has the columns {', '.join(names)}, {first_file} has {', '.join(first_names)}: give a folder "

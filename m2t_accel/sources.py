@@ -20,7 +20,7 @@ import pyarrow.types
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from pyarrow import compute
 
-from m2t_accel.columns import find_columns, label_names, standard_columns, with_names
+from m2t_accel.columns import find_columns, has_labels, label_names, standard_columns, with_names
 from m2t_accel.data_settings import ImageSettings
 from m2t_accel.index import IMAGE_EXTENSIONS, SHARD_EXTENSIONS, find_files, index_tars
 from m2t_accel.settings import ConfigurationError, in_short
@@ -181,10 +181,22 @@ def streamed(
         raise ConfigurationError(f"--image_column {image}: not a column of images but {kind}")
     for shards in (train, validation):
         if shards is not None:
+            if image not in shards.features:
+                raise ConfigurationError(
+                    f"--dataset {config.dataset}: the validation split has no column {image}, which the training split "
+                    f"has, but {', '.join(shards.features)}; rename it, or move the split away"
+                )
             shards.column = image
     if label is None or not config.evaluates:  # what serves evaluation alone would be held in memory
         return train, None, None
-    if validation is not None and label not in validation.features:
+    # Which classes there are say all labels, not those of the images in memory.
+    names = label_names(train.features[label], train, label)
+    if names is None:
+        if config.label_column is not None:
+            raise ConfigurationError(f"--label_column {label}: not class labels for all images")
+        remarks.append(f"no labels, because the column {label} has not one for all images")
+        return train, None, None
+    if validation is not None and not has_labels(validation, label, names):
         validation = None
     whole, held_out = train, np.empty(0, int)
     if validation is None:
@@ -207,13 +219,6 @@ def streamed(
         splits[name] = shards.dataset(
             pieces if len(pieces) else np.array(smallest(shards.piece_sizes)[:1]), [image, label]
         )
-    # Which classes there are say all labels, not those of the images in memory.
-    names = label_names(splits["train"].features[label], whole, label)
-    if names is None:
-        if config.label_column is not None:
-            raise ConfigurationError(f"--label_column {label}: not class labels for all images")
-        remarks.append(f"no labels, because the column {label} has not one for all images")
-        return whole, None, None
     splits = {name: with_names(split, label, names) for name, split in splits.items()}
     splits = standard_columns(splits, config, remarks)
     if any("label" not in split.features for split in splits.values()):

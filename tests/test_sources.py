@@ -483,6 +483,58 @@ def test_streamed_parquet(tmp_path):
     assert rows[0]["path"] == f"row 8 of row group 1 of {tmp_path}/train-1.parquet"
 
 
+LABELS = {  # of training, of validation, how the latter is answered
+    "the same words": (["a", "b"], ["b", "a"], 4),
+    "fewer words": (["a", "b"], ["b", "b"], 4),
+    "a word that training has not": (["a", "b"], ["a", "c"], "the label c of the validation split is not among"),
+    "other words only": (["a", "b"], ["c", "c"], "the label c of the validation split is not among"),
+    "numbers": ([0, 1], [1, 1], 4),
+    "a number that training has not": ([0, 1], [1, 2], "the label 2 of the validation split is not among"),
+    "withheld": ([0, 1], [-1, -1], 8),
+    "some missing": (["a", "b"], ["a", None], 8),
+}
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_streamed_labels_of_validation_and_training(tmp_path, case):
+    """They fit, are told in one line, or are none, and training images are held out: 8 of 40."""
+    train, validation, answer = LABELS[case]
+    for name, number, labels in (("train", 40, train), ("val", 4, validation)):
+        table = pyarrow.table({"image": encoded(number), "label": labels * (number // 2)})
+        parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=4)
+    config = settings(tmp_path, streaming=True, validation_fraction=0.2)
+    if isinstance(answer, str):
+        with pytest.raises(ConfigurationError, match=answer):
+            sources.load_images(config)
+        return
+    images = sources.load_images(config)
+    assert (len(images.validation), len(images.train) + len(images.validation)) == (answer, 44 if answer == 4 else 40)
+    if answer == 4:
+        assert images.validation["label"][:] == [images.class_names.index(str(label)) for label in validation * 2]
+
+
+def test_streamed_class_labels_and_a_validation_of_plain_numbers(tmp_path):
+    write_parquet(tmp_path / "train.parquet", 0, 8, row_group_size=4)
+    parquet.write_table(pyarrow.table({"image": encoded(4), "label": [1, 0, 1, 1]}), tmp_path / "val.parquet")
+    images = sources.load_images(settings(tmp_path, streaming=True))
+    assert images.class_names == ["even", "odd"]
+    assert images.validation["label"][:] == [1, 0, 1, 1]
+
+
+def test_streamed_splits_of_which_one_lacks_the_images(tmp_path):
+    write_parquet(tmp_path / "train.parquet", 0, 8, row_group_size=4)
+    parquet.write_table(pyarrow.table({"img": encoded(4), "label": [1, 0, 1, 1]}), tmp_path / "val.parquet")
+    with pytest.raises(ConfigurationError, match=r"the validation split has no column image, .* but img, label"):
+        sources.load_images(settings(tmp_path, streaming=True))
+
+
+def test_two_columns_of_one_name(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array([1]), pyarrow.array([2])], ["label", "label"])
+    parquet.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(ConfigurationError, match="has two columns of one name: label, label; rename one"):
+        sources.load_images(settings(tmp_path, streaming=True))
+
+
 def test_streamed_images_are_held_out_piece_by_piece(tmp_path):
     write_parquet(tmp_path / "all.parquet", 0, 100, row_group_size=10)
     images = sources.load_images(settings(tmp_path, streaming=True, validation_fraction=0.2))
