@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import tarfile
 import tempfile
 import threading
@@ -36,7 +37,7 @@ IMAGE_EXTENSIONS = frozenset(
 SHARD_EXTENSIONS = (".parquet", ".tar")
 NOT_OURS = ("@eaDir", "__MACOSX")  # folders in which a NAS and macOS keep thumbnails and what else they know
 SETTLED = 2.0  # seconds; what was changed so short a time before its scan may change again under the same time stamp
-LAYOUT = 5  # of what is kept; another one is not read
+LAYOUT = 6  # of what is kept; another one is not read
 ATTEMPTS = 5  # at reading from a network, with 1, 2, 4 and 8 seconds between them
 READERS = 32  # threads that read the ends of shards
 FOOTERS = 16 << 20  # bytes of remote footers that are kept; in memory they take up to three times as much
@@ -46,7 +47,7 @@ FOOTERS = 16 << 20  # bytes of remote footers that are kept; in memory they take
 
 
 class FoundFiles(NamedTuple):
-    """What is in a folder, at any depth; hidden entries left out."""
+    """What is in a folder, at any depth; hidden entries left out. A link that leads nowhere counts as a file."""
 
     paths: list[str]  # of images and shards (parquet, tar), relative, sorted
     others: dict[str, int]  # the number of all other files by their extension
@@ -81,19 +82,23 @@ def scan(folder: Path) -> tuple[list[str], dict[str, int], dict[str, list[int]]]
     try:
         while pending:
             below, above = pending.pop()
-            status = os.stat(folder / below)
+            status = os.stat(os.path.join(folder, below))
             if (status.st_dev, status.st_ino) in above:  # a link back to a folder above
                 continue
             above |= {(status.st_dev, status.st_ino)}
             folders[below] = times_of_change(status)
-            with os.scandir(folder / below) as entries:
+            with os.scandir(os.path.join(folder, below)) as entries:
                 for entry in entries:
                     if is_hidden(entry.name):
                         continue
                     path = f"{below}/{entry.name}" if below else entry.name
                     if entry.is_dir():
                         pending.append((path, above))
-                    elif entry.is_file():
+                        continue
+                    dangling = entry.is_symlink() and not entry.is_file()
+                    if dangling:  # such as to a disk that is not there now: it is looked at again at each start
+                        folders[path] = times_of_change(entry.stat(follow_symlinks=False))
+                    if dangling or entry.is_file():
                         extension = os.path.splitext(entry.name)[1].lower()
                         if extension in IMAGE_EXTENSIONS or extension in SHARD_EXTENSIONS:
                             path.encode()
@@ -119,7 +124,7 @@ def is_hidden(name: str) -> bool:
 
 def is_unchanged(folder: Path, folders: dict[str, list[int]]) -> bool:
     try:
-        return all(times_of_change(os.stat(folder / below)) == times for below, times in folders.items())
+        return all(times_of_change(os.stat(os.path.join(folder, below))) == times for below, times in folders.items())
     except OSError:
         return False
 
@@ -132,6 +137,7 @@ def index_tars(folder: Path, files: Sequence[str]) -> list[pyarrow.Table]:
 
     Members that share a name up to the first dot of its last part are one sample (000.jpg, 000.cls). Of several images
     (000.depth.png, 000.jpg, 000.png) it is the first of those with the fewest dots; `others` is the number of the rest.
+    A link that leads out of the tar is an image without content.
 
     Raises:
         ConfigurationError: a tar is cut, compressed or no tar.
@@ -147,33 +153,22 @@ def index_tar(paths: Sequence[str]) -> pyarrow.Table:
     images: dict[str, tuple[int, int, int]] = {}
     others: Counter[str] = Counter()
     labels: dict[str, int] = {}
-    places: dict[str, tuple[int, int]] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    place = places[member.name] = (member.offset_data, member.size)
-                else:  # a hard link, to what came before
-                    place = places.get(member.linkname) if member.islnk() else None
-                if place is None or any(is_hidden(part) for part in member.name.split("/") if part != "."):
+        with open(path, "rb") as file:
+            for member, (at, size) in tar_members(file).items():
+                if any(is_hidden(part) for part in member.split("/")):
                     continue
-                parent, _, name = member.name.rpartition("/")
+                parent, _, name = member.rpartition("/")
                 stem, _, extension = name.partition(".")
                 key, extension = f"{parent}/{stem}", f".{extension.lower()}"
                 if extension == ".cls":
-                    word = tar.extractfile(member).read().strip()
+                    word = os.pread(file.fileno(), size, at).strip()
                     if word.isdigit():
                         labels[key] = int(word)
                 elif os.path.splitext(extension)[1] in IMAGE_EXTENSIONS or extension in IMAGE_EXTENSIONS:
                     others[key] += key in images
-                    image = (extension.count("."), *place)
+                    image = (extension.count("."), at, size)
                     images[key] = min(images.get(key, image), image, key=lambda image: image[0])
-            # A tar ends with a block of zeros, and nothing else after it. tarfile would also take the end of the
-            # file for it, a damaged header, or the first end of two tars that were joined.
-            tar.fileobj.seek(tar.offset)
-            end = tar.fileobj.read()
-            if len(end) < tarfile.BLOCKSIZE or end.count(0) != len(end):
-                raise tarfile.ReadError(f"no end after {len(images):,} images")
     except (tarfile.TarError, OSError, ValueError) as error:
         raise ConfigurationError(
             f"{path} cannot be read as a tar ({in_short(error)}): it is cut, damaged, joined of several or "
@@ -189,6 +184,43 @@ def index_tar(paths: Sequence[str]) -> pyarrow.Table:
             "others": pyarrow.array([others[key] for key in keys], pyarrow.int32()),
         }
     )
+
+
+def tar_members(file: IO[bytes]) -> dict[str, tuple[int, int]]:
+    """Where each file in a tar begins, and its size; links lead to what they are of, or are empty.
+
+    Of a name that comes again it is the last, as when a tar is unpacked.
+
+    Raises:
+        tarfile.TarError: it is cut, compressed, joined of several or no tar.
+    """
+    members: dict[str, tuple[int, int]] = {}
+    links: dict[str, tuple[str, int]] = {}
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            name = posixpath.normpath(member.name)
+            members.pop(name, None)
+            links.pop(name, None)
+            if member.isfile():
+                members[name] = (member.offset_data, member.size)
+            elif member.islnk():  # to what came before; what comes later under that name is another file
+                members[name] = members.get(posixpath.normpath(member.linkname), (member.offset_data, 0))
+            elif member.issym():
+                links[name] = (posixpath.join(posixpath.dirname(name), member.linkname), member.offset_data)
+            tar.members.clear()  # it would keep all of them, 0.7 kB each
+        # A tar ends with a block of zeros, and nothing else after it. tarfile would also take the end of the file for
+        # it, a damaged header, or the first end of two tars that were joined.
+        file.seek(tar.offset)
+        end = file.read()
+        if len(end) < tarfile.BLOCKSIZE or end.count(0) != len(end):
+            raise tarfile.ReadError(f"no end after {len(members):,} files")
+    for name, (target, at) in links.items():
+        passed = set()
+        while (target := posixpath.normpath(target)) in links and target not in passed:
+            passed.add(target)
+            target, _ = links[target]
+        members[name] = members.get(target, (at, 0))
+    return members
 
 
 # --- row groups of parquet files

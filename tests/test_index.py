@@ -79,6 +79,21 @@ def test_a_link_to_a_folder_beside_is_followed_and_one_to_a_folder_above_is_not(
     assert index.find_files(folder).paths == ["a/1.jpg", "a/2.png", "b/3.jpeg", "val/1.jpg", "val/2.png"]
 
 
+@pytest.mark.parametrize("name", ["c", "c.png"])
+def test_what_a_link_leads_to_is_found_when_it_is_there(folder, scans, name):
+    """As after a disk is mounted, when none of the folders has changed."""
+    disk = folder.parent / "disk"
+    (folder / name).symlink_to(disk, target_is_directory=True)
+    found = index.find_files(folder)
+    assert found.paths == ["a/1.jpg", "a/2.png", "b/3.jpeg", *([name] if name == "c.png" else [])]
+    assert found.others == ({"": 1} if name == "c" else {})
+    write_image(disk / "4.png")
+    with_disk = ["a/1.jpg", "a/2.png", "b/3.jpeg", f"{name}/4.png"]
+    for _ in range(2):
+        assert index.find_files(folder) == (with_disk, {})
+    assert len(scans) == 3 + 4  # not in the end
+
+
 def test_damaged_and_joined_tars_lose_nothing_in_silence(tmp_path):
     write_tar(tmp_path / "a.tar", 0, 20)
     content = (tmp_path / "a.tar").read_bytes()

@@ -13,9 +13,10 @@ from pyarrow import parquet
 
 from m2t_accel import sources
 from m2t_accel.data import read_rows
-from m2t_accel.decode import decode_image
+from m2t_accel.decode import DecodeError, decode_image
 from m2t_accel.recipes import build_config
 from m2t_accel.settings import ConfigurationError
+from m2t_accel.shards import TarShards
 
 
 @pytest.fixture
@@ -140,24 +141,77 @@ def test_tars_as_people_have_them(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_tar_of_pictures_with_maps_before_them_and_hard_links(tmp_path, streaming):
+def test_a_tar_of_pictures_with_maps_before_them(tmp_path, streaming):
     """The picture is the image whose name has the fewest dots, wherever its bytes lie."""
     contents = {"a.depth.png": 9, "b.png": 1, "a.png": 0, "a.mask.png": 9, "c.depth.png": 9, "c.png": 2}
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
         for name, value in contents.items():
-            content = cv2.imencode(".png", np.full((8, 8, 3), value, np.uint8))[1].tobytes()
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-        for name, to in (("d.png", "b.png"), ("e.png", "gone.png")):
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname = tarfile.LNKTYPE, to
-            tar.addfile(member)
+            add_image(tar, name, value)
     images = sources.load_images(settings(tmp_path, streaming=streaming))
-    rows = images.train.open(0)(0, 4)[1] if streaming else read_rows(images.train, range(4))
-    assert [decode_image(row)[0, 0, 0] for row in rows] == [1, 1, 0, 2]
-    assert len(images.train) == 4
+    assert values(images.train) == [1, 0, 2]
     assert "not used: 3 more images of the same samples (of 0.depth.png and 0.jpg it is 0.jpg)" in images.note
+
+
+def add_image(tar, name, value):
+    content = cv2.imencode(".png", np.full((8, 8, 3), value, np.uint8))[1].tobytes()
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def add_link(tar, name, to, kind):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, to
+    tar.addfile(member)
+
+
+def values(images):
+    """The first pixel of each image, or why there is none."""
+    number = len(images)
+    rows = images.open(0)(0, number)[1] if isinstance(images, TarShards) else read_rows(images, range(number))
+    found = []
+    for row in rows:
+        try:
+            found.append(int(decode_image(row)[0, 0, 0]))
+        except DecodeError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_links_in_a_tar_lead_to_what_they_are_of(tmp_path, streaming):
+    """And one that leads nowhere is an image that cannot be decoded, which a run counts and tells."""
+    hard, soft = tarfile.LNKTYPE, tarfile.SYMTYPE
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        add_image(tar, "./b/1.png", 1)
+        add_image(tar, "b/2.png", 2)
+        for i, (to, kind) in enumerate([("b/1.png", hard), ("./b/2.png", hard), ("gone.png", hard)]):
+            add_link(tar, f"c/{i}.png", to, kind)
+        for i, to in enumerate(["../b/1.png", "../d/0.png", "/b/1.png", "3.png", "../../b/1.png", "9.png"]):
+            add_link(tar, f"d/{i}.png", to, soft)
+        add_image(tar, "d/9.png", 9)  # after the link to it
+    images = sources.load_images(settings(tmp_path, streaming=streaming))
+    empty = "the file is empty"
+    assert values(images.train) == [1, 1, 1, 1, 2, 2, empty, empty, empty, empty, 9, 9]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_of_a_name_that_comes_twice_in_a_tar_it_is_the_last(tmp_path, streaming):
+    """As `tar -r` appends what has changed, and tar unpacks it."""
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for name, value in (("0.png", 0), ("1.png", 1), ("2.png", 2), ("0.png", 7)):
+            add_image(tar, name, value)
+        add_link(tar, "3.png", "1.png", tarfile.LNKTYPE)
+        add_link(tar, "2.png", "0.png", tarfile.SYMTYPE)
+        add_image(tar, "1.png", 8)  # not what the hard link was of
+        for number, label in ((0, 0), (1, 0), (2, 0), (3, 0), (0, 1)):
+            member = tarfile.TarInfo(f"./{number}.cls")
+            member.size = 1
+            tar.addfile(member, io.BytesIO(str(label).encode()))
+    images = sources.load_images(settings(tmp_path, streaming=streaming, validation_fraction=0))
+    assert values(images.train) == [1, 7, 7, 8]
+    assert images.bank["label"][:] == [0, 1, 0, 0]
+    assert "more images" not in images.note
 
 
 def test_what_lies_beside_the_splits_is_told(tmp_path, image_net):
@@ -244,10 +298,17 @@ def test_a_stray_image_takes_the_labels_and_the_note_says_so(image_net):
 
 def test_links_and_folders_that_only_look_like_images(image_net):
     (image_net / "train" / "n01" / "loop").symlink_to(image_net / "train", target_is_directory=True)
-    (image_net / "train" / "n01" / "broken.jpg").symlink_to(image_net / "nowhere.jpg")
     (image_net / "train" / "n01" / "folder.png").mkdir()
     (image_net / "train" / "metadata.parquet").write_bytes(b"not read, because there are images")
     assert len(sources.load_images(settings(image_net)).train) == 12
+
+
+def test_a_link_that_leads_nowhere_is_an_image_that_cannot_be_read(image_net):
+    (image_net / "train" / "n01" / "a.jpg").symlink_to(image_net / "nowhere.jpg")
+    images = sources.load_images(settings(image_net)).train
+    assert len(images) == 13
+    with pytest.raises(DecodeError, match="No such file or directory"):
+        decode_image(images[0]["image"])
 
 
 def test_a_file_name_that_is_not_utf_8(tmp_path):
