@@ -5,7 +5,9 @@ Kept are small Arrow files below ~/.cache/m2t_accel (or $XDG_CACHE_HOME/m2t_acce
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 import os
 import posixpath
@@ -14,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, NamedTuple, TypeVar
@@ -36,6 +38,7 @@ IMAGE_EXTENSIONS = frozenset(
 )
 SHARD_EXTENSIONS = (".parquet", ".tar")
 NOT_OURS = ("@eaDir", "__MACOSX")  # folders in which a NAS and macOS keep thumbnails and what else they know
+CLASSES = "ClassLabel"  # as `datasets` calls it in what it writes
 SETTLED = 2.0  # seconds; what was changed so short a time before its scan may change again under the same time stamp
 LAYOUT = 6  # of what is kept; another one is not read
 ATTEMPTS = 5  # at reading from a network, with 1, 2, 4 and 8 seconds between them
@@ -232,36 +235,73 @@ def index_parquet(files: Sequence[str]) -> pyarrow.Table:
     The schema is that of the first file with rows.
 
     Raises:
-        ConfigurationError: a file is missing, cut or no parquet, or its columns are not those of the first.
+        ConfigurationError: a file is missing, cut or no parquet, or its columns, or their classes, are not those of
+            the first.
     """
     return kept_for_files("parquet", files, read_outlines)
+
+
+class Outline(NamedTuple):
+    """What is kept of a parquet file while a set is indexed; its whole footer takes much more."""
+
+    columns: list[str]
+    class_names: dict[str, list[str]]  # of the columns that `datasets` has written as class labels
+    rows: np.ndarray  # (groups,) int32
 
 
 def read_outlines(files: Sequence[str]) -> pyarrow.Table:
     with ThreadPoolExecutor(READERS) as readers:
         outlines = list(readers.map(read_outline, files))
     # A file without rows may have anything for columns.
-    filled = [(file, names) for file, (names, rows) in zip(files, outlines, strict=True) if rows.any()]
-    first_file, first_names = (filled or [(files[0], outlines[0][0])])[0]
-    for file, names in filled:
+    filled = [(file, outline) for file, outline in zip(files, outlines, strict=True) if outline.rows.any()]
+    first_file, first = (filled or [(files[0], outlines[0])])[0]
+    for file, outline in filled:
+        names = outline.columns
         if len(set(names)) < len(names):
             raise ConfigurationError(f"{file} has two columns of one name: {', '.join(sorted(names))}; rename one")
-        if sorted(names) != sorted(first_names):
+        if sorted(names) != sorted(first.columns):
             raise ConfigurationError(
-                f"{file} has the columns {', '.join(names)}, {first_file} has {', '.join(first_names)}: give a folder "
-                "of files that belong together"
+                f"{file} has the columns {', '.join(names)}, {first_file} has {', '.join(first.columns)}: give a "
+                "folder of files that belong together"
             )
-    ends = np.cumsum([0, *(len(rows) for _, rows in outlines)], dtype=np.int32)
-    rows = pyarrow.ListArray.from_arrays(ends, np.concatenate([rows for _, rows in outlines]))
+        check_same_classes(first_file, first.class_names, file, outline.class_names)
+    ends = np.cumsum([0, *(len(outline.rows) for outline in outlines)], dtype=np.int32)
+    rows = pyarrow.ListArray.from_arrays(ends, np.concatenate([outline.rows for outline in outlines]))
     schema = in_attempts(first_file, parquet.read_schema)
     return pyarrow.table({"rows": rows}, metadata={"schema": schema.serialize().to_pybytes().hex()})
 
 
-def read_outline(file: str) -> tuple[list[str], np.ndarray]:
-    """The columns of a parquet file and the rows of each of its groups, int32; its whole footer takes much more."""
+def read_outline(file: str) -> Outline:
     footer = in_attempts(file, parquet.read_metadata)
     rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
-    return footer.schema.to_arrow_schema().names, np.array(rows, np.int32)
+    words = (footer.metadata or {}).get(b"huggingface", b"{}")
+    return Outline(footer.schema.to_arrow_schema().names, class_names(words), np.array(rows, np.int32))
+
+
+@functools.lru_cache(maxsize=8)  # most files of a set say the same
+def class_names(words: bytes) -> dict[str, list[str]]:
+    """The classes of each column of class labels, in the words that `datasets` writes into a schema."""
+    features = (json.loads(words).get("info") or {}).get("features") or {}
+    kinds = {name: kind for name, kind in features.items() if isinstance(kind, dict) and kind.get("_type") == CLASSES}
+    return {name: kind["names"] for name, kind in kinds.items()}
+
+
+def check_same_classes(
+    first_file: str, first: Mapping[str, list[str]], file: str, other: Mapping[str, list[str]]
+) -> None:
+    """Check that the numbers in the columns of class labels mean the same in two files.
+
+    Raises:
+        ConfigurationError: they do not; `datasets` itself would take those of the first file for all.
+    """
+    for column in first.keys() & other.keys():
+        if first[column] != other[column]:
+            pairs = itertools.zip_longest(first[column], other[column], fillvalue="missing")
+            number, (name, another) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+            raise ConfigurationError(
+                f"the class {number} of the column {column} is {name} in {first_file} and {another} in {file}: "
+                "number both alike (Dataset.align_labels_with_mapping)"
+            )
 
 
 def index_values(files: Sequence[str], column: str, kind: pyarrow.DataType) -> pyarrow.ChunkedArray:

@@ -12,7 +12,7 @@ from typing import IO, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow
-from datasets import Dataset, DatasetInfo, Features
+from datasets import ClassLabel, Dataset, DatasetInfo, Features
 from pyarrow import compute, parquet
 
 from m2t_accel.index import (
@@ -75,6 +75,11 @@ class ParquetShards:
         """The columns of the files."""
         schema = bytes.fromhex(self.metadata[b"schema"].decode())
         return Features.from_arrow_schema(pyarrow.ipc.read_schema(pyarrow.py_buffer(schema)))
+
+    @property
+    def class_names(self) -> dict[str, list[str]]:
+        """The classes of each column of class labels."""
+        return {name: kind.names for name, kind in self.features.items() if isinstance(kind, ClassLabel)}
 
     def __len__(self) -> int:
         return int(self.piece_sizes.sum(dtype=np.int64))

@@ -22,7 +22,7 @@ from pyarrow import compute
 
 from m2t_accel.columns import find_columns, has_labels, label_names, standard_columns, with_names
 from m2t_accel.data_settings import ImageSettings
-from m2t_accel.index import IMAGE_EXTENSIONS, SHARD_EXTENSIONS, find_files, index_tars
+from m2t_accel.index import IMAGE_EXTENSIONS, SHARD_EXTENSIONS, check_same_classes, find_files, index_tars
 from m2t_accel.settings import ConfigurationError, in_short
 from m2t_accel.shards import ParquetShards, Shards, TarShards, dataset_of
 
@@ -304,7 +304,7 @@ def load_folder(
     by_split = files_by_split(files)
     if kind == ".tar":
         return {name: tars_to_dataset(folder, paths, remarks) for name, paths in by_split.items()}
-    shards = {name: ParquetShards([str(folder / path) for path in paths]) for name, paths in by_split.items()}
+    shards = parquet_splits({name: [str(folder / path) for path in paths] for name, paths in by_split.items()})
     if config.streaming:
         return shards
     # `datasets` stumbles over a file without rows.
@@ -312,6 +312,21 @@ def load_folder(
         name: [part.files[i] for i in np.flatnonzero(part.file_sizes)] for name, part in shards.items() if len(part)
     }
     return call_datasets(config, "parquet", data_files=whole) if whole else {}
+
+
+def parquet_splits(files: dict[str, list[str]]) -> dict[str, ParquetShards]:
+    """The splits of parquet files.
+
+    Raises:
+        ConfigurationError: a file cannot be read, or not all have the same classes.
+    """
+    splits = {name: ParquetShards(paths) for name, paths in files.items()}
+    first, *others = [
+        (split.files[int(np.argmax(split.file_sizes > 0))], split.class_names) for split in splits.values()
+    ]
+    for other in others:
+        check_same_classes(*first, *other)
+    return splits
 
 
 def load_image_files(folder: Path, images: Sequence[str], remarks: list[str]) -> dict[str, Dataset]:
@@ -453,7 +468,7 @@ def load_hub(config: ImageSettings) -> dict[str, Dataset] | dict[str, ParquetSha
         raise ConfigurationError(
             f"--dataset {config.dataset} is stored as {found}, and only parquet can be streamed: leave out --streaming"
         )
-    return {name: ParquetShards(paths) for name, paths in splits.items()}
+    return parquet_splits(splits)
 
 
 def call_datasets(config: ImageSettings, *arguments: object, **options: object) -> dict[str, Dataset]:

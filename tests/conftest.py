@@ -87,10 +87,10 @@ def encoded(first, number):
     return [{"bytes": image.tobytes(), "path": None} for image in images]
 
 
-def write_parquet(path, first, number, row_group_size, labels=True):
+def write_parquet(path, first, number, row_group_size, labels=True, names=("even", "odd")):
     """A shard as `datasets` writes it, of images numbered from `first`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    features = Features({"image": Image()} | ({"label": ClassLabel(names=["even", "odd"])} if labels else {}))
+    features = Features({"image": Image()} | ({"label": ClassLabel(names=list(names))} if labels else {}))
     columns = {"image": encoded(first, number)} | ({"label": [i % 2 for i in range(number)]} if labels else {})
     table = Dataset.from_dict(columns, features=features).with_format("arrow")[:]
     parquet.write_table(table, path, row_group_size=row_group_size)

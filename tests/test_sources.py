@@ -214,6 +214,26 @@ def test_of_a_name_that_comes_twice_in_a_tar_it_is_the_last(tmp_path, streaming)
     assert "more images" not in images.note
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("other", ["train-1.parquet", "val-0.parquet"])
+def test_class_labels_with_other_numbers_are_not_taken_for_the_same(tmp_path, other, streaming):
+    """As when a part without a class is numbered by itself; `datasets` would take the first file's for all."""
+    write_parquet(tmp_path / "train-0.parquet", 0, 8, row_group_size=4)
+    for names, number, there, here in (
+        (["odd", "even"], 0, "even", "odd"),
+        (["even", "odd", "prime"], 2, "missing", "prime"),
+        (["even"], 1, "odd", "missing"),
+    ):
+        write_parquet(tmp_path / other, 8, 1, row_group_size=4, names=names)
+        told = (
+            rf"the class {number} of the column label is {there} in .*train-0\.parquet and {here} in .*{other}: number"
+        )
+        with pytest.raises(ConfigurationError, match=told):
+            sources.load_images(settings(tmp_path, streaming=streaming))
+    write_parquet(tmp_path / other, 8, 1, row_group_size=4)
+    assert sources.load_images(settings(tmp_path, streaming=streaming)).class_names == ["even", "odd"]
+
+
 def test_what_lies_beside_the_splits_is_told(tmp_path, image_net):
     for name in ("unlabeled/1.png", "unlabeled/2.png", "test/n01/1.png", "logo.png"):
         write_image(image_net / name)
