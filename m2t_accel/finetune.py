@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -18,7 +17,6 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD
-from tqdm import tqdm
 
 from m2t_accel.data import DeviceBatches, FlippedCrops
 from m2t_accel.data_settings import check_enough_images
@@ -31,6 +29,7 @@ from m2t_accel.optim import set_learning_rate
 from m2t_accel.order import steps_per_epoch
 from m2t_accel.photometry import flipped_view
 from m2t_accel.probe import accuracy, ranked
+from m2t_accel.progress import progress_bar
 from m2t_accel.protocols import FinetuneConfig
 from m2t_accel.run_folder import write_text
 from m2t_accel.settings import ConfigurationError
@@ -129,13 +128,7 @@ def train_model(model: nn.Module, train: Dataset, evaluation: Evaluation) -> int
     loader = create_loader(FlippedCrops(train, config), batches, config, accelerator.device)
     steps_an_epoch = steps_per_epoch(len(train), config.batch_size)
     total_steps = config.epochs * steps_an_epoch
-    bar = tqdm(
-        total=total_steps,
-        unit="step",
-        mininterval=0.5 if sys.stderr.isatty() else 30.0,
-        dynamic_ncols=True,
-        disable=not accelerator.is_main_process,
-    )
+    bar = progress_bar("step", total_steps, disable=not accelerator.is_main_process)
     broken, losses, step = set(), [], 0
     with contextlib.closing(bar):
         for batch in read(loader, accelerator.device):

@@ -1,4 +1,4 @@
-"""What is in a folder or a set of shards: found in one scan, and kept with a fingerprint for the next start.
+"""What is in a folder or in parquet files: found in one scan, and kept with a fingerprint for the next start.
 
 Kept are small Arrow files below ~/.cache/m2t_accel (or $XDG_CACHE_HOME/m2t_accel); removing them costs a scan.
 """
@@ -10,8 +10,6 @@ import hashlib
 import itertools
 import json
 import os
-import posixpath
-import tarfile
 import tempfile
 import threading
 import time
@@ -28,6 +26,7 @@ import pyarrow
 import pyarrow.feather
 from pyarrow import compute, parquet
 
+from m2t_accel.progress import late_progress_bar
 from m2t_accel.settings import ConfigurationError, in_short
 
 Read = TypeVar("Read")
@@ -82,9 +81,11 @@ def scan(folder: Path) -> tuple[list[str], dict[str, int], dict[str, list[int]]]
     """Images and shards below the folder, the number of other files, and each folder's times of change."""
     paths, others, folders = [], Counter(), {}
     pending: list[tuple[str, frozenset]] = [("", frozenset())]
+    bar = late_progress_bar(f"looking for images in {folder}", " files")
     try:
         while pending:
             below, above = pending.pop()
+            bar.update(len(paths) - bar.n)
             status = os.stat(os.path.join(folder, below))
             if (status.st_dev, status.st_ino) in above:  # a link back to a folder above
                 continue
@@ -113,6 +114,8 @@ def scan(folder: Path) -> tuple[list[str], dict[str, int], dict[str, list[int]]]
     except UnicodeEncodeError as error:
         name = error.object.encode(errors="backslashreplace").decode()
         raise ConfigurationError(f"--dataset {folder}: the file name {name} is not UTF-8; rename it") from None
+    finally:
+        bar.close()
     return paths, dict(sorted(others.items())), folders
 
 
@@ -130,100 +133,6 @@ def is_unchanged(folder: Path, folders: dict[str, list[int]]) -> bool:
         return all(times_of_change(os.stat(os.path.join(folder, below))) == times for below, times in folders.items())
     except OSError:
         return False
-
-
-# --- images of tar files
-
-
-def index_tars(folder: Path, files: Sequence[str]) -> list[pyarrow.Table]:
-    """Where each image is in WebDataset tars: of each `offset` and `size` in bytes, `label` (int, null without .cls).
-
-    Members that share a name up to the first dot of its last part are one sample (000.jpg, 000.cls). Of several images
-    (000.depth.png, 000.jpg, 000.png) it is the first of those with the fewest dots; `others` is the number of the rest.
-    A link that leads out of the tar is an image without content.
-
-    Raises:
-        ConfigurationError: a tar is cut, compressed or no tar.
-    """
-    paths = [str(folder / file) for file in files]
-    with ThreadPoolExecutor(READERS) as readers:
-        # What is kept does not say where a file lies: it is the same one by another path.
-        return list(readers.map(lambda path: kept_for_files("tar", [path], index_tar), paths))
-
-
-def index_tar(paths: Sequence[str]) -> pyarrow.Table:
-    (path,) = paths
-    images: dict[str, tuple[int, int, int]] = {}
-    others: Counter[str] = Counter()
-    labels: dict[str, int] = {}
-    try:
-        with open(path, "rb") as file:
-            for member, (at, size) in tar_members(file).items():
-                if any(is_hidden(part) for part in member.split("/")):
-                    continue
-                parent, _, name = member.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key, extension = f"{parent}/{stem}", f".{extension.lower()}"
-                if extension == ".cls":
-                    word = os.pread(file.fileno(), size, at).strip()
-                    if word.isdigit():
-                        labels[key] = int(word)
-                elif os.path.splitext(extension)[1] in IMAGE_EXTENSIONS or extension in IMAGE_EXTENSIONS:
-                    others[key] += key in images
-                    image = (extension.count("."), at, size)
-                    images[key] = min(images.get(key, image), image, key=lambda image: image[0])
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"{path} cannot be read as a tar ({in_short(error)}): it is cut, damaged, joined of several or "
-            "compressed; fetch it again, unpack it with gunzip, or move it away"
-        ) from None
-    keys = sorted(images, key=lambda key: images[key][1])  # as they lie, so that a run of them is read at once
-    found = np.array([images[key] for key in keys], np.int64).reshape(-1, 3)
-    return pyarrow.table(
-        {
-            "offset": found[:, 1],
-            "size": found[:, 2],
-            "label": pyarrow.array([labels.get(key) for key in keys], pyarrow.int64()),
-            "others": pyarrow.array([others[key] for key in keys], pyarrow.int32()),
-        }
-    )
-
-
-def tar_members(file: IO[bytes]) -> dict[str, tuple[int, int]]:
-    """Where each file in a tar begins, and its size; links lead to what they are of, or are empty.
-
-    Of a name that comes again it is the last, as when a tar is unpacked.
-
-    Raises:
-        tarfile.TarError: it is cut, compressed, joined of several or no tar.
-    """
-    members: dict[str, tuple[int, int]] = {}
-    links: dict[str, tuple[str, int]] = {}
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            name = posixpath.normpath(member.name)
-            members.pop(name, None)
-            links.pop(name, None)
-            if member.isfile():
-                members[name] = (member.offset_data, member.size)
-            elif member.islnk():  # to what came before; what comes later under that name is another file
-                members[name] = members.get(posixpath.normpath(member.linkname), (member.offset_data, 0))
-            elif member.issym():
-                links[name] = (posixpath.join(posixpath.dirname(name), member.linkname), member.offset_data)
-            tar.members.clear()  # it would keep all of them, 0.7 kB each
-        # A tar ends with a block of zeros, and nothing else after it. tarfile would also take the end of the file for
-        # it, a damaged header, or the first end of two tars that were joined.
-        file.seek(tar.offset)
-        end = file.read()
-        if len(end) < tarfile.BLOCKSIZE or end.count(0) != len(end):
-            raise tarfile.ReadError(f"no end after {len(members):,} files")
-    for name, (target, at) in links.items():
-        passed = set()
-        while (target := posixpath.normpath(target)) in links and target not in passed:
-            passed.add(target)
-            target, _ = links[target]
-        members[name] = members.get(target, (at, 0))
-    return members
 
 
 # --- row groups of parquet files
@@ -251,7 +160,8 @@ class Outline(NamedTuple):
 
 def read_outlines(files: Sequence[str]) -> pyarrow.Table:
     with ThreadPoolExecutor(READERS) as readers:
-        outlines = list(readers.map(read_outline, files))
+        outlines = readers.map(read_outline, files)
+        outlines = list(late_progress_bar("reading the ends of shards", " shards", outlines, len(files)))
     # A file without rows may have anything for columns.
     filled = [(file, outline) for file, outline in zip(files, outlines, strict=True) if outline.rows.any()]
     first_file, first = (filled or [(files[0], outlines[0])])[0]
@@ -399,13 +309,17 @@ def kept_for_files(
     kind: str, files: Sequence[str], build: Callable[[Sequence[str]], pyarrow.Table], *words: str
 ) -> pyarrow.Table:
     """The table built of some files, kept for as long as their sizes and times are the same, and the words."""
-    fingerprint = json.dumps([*words, *(file_fingerprint(file) for file in files)])
-    kept = cache_file(kind, fingerprint)
+    kept = place_for_files(kind, files, *words)
     table = read_cache(kept)
     if table is None:
         table = build(files)
         write_cache(kept, table)
     return table
+
+
+def place_for_files(kind: str, files: Sequence[str], *words: str) -> Path:
+    """Where something is kept of files as they are now."""
+    return cache_file(kind, json.dumps([*words, *(file_fingerprint(file) for file in files)]))
 
 
 def file_fingerprint(file: str) -> list[object]:

@@ -327,6 +327,11 @@ def command() -> str:
     return shlex.join(["python", *sys.argv] if words is None else ["accelerate", "launch", *words])
 
 
+def num_cores() -> int:
+    """Cores that this process may use, where the system can say so; macOS cannot."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def hardware(accelerator: Accelerator) -> str:
     """The devices in words, such as `8 × NVIDIA H200, bf16`."""
     if accelerator.device.type == "cuda":

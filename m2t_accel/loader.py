@@ -24,6 +24,7 @@ from m2t_accel.augment import Photometry
 from m2t_accel.buffers import Buffers
 from m2t_accel.data import CentralViews, DeviceBatches, Request, TwoViews, ViewBatch
 from m2t_accel.data_settings import ImageSettings
+from m2t_accel.launch import num_cores
 from m2t_accel.settings import ConfigurationError, in_short
 
 # Batches ahead of each worker: 1, 2, 4 and 8 gave two workers the same images/s to 6 %, whether the loop was slower
@@ -230,6 +231,4 @@ def settle_worker(worker: int) -> None:
 def default_num_workers() -> int:
     """Cores that training leaves free, shared by the processes of this machine; at most 8 each."""
     num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-    # Cores that this process may use, where the system can say so; macOS cannot.
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(8, num_cores // num_local_processes - 1))
+    return max(0, min(8, num_cores() // num_local_processes - 1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,12 +11,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from m2t_accel.data import BadImage
 from m2t_accel.features import measure_knn
 from m2t_accel.launch import gather_from_all, tell_all
 from m2t_accel.pictures import plain_words
+from m2t_accel.progress import progress_bar
 from m2t_accel.recipes import PretrainConfig
 from m2t_accel.run_folder import JsonLines, RunFolder
 from m2t_accel.settings import ConfigurationError
@@ -199,11 +198,7 @@ class Report:
             accelerator.init_trackers("tracker", config=settings)
         self.trackers = accelerator.trackers if config.tracker != "none" else []
         if accelerator.is_main_process:
-            # A log file gets a line every half minute, a terminal a bar that moves.
-            interval = 0.5 if sys.stderr.isatty() else 30.0
-            self.bar = tqdm(
-                total=total_steps, initial=first_step, unit="step", mininterval=interval, dynamic_ncols=True
-            )
+            self.bar = progress_bar("step", total_steps, initial=first_step)
 
     def add(self, loss: Tensor, spread: Tensor, bad: Sequence[BadImage]) -> None:
         """Take in a sub-batch."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset
 from torch import Tensor
-from tqdm import tqdm
 
 from m2t_accel.data import DeviceBatches, FlippedCrops
 from m2t_accel.data_settings import check_enough_images
@@ -27,6 +25,7 @@ from m2t_accel.loader import create_loader, dead_workers_in_one_line, read
 from m2t_accel.model import embed
 from m2t_accel.order import ShuffledOrder, steps_per_epoch
 from m2t_accel.photometry import flipped_view
+from m2t_accel.progress import progress_bar
 from m2t_accel.protocols import KnnConfig, LinearProbeConfig
 from m2t_accel.settings import ConfigurationError, in_short
 
@@ -202,15 +201,7 @@ def train_heads(evaluation: Evaluation, train: Dataset) -> tuple[Heads, set[int]
     checkpoint = Path(config.output_dir) / CHECKPOINT
     first_step, before = load_checkpoint(checkpoint, heads, source.broken, evaluation)
     started = time.perf_counter() - before
-    interval = 0.5 if sys.stderr.isatty() else 30.0
-    bar = tqdm(
-        total=total_steps,
-        initial=first_step,
-        unit="step",
-        mininterval=interval,
-        dynamic_ncols=True,
-        disable=not accelerator.is_main_process,
-    )
+    bar = progress_bar("step", total_steps, initial=first_step, disable=not accelerator.is_main_process)
     with contextlib.closing(bar):
         losses = []
         for step, (features, labels) in enumerate(source.batches(first_step), first_step):

@@ -22,9 +22,10 @@ from pyarrow import compute
 
 from m2t_accel.columns import find_columns, has_labels, label_names, standard_columns, with_names
 from m2t_accel.data_settings import ImageSettings
-from m2t_accel.index import IMAGE_EXTENSIONS, SHARD_EXTENSIONS, check_same_classes, find_files, index_tars
+from m2t_accel.index import IMAGE_EXTENSIONS, SHARD_EXTENSIONS, check_same_classes, find_files
 from m2t_accel.settings import ConfigurationError, in_short
 from m2t_accel.shards import ParquetShards, Shards, TarShards, dataset_of
+from m2t_accel.tars import index_tars
 
 TRAIN_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "validation", "valid", "test", "testing")  # the first that can be used is

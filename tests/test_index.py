@@ -1,14 +1,11 @@
-import io
 import os
-import tarfile
-from pathlib import Path
 
 import pyarrow
 import pytest
-from conftest import write_image, write_parquet, write_tar
+from conftest import write_image, write_parquet
 from pyarrow import parquet
 
-from m2t_accel import index, sources
+from m2t_accel import index
 from m2t_accel.settings import ConfigurationError
 
 
@@ -94,26 +91,6 @@ def test_what_a_link_leads_to_is_found_when_it_is_there(folder, scans, name):
     assert len(scans) == 3 + 4  # not in the end
 
 
-def test_damaged_and_joined_tars_lose_nothing_in_silence(tmp_path):
-    write_tar(tmp_path / "a.tar", 0, 20)
-    content = (tmp_path / "a.tar").read_bytes()
-    (tmp_path / "joined.tar").write_bytes(content + content)
-    (tmp_path / "damaged.tar").write_bytes(content[:10240] + b"x" * 512 + content[10752:])
-    for name in ("joined.tar", "damaged.tar"):
-        with pytest.raises(ConfigurationError, match=r"cannot be read as a tar .*joined of several"):
-            index.index_tars(tmp_path, [name])
-
-
-def test_a_label_in_words_is_none(tmp_path):
-    write_tar(tmp_path / "a.tar", 0, 3)
-    with tarfile.open(tmp_path / "a.tar", "a") as tar:
-        for name, content in (("000009.png", b"image"), ("000009.cls", b"cat")):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    assert index.index_tars(tmp_path, ["a.tar"])[0]["label"].to_pylist() == [0, 1, 0, None]
-
-
 @pytest.mark.parametrize("damage", [b"", b"ARROW1 but not really"])
 def test_a_broken_or_forbidden_cache_only_costs_a_scan(folder, damage, monkeypatch):
     first = index.find_files(folder).paths
@@ -122,29 +99,6 @@ def test_a_broken_or_forbidden_cache_only_costs_a_scan(folder, damage, monkeypat
     assert index.find_files(folder).paths == first
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     assert index.find_files(folder).paths == first
-
-
-def test_a_tar_has_the_path_by_which_it_was_asked_for(tmp_path, monkeypatch):
-    """What is kept of a tar serves from another folder, where the same words may mean another one."""
-    for number, name in enumerate(("here", "there")):
-        (tmp_path / name / "set").mkdir(parents=True)
-        write_tar(tmp_path / name / "set" / "a.tar", 100 * number, 3)
-    for name in ("here", "there", "here"):
-        monkeypatch.chdir(tmp_path / name)
-        for folder in (Path("set"), tmp_path / name / "set"):
-            images = sources.tars_to_dataset(folder, ["a.tar"], [])
-            assert [image["path"] for image in images["image"]] == [f"{folder}/a.tar"] * 3
-
-
-def test_a_tar_that_is_replaced_by_one_of_its_size_and_time_is_read_again(tmp_path):
-    write_tar(tmp_path / "a.tar", 0, 3)
-    before = os.stat(tmp_path / "a.tar")
-    first = index.index_tars(tmp_path, ["a.tar"])
-    write_tar(tmp_path / "b.tar", 0, 3, labels=False)
-    (tmp_path / "b.tar").write_bytes((tmp_path / "b.tar").read_bytes().ljust(before.st_size, b"\0"))
-    os.replace(tmp_path / "b.tar", tmp_path / "a.tar")
-    os.utime(tmp_path / "a.tar", ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert index.index_tars(tmp_path, ["a.tar"]) != first
 
 
 def test_a_full_disk_leaves_nothing_of_what_was_to_be_kept(small_disk):
@@ -202,15 +156,3 @@ def test_the_values_of_a_column_are_read_once_and_again_when_a_file_changes(tmp_
     parquet.write_table(pyarrow.table(rows | {"label": list("abcd")}), files[1])
     with pytest.raises(ConfigurationError, match=r"the columns label of .*2\.parquet differ from those of other files"):
         index.index_values(files, "label", pyarrow.int64())
-
-
-def test_a_tar_is_indexed_once_and_again_when_it_changes(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    write_tar(tmp_path / "a.tar", 0, 5)
-    first = index.index_tars(tmp_path, ["a.tar"])
-    assert first[0]["label"].to_pylist() == [0, 1, 0, 1, 0]
-    with monkeypatch.context() as patch:
-        patch.setattr(index.tarfile, "open", None)
-        assert index.index_tars(tmp_path, ["a.tar"]) == first
-    write_tar(tmp_path / "a.tar", 0, 6)
-    assert len(index.index_tars(tmp_path, ["a.tar"])[0]) == 6

@@ -9,10 +9,10 @@ from conftest import ROOT
 # user did wrong.
 # fmt: off
 ROOMS = (
-    "settings", "data_settings", "recipes", "protocols", "command_line", "launch", "interruption",
+    "settings", "progress", "data_settings", "recipes", "protocols", "command_line", "launch", "interruption",
     "splitmix", "schedules", "momentum_norm", "model", "optim", "keys", "encoders",
-    "augment", "photometry", "decode", "order", "index", "shards", "columns", "sources", "buffers", "data", "loader",
-    "pictures", "features", "checkpoint", "run_folder", "run_state", "saving", "monitor", "hub", "completion",
+    "augment", "photometry", "decode", "order", "index", "tars", "shards", "columns", "sources", "buffers", "data",
+    "loader", "pictures", "features", "checkpoint", "run_folder", "run_state", "saving", "monitor", "hub", "completion",
     "pretrain", "evaluation", "heads", "metrics", "probe", "finetune", "embedding",
     "publish", "export", "reference", "benchmark", "preview",
 )

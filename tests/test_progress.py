@@ -1,0 +1,26 @@
+import sys
+
+from m2t_accel import progress
+
+
+def test_a_file_gets_few_lines_and_a_terminal_a_bar_that_moves(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "INTERVAL", 0.0)
+    for is_terminal, shown in ((False, ["0/3"]), (True, ["0/3", "1/3", "2/3", "3/3"])):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        with progress.progress_bar("step", 3) as bar:
+            for _ in range(3):
+                bar.update()
+            text = capsys.readouterr().err
+            assert [part for part in ("0/3", "1/3", "2/3", "3/3") if part in text] == shown
+        assert is_terminal or "3/3" in capsys.readouterr().err  # in the end all the same
+
+
+def test_what_is_soon_done_is_not_told_and_what_is_not_leaves_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LOG_INTERVAL", 0.0)
+    assert list(progress.late_progress_bar("looking", " files", range(3), 3)) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "PATIENCE", -1.0)
+    assert list(progress.late_progress_bar("looking", " files", range(3), 3)) == [0, 1, 2]
+    text = capsys.readouterr().err
+    assert "looking:  67%" in text
+    assert text.split("\r")[-2].strip() == ""

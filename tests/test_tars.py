@@ -1,0 +1,105 @@
+import io
+import os
+import signal
+import tarfile
+from pathlib import Path
+
+import pytest
+from conftest import write_tar
+
+from m2t_accel import sources, tars
+from m2t_accel.settings import ConfigurationError
+
+
+def test_damaged_and_joined_tars_lose_nothing_in_silence(tmp_path):
+    write_tar(tmp_path / "a.tar", 0, 20)
+    content = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "joined.tar").write_bytes(content + content)
+    (tmp_path / "damaged.tar").write_bytes(content[:10240] + b"x" * 512 + content[10752:])
+    for name in ("joined.tar", "damaged.tar"):
+        with pytest.raises(ConfigurationError, match=r"cannot be read as a tar .*joined of several"):
+            tars.index_tars(tmp_path, [name])
+
+
+def test_a_label_in_words_is_none(tmp_path):
+    write_tar(tmp_path / "a.tar", 0, 3)
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        for name, content in (("000009.png", b"image"), ("000009.cls", b"cat")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert tars.index_tars(tmp_path, ["a.tar"])[0]["label"].to_pylist() == [0, 1, 0, None]
+
+
+def test_a_tar_has_the_path_by_which_it_was_asked_for(tmp_path, monkeypatch):
+    """What is kept of a tar serves from another folder, where the same words may mean another one."""
+    for number, name in enumerate(("here", "there")):
+        (tmp_path / name / "set").mkdir(parents=True)
+        write_tar(tmp_path / name / "set" / "a.tar", 100 * number, 3)
+    for name in ("here", "there", "here"):
+        monkeypatch.chdir(tmp_path / name)
+        for folder in (Path("set"), tmp_path / name / "set"):
+            images = sources.tars_to_dataset(folder, ["a.tar"], [])
+            assert [image["path"] for image in images["image"]] == [f"{folder}/a.tar"] * 3
+
+
+def test_a_tar_that_is_replaced_by_one_of_its_size_and_time_is_read_again(tmp_path):
+    write_tar(tmp_path / "a.tar", 0, 3)
+    before = os.stat(tmp_path / "a.tar")
+    first = tars.index_tars(tmp_path, ["a.tar"])
+    write_tar(tmp_path / "b.tar", 0, 3, labels=False)
+    (tmp_path / "b.tar").write_bytes((tmp_path / "b.tar").read_bytes().ljust(before.st_size, b"\0"))
+    os.replace(tmp_path / "b.tar", tmp_path / "a.tar")
+    os.utime(tmp_path / "a.tar", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert tars.index_tars(tmp_path, ["a.tar"]) != first
+
+
+def test_a_tar_is_indexed_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_tar(tmp_path / "a.tar", 0, 5)
+    first = tars.index_tars(tmp_path, ["a.tar"])
+    assert first[0]["label"].to_pylist() == [0, 1, 0, 1, 0]
+    with monkeypatch.context() as patch:
+        patch.setattr(tars.tarfile, "open", None)
+        assert tars.index_tars(tmp_path, ["a.tar"]) == first
+    write_tar(tmp_path / "a.tar", 0, 6)
+    assert len(tars.index_tars(tmp_path, ["a.tar"])[0]) == 6
+
+
+@pytest.fixture
+def by_processes(tmp_path, monkeypatch):
+    """Four tars, which two processes look through."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tars, "SMALL", 0)
+    monkeypatch.setattr(tars, "num_cores", lambda: 2)
+    for i in range(4):
+        write_tar(tmp_path / f"{i}.tar", 10 * i, 3 + i)
+    return [f"{i}.tar" for i in range(4)]
+
+
+def test_processes_find_what_one_finds(tmp_path, by_processes, monkeypatch):
+    members = tars.tar_members
+    monkeypatch.setattr(tars, "tar_members", lambda file: {f"{os.getpid()}.png": (0, os.getpid()), **members(file)})
+    found = tars.index_tars(tmp_path, by_processes)
+    assert tars.index_tars(tmp_path, by_processes) == found  # kept, or others would have been asked
+    monkeypatch.setattr(tars, "tar_members", members)
+    assert [table.slice(1) for table in found] == [tars.index_tar(str(tmp_path / name)) for name in by_processes]
+    processes = {table["size"][0].as_py() for table in found}
+    assert 1 <= len(processes) <= 2
+    assert os.getpid() not in processes
+
+
+def test_a_broken_tar_is_one_line_and_those_before_it_are_kept(tmp_path, by_processes, monkeypatch):
+    (tmp_path / "2.tar").write_bytes(b"no tar")
+    with pytest.raises(ConfigurationError, match=r"2\.tar cannot be read as a tar \(.*move it away$"):
+        tars.index_tars(tmp_path, by_processes)
+    assert len(list((tmp_path / "cache" / "m2t_accel").iterdir())) == 2
+    (tmp_path / "2.tar").unlink()
+    with pytest.raises(ConfigurationError, match=r"2\.tar cannot be read"):
+        tars.index_tars(tmp_path, by_processes)
+
+
+def test_a_process_that_dies_is_one_line(tmp_path, by_processes, monkeypatch):
+    monkeypatch.setattr(tars, "tar_members", lambda file: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(ConfigurationError, match="a process that looked for images in tars has died: most often"):
+        tars.index_tars(tmp_path, by_processes)
