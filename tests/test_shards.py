@@ -43,6 +43,16 @@ def test_a_selection_numbers_its_samples_without_gaps(tmp_path):
     assert whole.open(5)(1, 3)[0].tolist() == [18, 19]
 
 
+def test_samples_are_counted_beyond_32_bits(tmp_path):
+    for name in "ab":
+        write_parquet(tmp_path / f"{name}.parquet", 0, 9, row_group_size=3)
+    found = ParquetShards([str(tmp_path / f"{name}.parquet") for name in "ab"])
+    found.set_sizes(np.full(6, 2**31 - 1, np.int32))
+    assert len(found) == 6 * (2**31 - 1)
+    assert [found.first_sample(piece) for piece in range(6)] == [piece * (2**31 - 1) for piece in range(6)]
+    assert found.open(5)(1, 3)[0].tolist() == [5 * (2**31 - 1) + row for row in (1, 2)]
+
+
 def test_values_are_of_files_with_rows(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"other": pyarrow.array([], "int8")}), tmp_path / "a.parquet")
     write_parquet(tmp_path / "b.parquet", 0, 10, row_group_size=4)
