@@ -26,7 +26,9 @@ import torch  # noqa: E402
 from datasets import ClassLabel, Dataset, Features, Image  # noqa: E402
 from pyarrow import parquet  # noqa: E402
 
+from m2t_accel.data import read_rows  # noqa: E402
 from m2t_accel.data_settings import ImageSettings  # noqa: E402
+from m2t_accel.decode import decode_image  # noqa: E402
 from m2t_accel.hub import image_processor  # noqa: E402
 from m2t_accel.model import create_encoder, plain_encoder  # noqa: E402
 from m2t_accel.recipes import build_config  # noqa: E402
@@ -105,6 +107,24 @@ def write_tar(path, first, number, labels=True):
                 member = tarfile.TarInfo(f"{first + i:06}.{extension}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
+
+
+def pixel(images, sample):
+    """The first value of one of the images."""
+    return decode_image(read_rows(images, [sample])[0])[0, 0, 0]
+
+
+@pytest.fixture
+def image_net(tmp_path):
+    """ImageNet's layout in small: 2 classes of 6 and 3 images."""
+    for split, number in (("train", 6), ("val", 3)):
+        for index, name in enumerate(("n01", "n02")):
+            for i in range(number):
+                write_image(tmp_path / split / name / f"{name}_{i}.JPEG", value=100 * index + i)
+    (tmp_path / "train" / "n01" / "notes.txt").write_text("no image")
+    (tmp_path / "train" / ".cache").mkdir()
+    write_image(tmp_path / "train" / ".cache" / "hidden.jpg")
+    return tmp_path
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from conftest import ROOT
 ROOMS = (
     "settings", "progress", "data_settings", "recipes", "protocols", "command_line", "launch", "interruption",
     "splitmix", "schedules", "momentum_norm", "model", "optim", "keys", "encoders",
-    "augment", "photometry", "decode", "order", "index", "tars", "shards", "columns", "sources", "buffers", "data",
-    "loader", "pictures", "features", "checkpoint", "run_folder", "run_state", "saving", "monitor", "hub", "completion",
-    "pretrain", "evaluation", "heads", "metrics", "probe", "finetune", "embedding",
+    "augment", "photometry", "decode", "order", "index", "tars", "shards", "columns", "held_out", "sources",
+    "buffers", "data", "loader", "pictures", "features", "checkpoint", "run_folder", "run_state", "saving", "monitor",
+    "hub", "completion", "pretrain", "evaluation", "heads", "metrics", "probe", "finetune", "embedding",
     "publish", "export", "reference", "benchmark", "preview",
 )
 # fmt: on

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pyarrow
 import pytest
-from conftest import settings, write_image, write_parquet, write_tar
+from conftest import pixel, settings, write_image, write_parquet, write_tar
 from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets
 from loopback_hub import loopback_hub
 from pyarrow import parquet
@@ -17,19 +17,6 @@ from m2t_accel.decode import DecodeError, decode_image
 from m2t_accel.recipes import build_config
 from m2t_accel.settings import ConfigurationError
 from m2t_accel.shards import TarShards
-
-
-@pytest.fixture
-def image_net(tmp_path):
-    """ImageNet's layout in small: 2 classes of 6 and 3 images."""
-    for split, number in (("train", 6), ("val", 3)):
-        for index, name in enumerate(("n01", "n02")):
-            for i in range(number):
-                write_image(tmp_path / split / name / f"{name}_{i}.JPEG", value=100 * index + i)
-    (tmp_path / "train" / "n01" / "notes.txt").write_text("no image")
-    (tmp_path / "train" / ".cache").mkdir()
-    write_image(tmp_path / "train" / ".cache" / "hidden.jpg")
-    return tmp_path
 
 
 def test_digits():
@@ -44,37 +31,6 @@ def test_class_folders_with_train_and_val(image_net):
     assert images.train["label"] == [0] * 6 + [1] * 6
     assert images.validation["label"] == [0] * 3 + [1] * 3
     assert [os.path.basename(row["path"]) for row in images.train["image"]][:2] == ["n01_0.JPEG", "n01_1.JPEG"]
-
-
-@pytest.mark.parametrize("alone", ["train", "val"])
-def test_one_split_alone_holds_out_a_part_that_no_seed_changes(image_net, alone):
-    found = []
-    for seed in (0, 1):
-        images = sources.load_images(settings(image_net / alone, validation_fraction=0.34, seed=seed, batch_size=2))
-        paths = [[row["path"] for row in part["image"]] for part in (images.train, images.validation)]
-        assert not set(paths[0]) & set(paths[1])
-        number = {"train": 12, "val": 6}[alone]
-        assert len(paths[0]) + len(paths[1]) == number
-        assert len(paths[1]) == round(0.34 * number)
-        found.append(paths)
-    assert found[0] == found[1]
-
-
-@pytest.mark.parametrize("wish", [{"validation_fraction": 0}, {"evaluate_every": 0}])
-def test_nothing_is_held_out_when_not_wanted(image_net, wish):
-    images = sources.load_images(settings(image_net / "train", **wish))
-    assert images.validation is None
-    assert len(images.train) == 12
-
-
-def test_streaming_holds_no_image_in_memory_for_a_run_without_evaluation(tmp_path, monkeypatch):
-    for name in ("train", "val"):
-        write_parquet(tmp_path / f"{name}.parquet", 0, 100, row_group_size=10)
-    assert sources.load_images(settings(tmp_path, streaming=True)).validation is not None
-    monkeypatch.setattr(sources.ParquetShards, "dataset", None)  # what would read them
-    images = sources.load_images(settings(tmp_path, streaming=True, evaluate_every=0))
-    assert (len(images.train), images.bank, images.validation) == (100, None, None)
-    assert "kNN" not in images.note
 
 
 def test_a_folder_with_only_a_val_folder_in_it_is_that_folder(image_net):
@@ -104,14 +60,6 @@ def test_parquet_as_people_have_it(tmp_path, streaming):
         else read_rows(images.train, range(6))
     )
     assert [decode_image(row)[0, 0, 0] for row in rows] == [40 * i for i in range(6)]
-
-
-def test_shards_of_which_none_can_be_held_out(tmp_path):
-    write_parquet(tmp_path / "train.parquet", 0, 100, row_group_size=50)
-    images = sources.load_images(settings(tmp_path, streaming=True))
-    assert (len(images.train), images.validation) == (100, None)
-    assert "no image is held out, because the smallest row group has 50, more than the 10 wanted" in images.note
-    assert "no row group is so small" in images.lacks
 
 
 def test_labels_that_do_not_fit_from_shard_to_shard_are_one_line(tmp_path, capfd):
@@ -497,10 +445,6 @@ def test_no_hub(monkeypatch):
 # --- streamed, and tars
 
 
-def pixel(images, sample):
-    return decode_image(read_rows(images, [sample])[0])[0, 0, 0]
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_tars(tmp_path, streaming):
     for name, first, number in (("train-000", 0, 70), ("train-001", 70, 20), ("val-000", 100, 6)):
@@ -616,23 +560,6 @@ def test_two_columns_of_one_name(tmp_path):
         sources.load_images(settings(tmp_path, streaming=True))
 
 
-def test_streamed_images_are_held_out_piece_by_piece(tmp_path):
-    write_parquet(tmp_path / "all.parquet", 0, 100, row_group_size=10)
-    images = sources.load_images(settings(tmp_path, streaming=True, validation_fraction=0.2))
-    assert (len(images.train), len(images.validation)) == (80, 20)
-    assert sorted(images.train.piece_sizes.tolist()) == [0, 0, *[10] * 8]
-    seen = {
-        decode_image(row)[0, 0, 0]
-        for piece, size in enumerate(images.train.piece_sizes)
-        for row in images.train.open(piece)(0, size)[1]
-    }
-    held_out = {pixel(images.validation, i) for i in range(20)}
-    assert len(seen) == 80
-    assert len(held_out) == 20
-    assert not seen & held_out
-    assert "evaluation on 20 others (held out of the training images)" in images.note
-
-
 def test_few_pieces_and_what_they_cost_are_told(tmp_path):
     write_parquet(tmp_path / "all.parquet", 0, 64, row_group_size=64)
     images = sources.load_images(settings(tmp_path, streaming=True, batch_size=16, device_batch_size=2))
@@ -667,51 +594,6 @@ def test_cut_shards(tmp_path, streaming):
         (tmp_path / "tars" / "a.tar").write_bytes(content[:cut])
         with pytest.raises(ConfigurationError, match=r"a\.tar cannot be read as a tar"):
             sources.load_images(settings(tmp_path / "tars", streaming=streaming))
-
-
-def test_streamed_images_of_another_column_are_held_out(tmp_path):
-    """The held-out part and the rest must both read the column that is meant, not one called `image`."""
-    rows = {"image": encoded(100)[:40], "mask": encoded(100)[60:], "label": [i % 2 for i in range(40)]}
-    features = Features({"image": Image(), "mask": Image(), "label": Value("int64")})
-    table = Dataset.from_dict(rows, features=features).with_format("arrow")[:]
-    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=5)
-    images = sources.load_images(settings(tmp_path, streaming=True, image_column="mask", validation_fraction=0.2))
-    assert len(images.validation) < len(images.train) < 40
-    samples, found = images.train.open(0)(0, 5)
-    assert [decode_image(row)[0, 0, 0] for row in found] == (60 + samples).tolist()
-    assert pixel(images.validation, 0) >= 60
-
-
-@pytest.mark.parametrize("sorted_by_class", [True, False])
-@pytest.mark.parametrize("words", [True, False])
-def test_streamed_labels_are_those_of_all_rows(tmp_path, sorted_by_class, words, monkeypatch):
-    """Also where the images in memory show only some of the classes."""
-    monkeypatch.setattr(sources, "MAX_STREAMED_BANK", 20)
-    labels = [i // 10 if sorted_by_class else i % 10 for i in range(100)]
-    rows = {"image": encoded(100), "label": [f"c{label}" for label in labels] if words else labels}
-    features = Features({"image": Image(), "label": Value("string" if words else "int64")})
-    parquet.write_table(
-        Dataset.from_dict(rows, features=features).with_format("arrow")[:], tmp_path / "a.parquet", row_group_size=10
-    )
-    images = sources.load_images(settings(tmp_path, streaming=True))
-    assert images.class_names == [f"c{i}" if words else str(i) for i in range(10)]
-    assert (len(images.train), len(images.bank), len(images.validation)) == (90, 20, 10)
-
-
-def test_labels_that_are_none_hold_nothing_out(tmp_path):
-    rows = {"image": encoded(40), "label": [None, *range(39)]}
-    features = Features({"image": Image(), "label": Value("int64")})
-    parquet.write_table(
-        Dataset.from_dict(rows, features=features).with_format("arrow")[:], tmp_path / "a.parquet", row_group_size=5
-    )
-    images = sources.load_images(settings(tmp_path, streaming=True))
-    assert (len(images.train), images.bank, images.validation) == (40, None, None)
-
-
-def test_pieces_of_unequal_size_do_not_hold_out_nearly_all(tmp_path):
-    write_parquet(tmp_path / "a.parquet", 0, 105, row_group_size=100)
-    images = sources.load_images(settings(tmp_path, streaming=True))
-    assert (len(images.train), len(images.validation)) == (100, 5)
 
 
 def test_a_streamed_column_of_no_images(tmp_path):
