@@ -24,6 +24,7 @@ from m2t_accel.launch import num_cores
 from m2t_accel.progress import late_progress_bar
 from m2t_accel.settings import ConfigurationError, in_short
 
+PART = 1 << 20  # bytes read at once of what is behind a tar's end: if that is damaged, it may be nearly all of the tar
 SMALL = 32 << 20  # bytes of tars, for which no process is started: of 10 000 small images, a third of a second
 
 
@@ -162,8 +163,10 @@ def tar_members(file: IO[bytes]) -> dict[str, tuple[int, int]]:
         # A tar ends with a block of zeros, and nothing else after it. tarfile would also take the end of the file for
         # it, a damaged header, or the first end of two tars that were joined.
         file.seek(tar.offset)
-        end = file.read()
-        if len(end) < tarfile.BLOCKSIZE or end.count(0) != len(end):
+        zeros = 0
+        while (part := file.read(PART)) and part.count(0) == len(part):
+            zeros += len(part)
+        if part or zeros < tarfile.BLOCKSIZE:
             raise tarfile.ReadError(f"no end after {len(members):,} files")
     for name, (target, at) in links.items():
         passed = set()

@@ -16,7 +16,8 @@ def test_damaged_and_joined_tars_lose_nothing_in_silence(tmp_path):
     content = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "joined.tar").write_bytes(content + content)
     (tmp_path / "damaged.tar").write_bytes(content[:10240] + b"x" * 512 + content[10752:])
-    for name in ("joined.tar", "damaged.tar"):
+    (tmp_path / "late.tar").write_bytes(content + bytes(tars.PART) + b"x")
+    for name in ("joined.tar", "damaged.tar", "late.tar"):
         with pytest.raises(ConfigurationError, match=r"cannot be read as a tar .*joined of several"):
             tars.index_tars(tmp_path, [name])
 
