@@ -28,7 +28,7 @@ def find_columns(features: Features, config: ImageSettings) -> tuple[str, str | 
         (name for name, feature in features.items() if isinstance(feature, Image)),
         next((name for name in IMAGE_COLUMNS if name in columns), None),
     )
-    label = config.label_column or next((name for name in LABEL_COLUMNS if name in columns), None)
+    label = label_column(columns, config)
     for flag, name in (("image_column", image), ("label_column", label)):
         if name is not None and name not in columns:
             raise ConfigurationError(
@@ -39,6 +39,11 @@ def find_columns(features: Features, config: ImageSettings) -> tuple[str, str | 
             f"--dataset {config.dataset} has no column of images; name one of {', '.join(columns)} with --image_column"
         )
     return image, label
+
+
+def label_column(columns: Sequence[str], config: ImageSettings) -> str | None:
+    """The column of labels: that of the flag, else the first of the usual ones that there is."""
+    return config.label_column or next((name for name in LABEL_COLUMNS if name in columns), None)
 
 
 def standard_columns(splits: dict[str, Dataset], config: ImageSettings, remarks: list[str]) -> dict[str, Dataset]:

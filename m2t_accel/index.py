@@ -37,6 +37,7 @@ IMAGE_EXTENSIONS = frozenset(
 )
 SHARD_EXTENSIONS = (".parquet", ".tar")
 NOT_OURS = ("@eaDir", "__MACOSX")  # folders in which a NAS and macOS keep thumbnails and what else they know
+SOME = 10_000  # entries of a folder, after which it is told how many there are
 CLASSES = "ClassLabel"  # as `datasets` calls it in what it writes
 SETTLED = 2.0  # seconds; what was changed so short a time before its scan may change again under the same time stamp
 LAYOUT = 6  # of what is kept; another one is not read
@@ -58,7 +59,8 @@ class FoundFiles(NamedTuple):
 def find_files(folder: Path) -> FoundFiles:
     """Images and shards at any depth, and how many other files; one scan.
 
-    The scan is kept with the times at which each folder was last changed, so a second start looks at the folders only.
+    The scan is kept with the times at which each folder was last changed, so a second start looks at the folders only;
+    except where a link leads nowhere.
 
     Raises:
         ConfigurationError: a folder cannot be read, or a name is not UTF-8.
@@ -68,18 +70,21 @@ def find_files(folder: Path) -> FoundFiles:
     if known is not None and is_unchanged(folder, json.loads(known.schema.metadata[b"folders"])):
         return FoundFiles(known["path"].to_pylist(), json.loads(known.schema.metadata[b"others"]))
     started = time.time()
-    paths, others, folders = scan(folder)
+    paths, others, folders, dangling = scan(folder)
     paths.sort()
-    if max(max(times) for times in folders.values()) < (started - SETTLED) * 1e9:
+    # What a link leads to may come back, as a disk does, without a change of any folder.
+    if not dangling and max(max(times) for times in folders.values()) < (started - SETTLED) * 1e9:
         table = pyarrow.table({"path": pyarrow.array(paths, pyarrow.string())})
         metadata = {"folders": json.dumps(folders), "others": json.dumps(others)}
         write_cache(kept, table.replace_schema_metadata(metadata))
     return FoundFiles(paths, others)
 
 
-def scan(folder: Path) -> tuple[list[str], dict[str, int], dict[str, list[int]]]:
-    """Images and shards below the folder, the number of other files, and each folder's times of change."""
-    paths, others, folders = [], Counter(), {}
+def scan(folder: Path) -> tuple[list[str], dict[str, int], dict[str, list[int]], bool]:
+    """Images and shards below the folder, the number of other files, each folder's times of change, and whether there
+    is a link that leads nowhere.
+    """
+    paths, others, folders, any_dangling = [], Counter(), {}, False
     pending: list[tuple[str, frozenset]] = [("", frozenset())]
     bar = late_progress_bar(f"looking for images in {folder}", " files")
     try:
@@ -92,16 +97,17 @@ def scan(folder: Path) -> tuple[list[str], dict[str, int], dict[str, list[int]]]
             above |= {(status.st_dev, status.st_ino)}
             folders[below] = times_of_change(status)
             with os.scandir(os.path.join(folder, below)) as entries:
-                for entry in entries:
+                for number, entry in enumerate(entries, 1):
+                    if number % SOME == 0:
+                        bar.update(len(paths) - bar.n)
                     if is_hidden(entry.name):
                         continue
                     path = f"{below}/{entry.name}" if below else entry.name
                     if entry.is_dir():
                         pending.append((path, above))
                         continue
-                    dangling = entry.is_symlink() and not entry.is_file()
-                    if dangling:  # such as to a disk that is not there now: it is looked at again at each start
-                        folders[path] = times_of_change(entry.stat(follow_symlinks=False))
+                    dangling = entry.is_symlink() and not os.path.exists(entry.path)
+                    any_dangling |= dangling
                     if dangling or entry.is_file():
                         extension = os.path.splitext(entry.name)[1].lower()
                         if extension in IMAGE_EXTENSIONS or extension in SHARD_EXTENSIONS:
@@ -116,7 +122,7 @@ def scan(folder: Path) -> tuple[list[str], dict[str, int], dict[str, list[int]]]
         raise ConfigurationError(f"--dataset {folder}: the file name {name} is not UTF-8; rename it") from None
     finally:
         bar.close()
-    return paths, dict(sorted(others.items())), folders
+    return paths, dict(sorted(others.items())), folders, any_dangling
 
 
 def times_of_change(status: os.stat_result) -> list[int]:
@@ -141,11 +147,10 @@ def is_unchanged(folder: Path, folders: dict[str, list[int]]) -> bool:
 def index_parquet(files: Sequence[str]) -> pyarrow.Table:
     """The row groups of parquet files, local or remote (`hf://…`): of each file `rows`, a list of the rows of each.
 
-    The schema is that of the first file with rows.
+    The schema is that of the first file with rows; `conflicts` are those of class_conflicts.
 
     Raises:
-        ConfigurationError: a file is missing, cut or no parquet, or its columns, or their classes, are not those of
-            the first.
+        ConfigurationError: a file is missing, cut or no parquet, or its columns are not those of the first.
     """
     return kept_for_files("parquet", files, read_outlines)
 
@@ -174,11 +179,12 @@ def read_outlines(files: Sequence[str]) -> pyarrow.Table:
                 f"{file} has the columns {', '.join(names)}, {first_file} has {', '.join(first.columns)}: give a "
                 "folder of files that belong together"
             )
-        check_same_classes(first_file, first.class_names, file, outline.class_names)
+    conflicts = class_conflicts([(file, outline.class_names) for file, outline in filled])
     ends = np.cumsum([0, *(len(outline.rows) for outline in outlines)], dtype=np.int32)
     rows = pyarrow.ListArray.from_arrays(ends, np.concatenate([outline.rows for outline in outlines]))
     schema = in_attempts(first_file, parquet.read_schema)
-    return pyarrow.table({"rows": rows}, metadata={"schema": schema.serialize().to_pybytes().hex()})
+    metadata = {"schema": schema.serialize().to_pybytes().hex(), "conflicts": json.dumps(conflicts)}
+    return pyarrow.table({"rows": rows}, metadata=metadata)
 
 
 def read_outline(file: str) -> Outline:
@@ -190,28 +196,33 @@ def read_outline(file: str) -> Outline:
 
 @functools.lru_cache(maxsize=8)  # most files of a set say the same
 def class_names(words: bytes) -> dict[str, list[str]]:
-    """The classes of each column of class labels, in the words that `datasets` writes into a schema."""
-    features = (json.loads(words).get("info") or {}).get("features") or {}
-    kinds = {name: kind for name, kind in features.items() if isinstance(kind, dict) and kind.get("_type") == CLASSES}
-    return {name: kind["names"] for name, kind in kinds.items()}
+    """The classes of each column of class labels, in the words that `datasets` writes into a schema, if they say so."""
+    try:
+        kinds = json.loads(words)["info"]["features"].items()
+        kinds = {name: kind.get("names") for name, kind in kinds if isinstance(kind, dict) and kind["_type"] == CLASSES}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return {}
+    return {name: names for name, names in kinds.items() if isinstance(names, list)}
 
 
-def check_same_classes(
-    first_file: str, first: Mapping[str, list[str]], file: str, other: Mapping[str, list[str]]
-) -> None:
-    """Check that the numbers in the columns of class labels mean the same in two files.
+def class_conflicts(files: Sequence[tuple[str, Mapping[str, list[str]]]]) -> dict[str, str]:
+    """For each column of class labels whose numbers do not mean the same in all files: where, and what to do.
 
-    Raises:
-        ConfigurationError: they do not; `datasets` itself would take those of the first file for all.
+    `datasets` would take the classes of the first file for all.
     """
-    for column in first.keys() & other.keys():
-        if first[column] != other[column]:
-            pairs = itertools.zip_longest(first[column], other[column], fillvalue="missing")
-            number, (name, another) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-            raise ConfigurationError(
-                f"the class {number} of the column {column} is {name} in {first_file} and {another} in {file}: "
-                "number both alike (Dataset.align_labels_with_mapping)"
-            )
+    first: dict[str, tuple[str, list[str]]] = {}
+    conflicts: dict[str, str] = {}
+    for file, classes in files:
+        for column, names in classes.items():
+            first_file, first_names = first.setdefault(column, (file, names))
+            if names != first_names and column not in conflicts:
+                pairs = enumerate(itertools.zip_longest(first_names, names))
+                number, (name, other) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+                conflicts[column] = (
+                    f"the class {number} of the column {column} is {name or 'missing'} in {first_file} and "
+                    f"{other or 'missing'} in {file}: number both alike (Dataset.align_labels_with_mapping)"
+                )
+    return conflicts
 
 
 def index_values(files: Sequence[str], column: str, kind: pyarrow.DataType) -> pyarrow.ChunkedArray:

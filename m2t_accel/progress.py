@@ -13,7 +13,9 @@ PATIENCE = 5.0  # seconds, after which a bar comes where mostly there is no need
 
 def progress_bar(unit: str, total: int | None = None, **options: object) -> tqdm:
     """A bar on stderr, with tqdm's options: on a terminal one that moves, in a log file a line every half minute."""
-    interval = INTERVAL if sys.stderr.isatty() else LOG_INTERVAL
+    if sys.stderr is None or sys.stderr.closed:
+        options["disable"] = True
+    interval = LOG_INTERVAL if options.get("disable") or not sys.stderr.isatty() else INTERVAL
     return tqdm(unit=unit, total=total, mininterval=interval, dynamic_ncols=True, **options)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import uuid
 from collections.abc import Callable, Sequence
@@ -12,11 +13,12 @@ from typing import IO, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow
-from datasets import ClassLabel, Dataset, DatasetInfo, Features
+from datasets import Dataset, DatasetInfo, Features
 from pyarrow import compute, parquet
 
 from m2t_accel.index import (
     attempts,
+    class_names,
     columns_differ,
     in_attempts,
     index_parquet,
@@ -26,6 +28,7 @@ from m2t_accel.index import (
     remote_footer,
     unreadable_shard,
 )
+from m2t_accel.settings import ConfigurationError, in_short
 
 MAX_RUN = 1 << 30  # bytes of a tar that are read at once at most; Linux would give 2 GB
 TAR_RUN = 64  # images of a tar that are read at once: of ImageNet's, 7 MB
@@ -72,14 +75,36 @@ class ParquetShards:
 
     @property
     def features(self) -> Features:
-        """The columns of the files."""
+        """The columns of the files.
+
+        Raises:
+            ConfigurationError: what `datasets` has written of them is damaged.
+        """
+        try:
+            return Features.from_arrow_schema(self.schema)
+        except Exception as error:  # of json and of whatever is made of its words
+            raise ConfigurationError(
+                f"the columns of {self.files[0]} cannot be told ({in_short(error)}): write it anew"
+            ) from None
+
+    @property
+    def schema(self) -> pyarrow.Schema:
         schema = bytes.fromhex(self.metadata[b"schema"].decode())
-        return Features.from_arrow_schema(pyarrow.ipc.read_schema(pyarrow.py_buffer(schema)))
+        return pyarrow.ipc.read_schema(pyarrow.py_buffer(schema))
+
+    @property
+    def columns(self) -> list[str]:
+        return self.schema.names
 
     @property
     def class_names(self) -> dict[str, list[str]]:
         """The classes of each column of class labels."""
-        return {name: kind.names for name, kind in self.features.items() if isinstance(kind, ClassLabel)}
+        return class_names((self.schema.metadata or {}).get(b"huggingface", b"{}"))
+
+    @property
+    def conflicts(self) -> dict[str, str]:
+        """As class_conflicts has found them."""
+        return json.loads(self.metadata[b"conflicts"])
 
     def __len__(self) -> int:
         return int(self.piece_sizes.sum(dtype=np.int64))

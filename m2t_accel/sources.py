@@ -19,10 +19,10 @@ import pyarrow
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from pyarrow import compute
 
-from m2t_accel.columns import standard_columns
+from m2t_accel.columns import label_column, standard_columns
 from m2t_accel.data_settings import ImageSettings
 from m2t_accel.held_out import streamed, with_held_out
-from m2t_accel.index import IMAGE_EXTENSIONS, SHARD_EXTENSIONS, check_same_classes, find_files
+from m2t_accel.index import IMAGE_EXTENSIONS, SHARD_EXTENSIONS, class_conflicts, find_files
 from m2t_accel.settings import ConfigurationError, in_short
 from m2t_accel.shards import ParquetShards, Shards, TarShards, dataset_of
 from m2t_accel.tars import index_tars
@@ -105,9 +105,8 @@ def load_images(config: ImageSettings) -> ImageData:
     splits = {name: split for name, split in splits.items() if len(split)}
     if not splits:
         raise ConfigurationError(f"--dataset {config.dataset} holds no image: its files are empty, or of other things")
-    train_name = "train" if "train" in splits else next(iter(splits))
-    validation_name = next((name for name in VALIDATION_NAMES if name in splits and name != train_name), None)
-    wanted = [train_name] + ([validation_name] if validation_name else [])
+    wanted = wanted_splits(splits)
+    train_name, validation_name = wanted[0], wanted[1] if len(wanted) > 1 else None
     num_images = len(splits[train_name])
     if isinstance(splits[train_name], ParquetShards):
         train, bank, validation = streamed(splits[train_name], splits.get(validation_name), config, remarks)
@@ -133,6 +132,13 @@ def load_images(config: ImageSettings) -> ImageData:
             "it shows"
         )
     return ImageData(train, bank, validation, class_names, "; ".join([note, *remarks]), str(folder))
+
+
+def wanted_splits(names: Iterable[str]) -> list[str]:
+    """The split to train on and, if there is one, that to validate with."""
+    names = list(names)
+    train_name = "train" if "train" in names else names[0]
+    return [train_name, *[name for name in VALIDATION_NAMES if name in names and name != train_name][:1]]
 
 
 def load_digits() -> dict[str, Dataset]:
@@ -191,7 +197,7 @@ def load_folder(
     by_split = files_by_split(files)
     if kind == ".tar":
         return {name: tars_to_dataset(folder, paths, remarks) for name, paths in by_split.items()}
-    shards = parquet_splits({name: [str(folder / path) for path in paths] for name, paths in by_split.items()})
+    shards = parquet_splits({name: [str(folder / path) for path in paths] for name, paths in by_split.items()}, config)
     if config.streaming:
         return shards
     # `datasets` stumbles over a file without rows.
@@ -201,18 +207,21 @@ def load_folder(
     return call_datasets(config, "parquet", data_files=whole) if whole else {}
 
 
-def parquet_splits(files: dict[str, list[str]]) -> dict[str, ParquetShards]:
-    """The splits of parquet files.
+def parquet_splits(files: dict[str, list[str]], config: ImageSettings) -> dict[str, ParquetShards]:
+    """The splits of parquet files that are wanted.
 
     Raises:
-        ConfigurationError: a file cannot be read, or not all have the same classes.
+        ConfigurationError: a file cannot be read, or their labels are not numbered alike.
     """
     splits = {name: ParquetShards(paths) for name, paths in files.items()}
-    first, *others = [
-        (split.files[int(np.argmax(split.file_sizes > 0))], split.class_names) for split in splits.values()
-    ]
-    for other in others:
-        check_same_classes(*first, *other)
+    splits = {name: split for name, split in splits.items() if len(split)}
+    splits = {name: splits[name] for name in (wanted_splits(splits) if splits else ())}
+    firsts = [(split.files[int(np.argmax(split.file_sizes > 0))], split.class_names) for split in splits.values()]
+    for split in splits.values():
+        label = label_column(split.columns, config)
+        for conflicts in (split.conflicts, class_conflicts(firsts)):
+            if label in conflicts:
+                raise ConfigurationError(conflicts[label])
     return splits
 
 
@@ -355,7 +364,7 @@ def load_hub(config: ImageSettings) -> dict[str, Dataset] | dict[str, ParquetSha
         raise ConfigurationError(
             f"--dataset {config.dataset} is stored as {found}, and only parquet can be streamed: leave out --streaming"
         )
-    return parquet_splits(splits)
+    return parquet_splits(splits, config)
 
 
 def call_datasets(config: ImageSettings, *arguments: object, **options: object) -> dict[str, Dataset]:

@@ -11,20 +11,23 @@ import tarfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import IO
 
 import numpy as np
 import pyarrow
+from tqdm import tqdm
 
 from m2t_accel.index import IMAGE_EXTENSIONS, READERS, is_hidden, place_for_files, read_cache, write_cache
 from m2t_accel.launch import num_cores
-from m2t_accel.progress import late_progress_bar
+from m2t_accel.progress import PATIENCE, late_progress_bar
 from m2t_accel.settings import ConfigurationError, in_short
 
 PART = 1 << 20  # bytes read at once of what is behind a tar's end: if that is damaged, it may be nearly all of the tar
+MAX_DIGITS = 18  # of a label
 SMALL = 32 << 20  # bytes of tars, for which no process is started: of 10 000 small images, a third of a second
 
 
@@ -33,7 +36,7 @@ def index_tars(folder: Path, files: Sequence[str]) -> list[pyarrow.Table]:
 
     Members that share a name up to the first dot of its last part are one sample (000.jpg, 000.cls). Of several images
     (000.depth.png, 000.jpg, 000.png) it is the first of those with the fewest dots; `others` is the number of the rest.
-    A link that leads out of the tar is an image without content.
+    A link to what is not in the tar is an image without content.
 
     Raises:
         ConfigurationError: a tar is cut, compressed or no tar.
@@ -44,49 +47,71 @@ def index_tars(folder: Path, files: Sequence[str]) -> list[pyarrow.Table]:
     with ThreadPoolExecutor(READERS) as readers:
         tables = list(readers.map(read_cache, places))
     missing = [i for i, table in enumerate(tables) if table is None]
-    with contextlib.closing(read_tars([paths[i] for i in missing])) as found:
-        for i, table in zip(missing, found, strict=True):
-            write_cache(places[i], table)  # of each when it is there: a start that is interrupted was not for nothing
-            tables[i] = table
+    with late_progress_bar("looking for images in tars", "B", total=sum(size_of(paths[i]) for i in missing)) as bar:
+        if len(missing) > 1 and bar.total > SMALL:
+            keep_by_processes([paths[i] for i in missing], [places[i] for i in missing], bar)
+        for i in missing:
+            tables[i] = read_cache(places[i])
+            if tables[i] is None:
+                tables[i] = index_tar(paths[i], bar.update)
+                write_cache(places[i], tables[i])  # at once: a start that is interrupted was not for nothing
     return tables
 
 
-def read_tars(paths: list[str]) -> Iterator[pyarrow.Table]:
-    """The images of each tar; as index_tars.
+def keep_by_processes(paths: list[str], places: list[Path], bar: tqdm) -> None:
+    """Keep the images of each tar at its place, by as many processes as there are cores; they end with this.
 
     By processes, because it is all Python: 800 000 headers in two tars took two threads of a slow machine 60 s, one
-    37 s, and two processes 16 s.
-    """
-    sizes = [os.path.getsize(path) if os.path.exists(path) else 0 for path in paths]
-    with late_progress_bar("looking for images in tars", "B", total=sum(sizes)) as bar, contextlib.ExitStack() as stack:
-        if len(paths) > 1 and sum(sizes) > SMALL:
-            tables = stack.enter_context(in_processes(index_tar, paths))
-        else:
-            tables = map(index_tar, paths)
-        for size, table in zip(sizes, tables, strict=True):
-            bar.update(size)
-            yield table
-
-
-@contextlib.contextmanager
-def in_processes(work: Callable[[str], pyarrow.Table], paths: list[str]) -> Iterator[Iterator[pyarrow.Table]]:
-    """The results of work on each path, by as many processes as there are cores; they end with this, however it ends.
+    37 s, and two processes 16 s. What they cannot do, because they cannot be started, kept from or be killed, is left
+    undone.
 
     Raises:
-        ConfigurationError: one of them has died.
+        ConfigurationError: a tar is cut, compressed or no tar.
     """
+    if multiprocessing.current_process().daemon:  # it may not have processes of its own
+        return
     others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(min(len(paths), num_cores()), initializer=settle_process) as processes:
+    number = min(len(paths), num_cores())
+    with (
+        contextlib.suppress(OSError, ImportError, BrokenProcessPool),
+        ProcessPoolExecutor(number, initializer=settle_process) as processes,
+    ):
         try:
-            yield processes.map(work, paths)
-        except BrokenProcessPool as error:
-            raise ConfigurationError(
-                "a process that looked for images in tars has died: most often the memory ran out"
-            ) from error
+            ended: SimpleQueue[Future] = SimpleQueue()
+            with without_ctrl_c():
+                tars = {processes.submit(keep_tar, *tar): tar for tar in zip(paths, places, strict=True)}
+            for tar in tars:
+                tar.add_done_callback(ended.put)
+            for _ in tars:
+                tar = next_of(ended, bar)
+                tar.result()
+                path, place = tars[tar]
+                if not place.exists():  # no cache can be written
+                    raise OSError(f"{place} is not there")
+                bar.update(size_of(path))
         except BaseException:  # Ctrl-C, or a tar that is broken: what else is under way is of no use
             for process in set(multiprocessing.active_children()) - others:
                 process.kill()
             raise
+
+
+def next_of(ended: SimpleQueue[Future], bar: tqdm) -> Future:
+    """The next that has ended; of few large tars none may for long, so that the bar is shown meanwhile."""
+    while True:
+        try:
+            return ended.get(timeout=PATIENCE)
+        except Empty:
+            bar.refresh()
+
+
+@contextlib.contextmanager
+def without_ctrl_c() -> Iterator[None]:
+    """Ctrl-C comes after this, and not while processes are forked, where it would get lost."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def settle_process() -> None:
@@ -100,14 +125,28 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def index_tar(path: str) -> pyarrow.Table:
-    """The images of one tar; as index_tars."""
+def keep_tar(path: str, place: Path) -> None:
+    """A table of megabytes does not go back by the pool's pipe: the main process would wait for ever for the rest of
+    one whose sender is killed.
+    """
+    write_cache(place, index_tar(path))
+
+
+def size_of(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:  # it is told where it is read
+        return 0
+
+
+def index_tar(path: str, advance: Callable[[int], object] = lambda size: None) -> pyarrow.Table:
+    """The images of one tar; as index_tars. It tells how many bytes it has gone on."""
     images: dict[str, tuple[int, int, int]] = {}
     others: Counter[str] = Counter()
     labels: dict[str, int] = {}
     try:
         with open(path, "rb") as file:
-            for member, (at, size) in tar_members(file).items():
+            for member, (at, size) in tar_members(file, advance).items():
                 if any(is_hidden(part) for part in member.split("/")):
                     continue
                 parent, _, name = member.rpartition("/")
@@ -115,13 +154,13 @@ def index_tar(path: str) -> pyarrow.Table:
                 key, extension = f"{parent}/{stem}", f".{extension.lower()}"
                 if extension == ".cls":
                     word = os.pread(file.fileno(), size, at).strip()
-                    if word.isdigit():
+                    if word.isdigit() and len(word) <= MAX_DIGITS:
                         labels[key] = int(word)
                 elif os.path.splitext(extension)[1] in IMAGE_EXTENSIONS or extension in IMAGE_EXTENSIONS:
                     others[key] += key in images
                     image = (extension.count("."), at, size)
                     images[key] = min(images.get(key, image), image, key=lambda image: image[0])
-    except (tarfile.TarError, OSError, ValueError) as error:
+    except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(
             f"{path} cannot be read as a tar ({in_short(error)}): it is cut, damaged, joined of several or "
             "compressed; fetch it again, unpack it with gunzip, or move it away"
@@ -138,28 +177,34 @@ def index_tar(path: str) -> pyarrow.Table:
     )
 
 
-def tar_members(file: IO[bytes]) -> dict[str, tuple[int, int]]:
-    """Where each file in a tar begins, and its size; links lead to what they are of, or are empty.
+def tar_members(file: IO[bytes], advance: Callable[[int], object]) -> dict[str, tuple[int, int]]:
+    """Where each file in a tar begins, and its size; links to files lead to what they are of, or are empty.
 
-    Of a name that comes again it is the last, as when a tar is unpacked.
+    Of a name that comes again it is the last, as when a tar is unpacked. What is only to be reached by a link to a
+    folder is not found.
 
     Raises:
         tarfile.TarError: it is cut, compressed, joined of several or no tar.
     """
     members: dict[str, tuple[int, int]] = {}
-    links: dict[str, tuple[str, int]] = {}
+    links: dict[str, tuple[str, int]] = {}  # to what, and where they stand
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
-            name = posixpath.normpath(member.name)
-            members.pop(name, None)
-            links.pop(name, None)
+            name, target = posixpath.normpath(member.name), posixpath.normpath(member.linkname)
+            place, link = members.pop(name, None), links.pop(name, None)
             if member.isfile():
                 members[name] = (member.offset_data, member.size)
-            elif member.islnk():  # to what came before; what comes later under that name is another file
-                members[name] = members.get(posixpath.normpath(member.linkname), (member.offset_data, 0))
             elif member.issym():
-                links[name] = (posixpath.join(posixpath.dirname(name), member.linkname), member.offset_data)
+                links[name] = (member.linkname, member.offset_data)
+            elif member.islnk():  # to what came before; what comes later under that name is another file
+                if target != name:  # of a file that it is given twice, tar makes a link to itself
+                    place, link = members.get(target), links.get(target)
+                if link is not None:
+                    links[name] = link
+                else:
+                    members[name] = place or (member.offset_data, 0)
             tar.members.clear()  # it would keep all of them, 0.7 kB each
+            advance(tar.offset - member.offset)
         # A tar ends with a block of zeros, and nothing else after it. tarfile would also take the end of the file for
         # it, a damaged header, or the first end of two tars that were joined.
         file.seek(tar.offset)
@@ -168,10 +213,10 @@ def tar_members(file: IO[bytes]) -> dict[str, tuple[int, int]]:
             zeros += len(part)
         if part or zeros < tarfile.BLOCKSIZE:
             raise tarfile.ReadError(f"no end after {len(members):,} files")
-    for name, (target, at) in links.items():
-        passed = set()
-        while (target := posixpath.normpath(target)) in links and target not in passed:
+    for name, (_, at) in links.items():
+        target, passed = name, set()
+        while target in links and target not in passed:
             passed.add(target)
-            target, _ = links[target]
+            target = posixpath.normpath(posixpath.join(posixpath.dirname(target), links[target][0]))
         members[name] = members.get(target, (at, 0))
     return members

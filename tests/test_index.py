@@ -129,6 +129,35 @@ def test_a_footer_that_does_not_come_at_once_is_asked_for_again(tmp_path, monkey
     assert len(tried) == 3 + 5  # that of a is kept
 
 
+def test_links_to_what_is_no_file_are_left_out(folder, scans):
+    os.mkfifo(folder.parent / "fifo")
+    for name, target in (("x.png", folder.parent / "fifo"), ("y.png", "/dev/null")):
+        (folder / name).symlink_to(target)
+    for _ in range(2):
+        assert index.find_files(folder).paths == ["a/1.jpg", "a/2.png", "b/3.jpeg"]
+    assert len(scans) == 3
+
+
+def test_classes_are_compared_with_those_of_the_first_file_that_has_any():
+    files = [("0", {}), ("1", {"label": ["a", "b"], "kind": ["x"]}), ("2", {"label": ["a", "b"]})]
+    assert index.class_conflicts(files) == {}
+    told = index.class_conflicts([*files, ("3", {"label": ["a", "c"]}), ("4", {"label": [], "kind": ["x", "missing"]})])
+    assert told.keys() == {"label", "kind"}
+    assert told["label"].startswith("the class 1 of the column label is b in 1 and c in 3: ")
+    assert told["kind"].startswith("the class 1 of the column kind is missing in 1 and missing in 4: ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [b"{not json", b"", b"\xff\xfe", b"null", b"3", b"[]", b"{}", b'{"info": {"features": []}}']
+    + [b'{"info": {"features": {"label": %s}}}' % kind for kind in (b"3", b"{}", b'{"_type": "ClassLabel"}')]
+    + [b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": null}}}}']
+    + [b'{"info": {"features": {"label": {"_type": "Value", "names": ["a"]}}}}'],
+)
+def test_odd_words_in_a_schema_tell_of_no_classes(words):
+    assert index.class_names(words) == {}
+
+
 def test_a_remote_shard_that_is_not_there_is_not_asked_for_again(monkeypatch):
     def open_shard(file):
         raise FileNotFoundError(file)

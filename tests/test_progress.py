@@ -1,4 +1,7 @@
+import io
 import sys
+
+import pytest
 
 from m2t_accel import progress
 
@@ -24,3 +27,12 @@ def test_what_is_soon_done_is_not_told_and_what_is_not_leaves_nothing(capsys, mo
     text = capsys.readouterr().err
     assert "looking:  67%" in text
     assert text.split("\r")[-2].strip() == ""
+
+
+@pytest.mark.parametrize("stderr", [None, io.StringIO()], ids=["none", "closed"])
+def test_without_stderr_there_is_no_bar(monkeypatch, stderr):
+    if stderr is not None:
+        stderr.close()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with progress.progress_bar("step", 3) as bar:
+        bar.update()

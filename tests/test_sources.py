@@ -133,14 +133,19 @@ def test_links_in_a_tar_lead_to_what_they_are_of(tmp_path, streaming):
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
         add_image(tar, "./b/1.png", 1)
         add_image(tar, "b/2.png", 2)
-        for i, (to, kind) in enumerate([("b/1.png", hard), ("./b/2.png", hard), ("gone.png", hard)]):
-            add_link(tar, f"c/{i}.png", to, kind)
+        for i, to in enumerate(["b/1.png", "./b/2.png", "gone.png"]):
+            add_link(tar, f"c/{i}.png", to, hard)
+        add_link(tar, "b/1.png", "./b/1.png", hard)  # as tar has a file that it is given twice
         for i, to in enumerate(["../b/1.png", "../d/0.png", "/b/1.png", "3.png", "../../b/1.png", "9.png"]):
             add_link(tar, f"d/{i}.png", to, soft)
+        add_link(tar, "d/6.png", "d/5.png", hard)  # to a link
+        add_link(tar, "d/6.png", "d/6.png", hard)
         add_image(tar, "d/9.png", 9)  # after the link to it
+        add_link(tar, "d/7.png", "../b/1.png", soft)
+        add_image(tar, "d/7.png", 7)
     images = sources.load_images(settings(tmp_path, streaming=streaming))
     empty = "the file is empty"
-    assert values(images.train) == [1, 1, 1, 1, 2, 2, empty, empty, empty, empty, 9, 9]
+    assert values(images.train) == [1, 1, 1, 1, 2, 2, empty, empty, empty, empty, 9, 9, 9, 7]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -180,6 +185,33 @@ def test_class_labels_with_other_numbers_are_not_taken_for_the_same(tmp_path, ot
             sources.load_images(settings(tmp_path, streaming=streaming))
     write_parquet(tmp_path / other, 8, 1, row_group_size=4)
     assert sources.load_images(settings(tmp_path, streaming=streaming)).class_names == ["even", "odd"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_classes_of_what_is_not_used_do_not_matter(tmp_path, streaming):
+    write_parquet(tmp_path / "train-0.parquet", 0, 8, row_group_size=4)
+    write_parquet(tmp_path / "val-0.parquet", 8, 4, row_group_size=4)
+    write_parquet(tmp_path / "test-0.parquet", 0, 4, row_group_size=4, names=["odd", "even"])
+    images = sources.load_images(settings(tmp_path, streaming=streaming))
+    assert (images.class_names, len(images.train), len(images.validation)) == (["even", "odd"], 8, 4)
+    write_parquet(tmp_path / "val-0.parquet", 8, 0, row_group_size=4, names=["neither"])
+    (tmp_path / "test-0.parquet").unlink()
+    assert sources.load_images(settings(tmp_path, streaming=streaming)).class_names == ["even", "odd"]
+    for i, names in enumerate((["web", "disk"], ["disk", "web"])):
+        features = Features({"image": Image(), "label": ClassLabel(2), "from": ClassLabel(names=names)})
+        rows = {"image": encoded(4), "label": [0, 1, 0, 1], "from": [0, 1, 0, 1]}
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"train-{i}.parquet")
+    assert sources.load_images(settings(tmp_path, streaming=streaming)).class_names == ["0", "1"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("words", [b"{not json", b"3", b'{"info": {"features": {"image": 3}}}'])
+def test_damaged_words_in_a_schema_are_one_line(tmp_path, streaming, words):
+    write_parquet(tmp_path / "a.parquet", 0, 8, row_group_size=4)
+    table = parquet.read_table(tmp_path / "a.parquet").replace_schema_metadata({"huggingface": words})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ConfigurationError):
+        sources.load_images(settings(tmp_path, streaming=streaming))
 
 
 def test_what_lies_beside_the_splits_is_told(tmp_path, image_net):

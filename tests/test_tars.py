@@ -1,13 +1,20 @@
 import io
+import multiprocessing
 import os
+import re
 import signal
+import subprocess
+import sys
 import tarfile
+import time
+import tracemalloc
 from pathlib import Path
 
+import psutil
 import pytest
-from conftest import write_tar
+from conftest import ROOT, write_tar
 
-from m2t_accel import sources, tars
+from m2t_accel import progress, sources, tars
 from m2t_accel.settings import ConfigurationError
 
 
@@ -80,7 +87,9 @@ def by_processes(tmp_path, monkeypatch):
 
 def test_processes_find_what_one_finds(tmp_path, by_processes, monkeypatch):
     members = tars.tar_members
-    monkeypatch.setattr(tars, "tar_members", lambda file: {f"{os.getpid()}.png": (0, os.getpid()), **members(file)})
+    monkeypatch.setattr(
+        tars, "tar_members", lambda file, *more: {f"{os.getpid()}.png": (0, os.getpid()), **members(file, *more)}
+    )
     found = tars.index_tars(tmp_path, by_processes)
     assert tars.index_tars(tmp_path, by_processes) == found  # kept, or others would have been asked
     monkeypatch.setattr(tars, "tar_members", members)
@@ -94,13 +103,92 @@ def test_a_broken_tar_is_one_line_and_those_before_it_are_kept(tmp_path, by_proc
     (tmp_path / "2.tar").write_bytes(b"no tar")
     with pytest.raises(ConfigurationError, match=r"2\.tar cannot be read as a tar \(.*move it away$"):
         tars.index_tars(tmp_path, by_processes)
-    assert len(list((tmp_path / "cache" / "m2t_accel").iterdir())) == 2
+    assert 1 <= len(list((tmp_path / "cache" / "m2t_accel").iterdir())) <= 3
+    assert multiprocessing.active_children() == []
     (tmp_path / "2.tar").unlink()
     with pytest.raises(ConfigurationError, match=r"2\.tar cannot be read"):
         tars.index_tars(tmp_path, by_processes)
 
 
-def test_a_process_that_dies_is_one_line(tmp_path, by_processes, monkeypatch):
-    monkeypatch.setattr(tars, "tar_members", lambda file: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(ConfigurationError, match="a process that looked for images in tars has died: most often"):
+@pytest.mark.parametrize("trouble", ["killed", "daemon", "no process", "no cache"])
+def test_what_processes_cannot_do_is_done_all_the_same(tmp_path, by_processes, monkeypatch, trouble):
+    members, parent = tars.tar_members, os.getpid()
+    if trouble == "killed":
+
+        def killed(file, *more):
+            return members(file, *more) if os.getpid() == parent else os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(tars, "tar_members", killed)
+    elif trouble == "daemon":
+        monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    elif trouble == "no process":
+
+        def refused():
+            raise BlockingIOError("Resource temporarily unavailable")
+
+        monkeypatch.setattr(os, "fork", refused)
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    found = tars.index_tars(tmp_path, by_processes)
+    assert found == [tars.index_tar(str(tmp_path / name)) for name in by_processes]
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_processes_end_with_their_parent(tmp_path, by_processes, number):
+    """Ctrl-C goes to all of them, the others to the parent; each process waits for a minute."""
+    script = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from m2t_accel import tars\n"
+        "tars.SMALL, tars.num_cores = 0, lambda: 2\n"
+        "tars.tar_members = lambda *_: os.write(1, b'%d\\n' % os.getpid()) and time.sleep(60)\n"
+        f"tars.index_tars(Path({str(tmp_path)!r}), {by_processes!r})\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    children = [psutil.Process(int(process.stdout.readline())) for _ in range(2)]
+    started = time.monotonic()
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    assert process.wait(30) != 0
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
+    assert time.monotonic() - started < 20
+    process.stdout.close()
+
+
+def test_labels_that_are_no_numbers_of_classes(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("0.png", b"image"), ("0.cls", b"9" * 5000), ("1.png", b"image"), ("1.cls", b"9" * 19)):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert tars.index_tars(tmp_path, ["a.tar"])[0]["label"].to_pylist() == [None, None]
+
+
+def test_how_far_it_has_come_is_told(tmp_path, by_processes, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "PATIENCE", -1.0)
+    monkeypatch.setattr(progress, "LOG_INTERVAL", 0.0)
+    monkeypatch.setattr(tars, "PATIENCE", 0.001)
+    for small in (0, 1 << 40):
+        monkeypatch.setattr(tars, "SMALL", small)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(small)))
         tars.index_tars(tmp_path, by_processes)
+        shares = [int(share) for share in re.findall(r"looking for images in tars: +(\d+)%", capsys.readouterr().err)]
+        assert shares == sorted(shares)
+        assert len(set(shares)) >= 4
+
+
+def test_memory_does_not_grow_with_the_members(tmp_path):
+    """tarfile keeps each as an object, with its header."""
+    for number in (100, 1100):
+        write_tar(tmp_path / f"{number}.tar", 0, number)
+        tracemalloc.start()
+        tars.index_tar(str(tmp_path / f"{number}.tar"))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 2.5e6  # 2.2 million bytes more with them
