@@ -194,8 +194,9 @@ def test_memory_does_not_grow_with_the_parts_that_were_decoded():
             decode.decode_part(content, 0, 0, 20, 30)
         return process.memory_full_info().uss
 
-    before = own_memory_after(5_000)
-    assert own_memory_after(30_000) - before < 300_000  # it was 32 bytes each: 960 000
+    own_memory_after(5_000)
+    growth = np.diff([own_memory_after(10_000) for _ in range(4)])
+    assert growth.min() < 100_000  # it was 32 bytes each: 320 000 every time; what other tests left may also grow, once
 
 
 def test_a_process_that_was_forked_decodes_parts(capfd):
