@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, ResNetConfig, ResNetModel
 
+from m2t_accel.config.fields import ConfigurationError, in_short
+from m2t_accel.config.pretrain import ENCODERS
 from m2t_accel.momentum_norm import (
     collect_statistics,
     commit_statistics,
@@ -20,8 +23,6 @@ from m2t_accel.momentum_norm import (
     momentum_layers,
     set_statistics_momentum,
 )
-from m2t_accel.recipes import ENCODERS
-from m2t_accel.settings import ConfigurationError, in_short
 
 
 @contextlib.contextmanager
@@ -66,8 +67,10 @@ def create_encoder(name: str) -> PreTrainedModel:
 
 
 def embed(encoder: nn.Module, images: Tensor) -> Tensor:
-    """Features of a transformers image model: (N, 3, H, W) in, its pooled output as (N, C) out."""
-    return encoder(pixel_values=images).pooler_output.flatten(1)
+    """Return the features (N, C) of images (N, 3, H, W): the pooled output of a transformers model, or the output."""
+    if isinstance(encoder, PreTrainedModel):
+        return encoder(pixel_values=images).pooler_output.flatten(1)
+    return encoder(images).flatten(1)
 
 
 def mlp(input_size: int, hidden_size: int, output_size: int) -> nn.Sequential:
@@ -109,8 +112,8 @@ class Teacher(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, view_1: Tensor, view_2: Tensor) -> tuple[Tensor, Tensor]:
-        """Two views (N, 3, H, W) in; the targets of the student's views 1 and 2 out: k1 is of view 2, k2 of view 1."""
-        k1, k2 = (self.projector(embed(self.encoder, view)) for view in (view_2, view_1))
+        """Return k1, k2 of views 1 and 2: (N, 3, H, W) float in, (N, projection_size) unit-norm out."""
+        k1, k2 = (self.projector(embed(self.encoder, view)) for view in (view_1, view_2))
         return functional.normalize(k1, dim=1), functional.normalize(k2, dim=1)
 
     def set_statistics_momentum(self, statistics_momentum: float) -> None:
@@ -135,12 +138,19 @@ class Teacher(nn.Module):
         torch._foreach_lerp_(own, others, 1 - weight_momentum)
 
 
-def momentum_teacher_loss(q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor) -> Tensor:
-    """Mean over the batch of 4 - 2 (q1·k1 + q2·k2), from 0 (aligned) to 8; (N, C) unit-norm each in.
+def momentum_teacher_loss(predictions: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the mean over the batch of 4 - 2 (q·k + q'·k'): 0 where predictions and targets agree, 8 where opposite.
 
-    The two views' losses are summed, not averaged. Source: arXiv 2101.07525, equation 2; BYOL, equation 2.
+    The losses of the two views are summed, not averaged.
+
+    Args:
+        predictions: q, q' of the student, each (N, C) and unit-norm.
+        targets: k, k' of the teacher, the same shapes; k is of the other view than q.
+
+    Source: arXiv 2101.07525, equation 2; BYOL (arXiv 2006.07733), equation 2.
     """
-    return (4 - 2 * ((q1 * k1).sum(dim=1) + (q2 * k2).sum(dim=1))).mean()
+    (q, other_q), (k, other_k) = predictions, targets
+    return (4 - 2 * ((q * k).sum(dim=1) + (other_q * other_k).sum(dim=1))).mean()
 
 
 def create_student(
@@ -163,13 +173,27 @@ def create_student(
     return Student(encoder, feature_size, hidden_size, projection_size)
 
 
-def plain_encoder(encoder: PreTrainedModel) -> PreTrainedModel:
-    """The teacher's encoder as a stock transformers model, its history as running statistics, in evaluation.
+def plain_encoder(encoder: nn.Module, student_encoder: nn.Module | None = None) -> nn.Module:
+    """Return a teacher's encoder with plain BatchNorm, in evaluation mode; the history is its running statistics.
 
-    Its config.json says that it is the teacher's, for evaluations to tell.
+    Args:
+        encoder: of the teacher. The config.json of a transformers model then says that it is a teacher's.
+        student_encoder: of the same class with plain BatchNorm; needed for any other module.
     """
-    config: PretrainedConfig = copy.deepcopy(encoder.config)
-    config.momentum2_teacher = {"network": "teacher"}
-    plain = type(encoder)(config)
+    if isinstance(encoder, PreTrainedModel):
+        config: PretrainedConfig = copy.deepcopy(encoder.config)
+        config.momentum2_teacher = {"network": "teacher"}
+        plain = type(encoder)(config)
+    else:
+        plain = copy.deepcopy(student_encoder)
     plain.load_state_dict(encoder.state_dict(), strict=True)
     return plain.eval()
+
+
+def embedding_std(embeddings: Tensor) -> Tensor:
+    """How far unit-norm embeddings (N, C) spread: 1 evenly over the sphere, 0 all in one point (collapse).
+
+    The mean over the dimensions of the standard deviation over the batch, times √C. Source: SimSiam
+    (arXiv 2011.10566), section 4.1, there without the factor.
+    """
+    return embeddings.std(dim=0).mean() * math.sqrt(embeddings.shape[1])

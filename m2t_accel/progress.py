@@ -22,3 +22,12 @@ def progress_bar(unit: str, total: int | None = None, **options: object) -> tqdm
 def late_progress_bar(doing: str, unit: str, items: Iterable | None = None, total: int | None = None) -> tqdm:
     """A bar that comes after some seconds, and leaves nothing behind; around the items, if they are given."""
     return progress_bar(unit, total, iterable=items, desc=doing, delay=PATIENCE, leave=False, unit_scale=True)
+
+
+def duration(seconds: float) -> str:
+    """Such as 45 s, 12 min 3 s, 5 h 12 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

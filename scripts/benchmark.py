@@ -7,9 +7,9 @@ The views are those of recipe 8x2080Ti-b256-100ep unless another is given; no ac
 
 import argparse
 
-from m2t_accel.command_line import errors_in_one_line, parse_with_options
-from m2t_accel.recipes import check_inputs
-from m2t_accel.settings import ConfigurationError
+from m2t_accel.config.command_line import errors_in_one_line, parse_with_options
+from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.pretrain import check_inputs
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
         check_inputs(config)
         if given.images < 16 or given.repeats < 1 or given.seconds <= 0:
             raise ConfigurationError("--images must be at least 16, --repeats at least 1 and --seconds more than 0")
-        from m2t_accel import benchmark  # late: torch and torchvision take seconds to import
+        from m2t_accel.data import benchmark  # late: torch and torchvision take seconds to import
 
         if given.json:
             benchmark.check_json(given.json)

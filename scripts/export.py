@@ -9,8 +9,8 @@ torchvision and timm: .safetensors or .pth; detectron2: .pkl; onnx: .onnx, of an
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
-from m2t_accel.command_line import OneLineParser, errors_in_one_line
-from m2t_accel.protocols import check_encoder
+from m2t_accel.config.command_line import OneLineParser, errors_in_one_line
+from m2t_accel.config.evaluation import check_encoder
 
 
 def main() -> None:
@@ -23,8 +23,8 @@ def main() -> None:
     with errors_in_one_line():
         given = parser.parse_args()
         check_encoder(given.encoder)
-        from m2t_accel.encoders import load_encoder  # late: torch takes seconds to import
-        from m2t_accel.export import export
+        from m2t_accel.hub.encoders import load_encoder
+        from m2t_accel.hub.export import export
 
         print("\n".join(export(load_encoder(given.encoder), given.format, given.output)))
 

@@ -7,9 +7,9 @@ accelerate launch --config_file accelerate_configs/8gpu.yaml scripts/finetune.py
 
 import os
 
-from m2t_accel.command_line import errors_in_one_line, parse_settings
-from m2t_accel.data_settings import check_num_processes
-from m2t_accel.protocols import FinetuneConfig, build_finetune, check_publishing, finetune_table, home_of
+from m2t_accel.config.command_line import errors_in_one_line, parse_settings
+from m2t_accel.config.data import check_num_processes
+from m2t_accel.config.evaluation import FinetuneConfig, build_finetune, check_publishing, finetune_table, home_of
 
 
 def main() -> None:
@@ -20,13 +20,13 @@ def main() -> None:
         )
         check_publishing(config)
         check_num_processes(config, int(os.environ.get("WORLD_SIZE", "1")))
-        from m2t_accel.finetune import evaluate_finetuned
-        from m2t_accel.launch import leave  # late: torch and transformers take seconds to import
+        from m2t_accel.distributed.processes import leave
+        from m2t_accel.evaluation.finetune import evaluate_finetuned
 
         evaluate_finetuned(config)
         is_main = leave()
         if config.push_to_hub and is_main:
-            from m2t_accel.publish import publish
+            from m2t_accel.hub.publish import publish
 
             print(f"Published: {publish(home_of(config.encoder), config.push_to_hub)}")
 

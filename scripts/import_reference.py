@@ -6,7 +6,7 @@ python scripts/import_reference.py last_epoch_ckpt.pth.tar --output encoders/pub
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
-from m2t_accel.command_line import OneLineParser, errors_in_one_line
+from m2t_accel.config.command_line import OneLineParser, errors_in_one_line
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     )
     with errors_in_one_line():
         given = parser.parse_args()
-        from m2t_accel.reference import import_reference  # late: torch takes seconds to import
+        from m2t_accel.hub.import_reference import import_reference
 
         print("\n".join(import_reference(given.checkpoint, given.network, given.output)))
 

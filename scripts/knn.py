@@ -5,15 +5,15 @@ accelerate launch --config_file accelerate_configs/8gpu.yaml scripts/knn.py \\
     --encoder runs/imagenet --dataset /data/imagenet
 """
 
-from m2t_accel.command_line import errors_in_one_line, parse_settings
-from m2t_accel.protocols import KnnConfig, build_knn
+from m2t_accel.config.command_line import errors_in_one_line, parse_settings
+from m2t_accel.config.evaluation import KnnConfig, build_knn
 
 
 def main() -> None:
     with errors_in_one_line():
         config, _ = parse_settings(__doc__, "--encoder SOURCE --dataset SOURCE", KnnConfig, build_knn)
-        from m2t_accel.launch import leave  # late: torch and transformers take seconds to import
-        from m2t_accel.probe import evaluate_knn
+        from m2t_accel.distributed.processes import leave
+        from m2t_accel.evaluation.knn import evaluate_knn
 
         evaluate_knn(config)
         leave()

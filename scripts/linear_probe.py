@@ -7,9 +7,9 @@ accelerate launch --config_file accelerate_configs/8gpu.yaml scripts/linear_prob
 
 import os
 
-from m2t_accel.command_line import errors_in_one_line, parse_settings
-from m2t_accel.data_settings import check_num_processes
-from m2t_accel.protocols import LinearProbeConfig, build_linear_probe, check_publishing, home_of, protocol_table
+from m2t_accel.config.command_line import errors_in_one_line, parse_settings
+from m2t_accel.config.data import check_num_processes
+from m2t_accel.config.evaluation import LinearProbeConfig, build_linear_probe, check_publishing, home_of, protocol_table
 
 
 def main() -> None:
@@ -20,13 +20,13 @@ def main() -> None:
         )
         check_publishing(config)
         check_num_processes(config, int(os.environ.get("WORLD_SIZE", "1")))
-        from m2t_accel.launch import leave  # late: torch and transformers take seconds to import
-        from m2t_accel.probe import evaluate_linear
+        from m2t_accel.distributed.processes import leave
+        from m2t_accel.evaluation.linear import evaluate_linear
 
         evaluate_linear(config)
         is_main = leave()
         if config.push_to_hub and is_main:
-            from m2t_accel.publish import publish
+            from m2t_accel.hub.publish import publish
 
             print(f"Published: {publish(home_of(config.encoder), config.push_to_hub)}")
 

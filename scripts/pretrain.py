@@ -8,9 +8,10 @@ accelerate launch --config_file accelerate_configs/8gpu.yaml scripts/pretrain.py
 import os
 from pathlib import Path
 
-from m2t_accel.command_line import errors_in_one_line, parse_command_line
-from m2t_accel.data_settings import check_num_processes
-from m2t_accel.recipes import check_inputs, check_output_dir
+from m2t_accel.config.command_line import errors_in_one_line, parse_command_line
+from m2t_accel.config.data import check_num_processes
+from m2t_accel.config.pretrain import check_inputs
+from m2t_accel.run.output_dir import check_output_dir
 
 
 def main() -> None:
@@ -21,13 +22,13 @@ def main() -> None:
         check_num_processes(config, num_processes)
         if num_processes == 1:  # of several, one may have begun to write before another looks
             check_output_dir(config)
-        from m2t_accel.launch import leave  # late: torch and transformers take seconds to import
+        from m2t_accel.distributed.processes import leave
         from m2t_accel.pretrain import pretrain
 
         pretrain(config)
         is_main = leave()
         if config.push_to_hub and is_main:
-            from m2t_accel.publish import publish
+            from m2t_accel.hub.publish import publish
 
             print(f"Published: {publish(Path(config.output_dir), config.push_to_hub)}")
 

@@ -8,8 +8,8 @@ The views are those of recipe 8x2080Ti-b256-100ep unless another is given; no ac
 import argparse
 from pathlib import Path
 
-from m2t_accel.command_line import errors_in_one_line, parse_with_options
-from m2t_accel.recipes import check_inputs
+from m2t_accel.config.command_line import errors_in_one_line, parse_with_options
+from m2t_accel.config.pretrain import check_inputs
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     with errors_in_one_line():
         config, given = parse_with_options(__doc__, options, "8x2080Ti-b256-100ep")
         check_inputs(config)
-        from m2t_accel.preview import draw_preview  # late: torch and datasets take seconds to import
+        from m2t_accel.data.preview import draw_preview
 
         print("\n".join(draw_preview(config, Path(given.output))))
 

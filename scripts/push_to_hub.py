@@ -9,7 +9,7 @@ A second push updates figures and files; the text of a card that somebody has ed
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
-from m2t_accel.command_line import OneLineParser, errors_in_one_line
+from m2t_accel.config.command_line import OneLineParser, errors_in_one_line
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--revision", metavar="NAME", help="the branch (default: main); made if it is not there")
     with errors_in_one_line():
         given = parser.parse_args()
-        from m2t_accel.publish import publish  # late: torch takes seconds to import
+        from m2t_accel.hub.publish import publish
 
         print(f"Published: {publish(given.run, given.repo_id, given.private, given.revision)}")
 

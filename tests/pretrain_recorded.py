@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from m2t_accel.pretrain import Run
+from m2t_accel.run.guard import Guard
 
 folder = Path(sys.argv.pop(1))
 if sys.argv[1] == "--float64":
@@ -19,19 +19,17 @@ if sys.argv[1] == "--float64":
     torch.set_default_dtype(torch.float64)
 folder.mkdir(parents=True, exist_ok=True)
 record = os.open(folder / f"{os.getpid()}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-forward_and_backward = Run.forward_and_backward
-turns: dict[int, int] = {}
+agree = Guard.agree
 
 
-def recorded(self: Run, batch):
-    turn = turns.get(self.step, 0)
-    turns[self.step] = turn + 1
-    device = self.accelerator.process_index + turn * self.accelerator.num_processes
-    os.write(record, (json.dumps([self.step, device, batch.samples.tolist()]) + "\n").encode())
-    return forward_and_backward(self, batch)
+def record_and_agree(self: Guard, step, now, results, samples):
+    for turn, numbers in enumerate(samples):
+        device = self.accelerator.process_index + turn * self.accelerator.num_processes
+        os.write(record, (json.dumps([step, device, numbers.tolist()]) + "\n").encode())
+    return agree(self, step, now, results, samples)
 
 
-Run.forward_and_backward = recorded
+Guard.agree = record_and_agree
 script = str(Path(__file__).parents[1] / "scripts" / "pretrain.py")
 sys.argv[0] = script
 runpy.run_path(script, run_name="__main__")

@@ -11,15 +11,18 @@ from datetime import timedelta
 
 import psutil
 
-from m2t_accel.data import DeviceBatches, TwoViews
-from m2t_accel.interruption import StopSignals
-from m2t_accel.launch import leave, start_accelerator
-from m2t_accel.loader import create_loader
+from m2t_accel.config.recipes import build_config
+from m2t_accel.data.loader import create_loader
+from m2t_accel.data.photometry import photometry
+from m2t_accel.data.requests import DeviceBatches
+from m2t_accel.data.sources import load_images
+from m2t_accel.data.views import TwoViews
+from m2t_accel.distributed.interruption import StopSignals
+from m2t_accel.distributed.launch import start_accelerator
+from m2t_accel.distributed.processes import leave
 from m2t_accel.momentum_norm import momentum_layers
-from m2t_accel.pretrain import Run, settle_evaluation
-from m2t_accel.recipes import build_config
-from m2t_accel.run_folder import RunFolder, Start
-from m2t_accel.sources import load_images
+from m2t_accel.pretrain import Run, create_step
+from m2t_accel.run.folder import RunFolder, Start
 
 IMAGES_A_PROCESS, STEPS = 4, 6
 
@@ -38,22 +41,19 @@ with tempfile.TemporaryDirectory() as folder:
     )
     accelerator = start_accelerator(config, timeout=timedelta(minutes=10))
     data = load_images(config)
-    run = Run(settle_evaluation(config, data), data, RunFolder(folder), accelerator)
-    run.begin(Start())
-    run.signals = StopSignals()
+    signals = StopSignals()
+    training = create_step(config, accelerator)
+    run = Run(config, data, RunFolder(folder), accelerator, training, Start(), signals)
     batches = DeviceBatches(data.train, config, num_processes, accelerator.process_index)
     batch = next(iter(create_loader(TwoViews(data.train, config), batches, config)))
 
     def step() -> None:
-        now = run.schedule()
-        run.teacher.set_statistics_momentum(now.statistics_momentum)
-        with accelerator.accumulate(run.student_forward):
-            part = run.forward_and_backward(batch)
-            run.agree([part], now)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-        run.teacher.commit_statistics()
-        run.teacher.follow(run.student, now.weight_momentum)
+        now = config.schedule(0, run.steps_per_epoch)
+        training.begin(now)
+        views = photometry(batch.crops, batch.photometry, config)
+        result = training.forward_backward(*views.chunk(2))
+        run.guard.agree(0, now, [result], [batch.samples])
+        training.update(now)
 
     step()
     seconds, sent = [], []
@@ -64,10 +64,11 @@ with tempfile.TemporaryDirectory() as folder:
         accelerator.wait_for_everyone()
         seconds.append(time.perf_counter() - began)
         sent.append(psutil.net_io_counters(pernic=True)["lo"].bytes_sent - before)
-    gradients = sum(p.numel() * p.element_size() for p in run.student.parameters())
-    statistics_bytes = sum(p.collected.nbytes for p in momentum_layers(run.teacher))
+    gradients = sum(p.numel() * p.element_size() for p in training.student.parameters())
+    statistics_bytes = sum(p.collected.nbytes for p in momentum_layers(training.teacher))
     run.report.bar = None
     run.close()
+    run.folder.close()
     accelerator.print(f"median {statistics.median(seconds):.3f} s a step")
     accelerator.print(
         f"{statistics.median(sent) / 1e6:.1f} MB sent by all processes; a process has {gradients / 1e6:.1f} MB "

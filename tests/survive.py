@@ -6,6 +6,7 @@ Every line that is printed was seen in that very call; the README's table of fig
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import random
@@ -118,7 +119,7 @@ def last_tensors(output_dir: Path) -> dict[str, object]:
     """All tensors of the last checkpoint and of the encoder."""
     from safetensors.torch import load_file
 
-    from m2t_accel.checkpoint import list_checkpoints, read_tensors, verify
+    from m2t_accel.run.checkpoint import list_checkpoints, read_tensors, verify
 
     files = read_tensors(verify(list_checkpoints(output_dir / "checkpoints")[0]))
     files["encoder"] = load_file(output_dir / "encoder" / "model.safetensors")
@@ -169,7 +170,7 @@ def largest_difference(one: list[dict[str, float]], other: list[dict[str, float]
 
 def write_digits(folder: Path) -> Path:
     """digits as parquet files, in row groups of 48."""
-    from m2t_accel.sources import load_digits
+    from m2t_accel.data.sources import load_digits
 
     folder.mkdir()
     splits = load_digits()
@@ -254,7 +255,7 @@ def stopped_and_moved(work: Path, first: int, second: int, float64: bool, epochs
 
 def truncations(work: Path) -> tuple[int, int]:
     """Cuts of each file of a run's checkpoint at its start, middle and end: how many, and how many were noticed."""
-    from m2t_accel.checkpoint import DamagedCheckpointError, list_checkpoints, verify
+    from m2t_accel.run.checkpoint import DamagedCheckpointError, list_checkpoints, verify
 
     run(command(work / "record", work / "run", 1, [*DIGITS, "--epochs", 3]))
     (path,) = list_checkpoints(work / "run" / "checkpoints")
@@ -282,66 +283,61 @@ def cost_of_a_save(work: Path, repeats: int) -> dict[str, float]:
     import torch
     from accelerate import Accelerator
 
-    from m2t_accel.model import Teacher, create_encoder, create_student, momentum_teacher_loss
-    from m2t_accel.optim import create_optimizer
-    from m2t_accel.recipes import build_config
-    from m2t_accel.run_folder import RunFolder
-    from m2t_accel.run_state import RunState
-    from m2t_accel.saving import Saver
+    from m2t_accel.config.recipes import build_config
+    from m2t_accel.data.sources import load_images
+    from m2t_accel.distributed.interruption import StopSignals
+    from m2t_accel.pretrain import Run, create_step
+    from m2t_accel.run.folder import RunFolder, Start
 
     torch.manual_seed(0)
     config = build_config({"recipe": "8x2080Ti-b256-100ep", "dataset": "digits", "output_dir": str(work / "run")})
-    accelerator = Accelerator()
-    student = create_student(create_encoder("resnet50"), 224, config.hidden_size, config.projection_size)
-    teacher = Teacher(student).to(accelerator.device, memory_format=torch.channels_last)
-    student.to(accelerator.device, memory_format=torch.channels_last)
-    optimizer = create_optimizer(student, "sgd", 0.1, 0.9, 1e-4)
+    config = dataclasses.replace(config, evaluate_every=0)
+    accelerator = Accelerator(mixed_precision="bf16")
+    training = create_step(config, accelerator)
+    run = Run(config, load_images(config), RunFolder(work / "run"), accelerator, training, Start(), StopSignals())
     on_gpu = accelerator.device.type == "cuda"
     batch_size, num_steps = (32, 40) if on_gpu else (4, 4)
     views = torch.rand(2, batch_size, 3, 224, 224, device=accelerator.device)
+    now = config.schedule(0, 1000)
 
     def step() -> None:
-        with torch.autocast(accelerator.device.type, torch.bfloat16):
-            q1, q2 = student(views[0], views[1])
-            with torch.no_grad():
-                k1, k2 = teacher(views[0], views[1])
-        momentum_teacher_loss(q1.float(), q2.float(), k1.float(), k2.float()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        teacher.commit_statistics()
-        teacher.follow(student, 0.99)
+        training.begin(now)
+        training.forward_backward(views[0], views[1])
+        training.update(now)
+        run.progress.step += 1
 
     def finished() -> None:
         if on_gpu:
             torch.cuda.synchronize()
 
-    state = RunState(student, teacher, optimizer, accelerator)
-    saver = Saver(state, RunFolder(work / "run"), config, accelerator, 1000, print)
+    saver = run.saver
     seconds: dict[bool, list[float]] = {False: [], True: []}
     copies, writes = [], []
     step()
-    saver.save({"step": 1, "config": {}}, [])
+    saver.begin()
     saver.finish()
     for i in range(repeats):
         for saves in (False, True) if i % 2 else (True, False):
             finished()
             began = time.perf_counter()
             if saves:
-                saver.save({"step": 2 + i, "config": {}}, [])
+                saver.begin()
                 copies.append(time.perf_counter() - began)
             for _ in range(num_steps):
                 step()
             finished()
             seconds[saves].append(time.perf_counter() - began)
             saver.finish()
-    for i in range(3):
+    for _ in range(3):
         began = time.perf_counter()
-        saver.save({"step": 1000 + i, "config": {}}, [])
+        run.progress.step += 1
+        saver.begin()
         saver.finish()
         writes.append(time.perf_counter() - began)
-    size = sum(path.stat().st_size for path in (work / "run" / "checkpoints" / "step-1000").iterdir())
+    size = sum(path.stat().st_size for path in saver.last_good.iterdir())
     without, with_save = (statistics.median(seconds[saves]) for saves in (False, True))
-    saver.close()
+    run.report.bar = None
+    run.close()
     extra = statistics.median(a - b for a, b in zip(seconds[True], seconds[False], strict=True))
     return {
         "megabytes": size / 1e6,

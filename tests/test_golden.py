@@ -3,6 +3,7 @@
 `tests/golden/README.md` says what the files hold. M2T_GOLDEN_DIR names another folder of such files.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -13,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import ResNetConfig, ResNetModel
 
-from m2t_accel.model import Student, Teacher, momentum_teacher_loss
-from m2t_accel.optim import create_optimizer, set_learning_rate
+from m2t_accel.model import Student, Teacher
+from m2t_accel.optim import create_optimizer
 from m2t_accel.schedules import schedule
+from m2t_accel.step import TrainingStep
 
 GOLDEN_DIR = Path(os.environ.get("M2T_GOLDEN_DIR", Path(__file__).parent / "golden"))
 GOLDEN_FILES = sorted(GOLDEN_DIR.glob("*.json"))
@@ -49,7 +52,7 @@ def initial_value(name: str, shape: torch.Size) -> torch.Tensor:
 
 
 def replay(spec: dict, statistics_scale: float = 1.0) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Train as `spec` says; the trajectory, and sum and norm of every final tensor."""
+    """Train by the trainer's own step. Return the trajectory, and sum and norm of each final tensor."""
     encoder = ResNetModel(
         ResNetConfig(depths=spec["depths"], hidden_sizes=WIDTHS[spec["layer_type"]], layer_type=spec["layer_type"])
     )
@@ -58,10 +61,10 @@ def replay(spec: dict, statistics_scale: float = 1.0) -> tuple[dict[str, list[fl
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             parameter.copy_(initial_value(published_name(name), parameter.shape))
-    teacher = Teacher(student)
     optimizer = create_optimizer(
         student, spec["optimizer"], spec["learning_rate"], momentum=0.9, weight_decay=spec["weight_decay"]
     )
+    training = TrainingStep(student, Teacher(student), optimizer, Accelerator(cpu=True))
     total_steps = spec["steps_per_epoch"] * spec["epochs"]
     warmup_steps = spec["steps_per_epoch"] * spec["warmup_epochs"]
     trajectory = {"loss": [], "learning_rate": [], "teacher_momentum": [], "statistics_momentum": []}
@@ -71,25 +74,17 @@ def replay(spec: dict, statistics_scale: float = 1.0) -> tuple[dict[str, list[fl
         now = schedule(step, total_steps, warmup_steps, spec["learning_rate"], base_momentum)
         random = np.random.RandomState(1000 + step)
         view_1, view_2 = (torch.from_numpy(random.standard_normal(shape)) for _ in range(2))
-        set_learning_rate(optimizer, now.learning_rate)
-        teacher.set_statistics_momentum(now.statistics_momentum * statistics_scale)
-        q1, q2 = student(view_1, view_2)
-        with torch.no_grad():
-            k1, k2 = teacher(view_1, view_2)
-        loss = momentum_teacher_loss(q1, q2, k1, k2)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        teacher.commit_statistics()
-        teacher.follow(student, now.weight_momentum)
-        trajectory["loss"].append(loss.item())
+        training.begin(dataclasses.replace(now, statistics_momentum=now.statistics_momentum * statistics_scale))
+        result = training.forward_backward(view_1, view_2)
+        training.update(now)
+        trajectory["loss"].append(result.loss.item())
         trajectory["learning_rate"].append(now.learning_rate)
         trajectory["statistics_momentum"].append(now.statistics_momentum)
         # The recording holds the momentum of the update before this step: ours after step k is its at k + 1.
         previous = schedule(step - 1, total_steps, warmup_steps, spec["learning_rate"], base_momentum)
         trajectory["teacher_momentum"].append(previous.weight_momentum)
     final = {}
-    for owner, module in (("student", student), ("teacher", teacher)):
+    for owner, module in (("student", training.student), ("teacher", training.teacher)):
         tensors = dict(module.named_parameters())
         if owner == "teacher":
             tensors |= {n: b for n, b in module.named_buffers() if n.rsplit(".")[-1] in ("running_mean", "running_var")}

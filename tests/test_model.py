@@ -6,6 +6,7 @@ from loopback_hub import loopback_hub
 from torch.nn import functional
 from transformers import ConvNextConfig, RegNetConfig, ResNetConfig, ResNetModel
 
+from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.model import (
     Student,
     Teacher,
@@ -16,7 +17,6 @@ from m2t_accel.model import (
     plain_encoder,
 )
 from m2t_accel.momentum_norm import MomentumBatchNorm
-from m2t_accel.settings import ConfigurationError
 
 
 def small_student():

@@ -14,22 +14,25 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from conftest import tiny, write_image, write_parquet
+from helpers import tiny, write_image, write_parquet
 from safetensors.torch import load_file
 from torch import nn
 
-from m2t_accel import checkpoint, completion, data, features
 from m2t_accel import pretrain as pretraining
-from m2t_accel.checkpoint import list_checkpoints, read_tensors, verify
-from m2t_accel.model import create_encoder, create_student, embed
+from m2t_accel.config.fields import ConfigurationError, Interrupted
+from m2t_accel.config.recipes import build_config
+from m2t_accel.data import requests, views
+from m2t_accel.data.order import permuted
+from m2t_accel.data.photometry import photometry
+from m2t_accel.data.sources import load_images
+from m2t_accel.evaluation import features
+from m2t_accel.model import create_encoder, create_student, embed, embedding_std
 from m2t_accel.momentum_norm import MomentumBatchNorm
-from m2t_accel.monitor import COLLAPSED, Report, duration, embedding_std
-from m2t_accel.order import permuted
-from m2t_accel.photometry import photometry
 from m2t_accel.pretrain import Run, pretrain
-from m2t_accel.recipes import build_config
-from m2t_accel.settings import ConfigurationError, Interrupted
-from m2t_accel.sources import load_images
+from m2t_accel.progress import duration
+from m2t_accel.run import checkpoint, completion
+from m2t_accel.run.checkpoint import list_checkpoints, read_tensors, verify
+from m2t_accel.run.report import COLLAPSED, Report
 
 
 def metrics(folder):
@@ -96,7 +99,7 @@ def losses_of_a_second_implementation(config, defect=None):
     norms = [module for module in teacher.modules() if isinstance(module, PlainNorm)]
     student.train()
     images = load_images(config).train
-    views_of = data.TwoViews(images, config)
+    views_of = views.TwoViews(images, config)
     steps = len(images) // config.batch_size
     total = steps * config.epochs
     warmup = config.warmup_epochs * steps
@@ -115,7 +118,7 @@ def losses_of_a_second_implementation(config, defect=None):
         loss_of_step = 0.0
         sub_batches = batch.reshape(config.num_virtual_devices, -1)
         for sub_batch in sub_batches:
-            crops, parameters, *_ = views_of.__getitems__(data.Request(epoch, sub_batch, None))
+            crops, parameters, *_ = views_of.__getitems__(requests.Request(epoch, sub_batch, None))
             one, two = photometry(crops, parameters, config).double().chunk(2)
             q = [student.predictor(student.projector(embed(student.encoder, view))) for view in (one, two)]
             with torch.no_grad():

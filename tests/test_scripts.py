@@ -11,9 +11,9 @@ import time
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
-from m2t_accel.recipes import PretrainConfig
+from m2t_accel.config.pretrain import PretrainConfig
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 
@@ -160,3 +160,16 @@ def test_a_job_that_has_saved_nothing_or_is_complete_is_not_queued_again(tmp_pat
     done, requeued = submit(tmp_path, "true")
     assert (done.returncode, requeued) == (2, None)
     assert b"usage: sbatch scripts/pretrain.sbatch FOLDER" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--recipe", "list"], ["--epoch", "3"], ["--epochs", "0"]])
+def test_quick_answers_import_nothing_heavy(run_script, arguments):
+    script = (
+        "import runpy, sys\n"
+        f"sys.argv = ['scripts/pretrain.py', *{arguments!r}]\n"
+        "try:\n    runpy.run_path('scripts/pretrain.py', run_name='__main__')\n"
+        "except SystemExit:\n    pass\n"
+        "print('heavy:', sorted({'torch', 'transformers', 'datasets', 'numpy', 'accelerate'} & set(sys.modules)))"
+    )
+    done = run_script("-c", script)
+    assert done.stdout.splitlines()[-1] == "heavy: []", done.stderr

@@ -11,9 +11,9 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 
-from m2t_accel.launch import leave
+from m2t_accel.config.recipes import build_config
+from m2t_accel.distributed.processes import leave
 from m2t_accel.pretrain import pretrain
-from m2t_accel.recipes import build_config
 
 torch.set_default_dtype(torch.float64)
 for path in sys.argv[1:]:

@@ -1,0 +1,204 @@
+"""The settings of the data path: which images, how evaluation sees them, in which order and crops training does.
+
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import ClassVar
+
+import yaml
+
+from m2t_accel.config.fields import ConfigurationError, check_all_limits, fields_by_heading, is_hub_id, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """Which images there are, and how evaluation sees them.
+
+    Raises:
+        ConfigurationError: a value out of range, or no dataset.
+    """
+
+    streaming: ClassVar[bool] = False  # a setting of pretraining only
+
+    dataset: str | None = setting(
+        None,
+        "`digits`, a folder of class folders or of images, of parquet files or of tars, or a Hub id",
+        heading="the run",
+    )
+
+    image_size: int = setting(224, "side of a view, in pixels", at_least=8, heading="views")
+    image_mean: tuple[float, float, float] = setting(
+        (0.485, 0.456, 0.406), "mean per channel, 0 to 1", at_least=0, at_most=1
+    )
+    image_std: tuple[float, float, float] = setting(
+        (0.229, 0.224, 0.225), "standard deviation per channel, of 0 to 1", above=0
+    )
+    evaluation_crop: float = setting(
+        0.875, "evaluation sees the centre: this share of the shorter side", above=0, at_most=1
+    )
+
+    image_column: str | None = setting(None, "column of the images (default: found)", heading="data")
+    label_column: str | None = setting(None, "column of the labels (default: found)")
+    validation_fraction: float = setting(
+        0.1, "labelled images without a validation split: share held out", at_least=0, at_most=0.5
+    )
+    num_workers: int | None = setting(
+        None, "processes that decode images, per device (default: the spare cores, at most 8)", at_least=0
+    )
+
+    def __post_init__(self) -> None:
+        check_all_limits(self)
+        if self.dataset is None:
+            raise ConfigurationError(
+                "--dataset is needed: a folder of class folders (train/ and val/ in it, or not), of images, of "
+                "parquet files or of tars, or a Hub id such as ILSVRC/imagenet-1k"
+            )
+        if self.image_column is not None and self.image_column == self.label_column:
+            raise ConfigurationError(
+                f"--image_column and --label_column are both {self.image_column}: they must differ"
+            )
+
+    def to_yaml(self) -> str:
+        """The settings as YAML, in the order of `--help`; `--config` reads it back."""
+        fields = [item for group in fields_by_heading(type(self)).values() for item in group]
+        values = {item.name: getattr(self, item.name) for item in fields}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether something will be measured on labelled images."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(ImageSettings):
+    """In which batches training sees the images, and in which crops.
+
+    Raises:
+        ConfigurationError: as ImageSettings, or values that do not fit one another.
+    """
+
+    seed: int = setting(
+        0, "seed of the weights, the order and the views", at_least=0, at_most=2**32 - 1, heading="the run"
+    )
+
+    epochs: int = setting(100, "passes over the images", at_least=1, heading="training")
+    batch_size: int = setting(1024, "images per optimizer step, over all devices", at_least=2, at_most=2**20)
+    device_batch_size: int | None = setting(
+        None,
+        "images that go through the network, and its BatchNorm, together; batch_size / device_batch_size virtual "
+        "devices (default: batch_size)",
+        at_least=2,
+    )
+
+    crop_scale: tuple[float, float] = setting(
+        (0.08, 1.0), "area of a crop as a share of the image's", above=0, heading="views"
+    )
+    crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "width / height of a crop", above=0)
+    rotation: float = setting(0.0, "crops are turned by up to this many degrees", at_least=0, at_most=180)
+    flip_probability: float = setting(0.5, "chance of a horizontal flip", at_least=0, at_most=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ordered(self, "crop_scale", "crop_ratio")
+        device_batch_size = self.device_batch_size or self.batch_size
+        if self.batch_size % device_batch_size:
+            divisors = [n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0]
+            nearest = min(divisors, key=lambda n: abs(n - device_batch_size))
+            below = self.batch_size // device_batch_size * device_batch_size
+            choices = " or ".join(str(n) for n in (below, below + device_batch_size) if n)
+            raise ConfigurationError(
+                f"--batch_size {self.batch_size} is not a multiple of --device_batch_size {device_batch_size}: "
+                f"use --batch_size {choices}, or --device_batch_size {nearest}"
+            )
+        # A frozen dataclass is written once more here, so that config.yaml shows what was used.
+        object.__setattr__(self, "device_batch_size", device_batch_size)
+
+    @property
+    def num_virtual_devices(self) -> int:
+        """Sub-batches of one optimizer step, each of which goes through the encoder by itself."""
+        return self.batch_size // self.device_batch_size
+
+
+def check_ordered(config: object, *names: str) -> None:
+    """Check that settings which are ranges begin with the lower end.
+
+    Raises:
+        ConfigurationError: one does not.
+    """
+    for name in names:
+        low, high = getattr(config, name)
+        if low > high:
+            raise ConfigurationError(f"--{name} {low} {high}: the first must not exceed the second")
+
+
+def check_dataset(dataset: str) -> None:
+    """Check that a dataset can be found, as far as this machine knows.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    if dataset != "digits" and not os.path.exists(dataset) and not is_hub_id(dataset):
+        raise ConfigurationError(
+            f"--dataset {dataset}: no such file or folder; give `digits`, a folder that exists, or a Hub id USER/NAME"
+        )
+
+
+def check_push(repo_id: str | None) -> None:
+    """Check that the Hub can be asked to take what will be there in the end.
+
+    Raises:
+        ConfigurationError: `--push_to_hub` is no name on the Hub, or nobody is logged in.
+    """
+    if repo_id is None:
+        return
+    if not is_hub_id(repo_id):
+        raise ConfigurationError(f"--push_to_hub {repo_id}: a name on the Hub is needed, USER/NAME")
+    from huggingface_hub import get_token  # late: few runs need it
+
+    if get_token() is None:
+        raise ConfigurationError(f"--push_to_hub {repo_id} needs a login: type `hf auth login`, or set HF_TOKEN")
+
+
+def check_num_processes(config: TrainingSettings, num_processes: int) -> None:
+    """Check that the processes share the virtual devices evenly.
+
+    Raises:
+        ConfigurationError: they do not; the message names process counts and batches that work.
+    """
+    devices = config.num_virtual_devices
+    if devices % num_processes == 0:
+        return
+    counts = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
+    counts += " processes" if devices > 1 else " process"
+    chunk = config.device_batch_size * num_processes
+    below = config.batch_size // chunk * chunk
+    batches = " or ".join(str(n) for n in (below, below + chunk) if n)
+    smaller = f", or --device_batch_size {config.batch_size // num_processes}"
+    fits = config.batch_size % num_processes == 0 and config.batch_size // num_processes >= 2
+    raise ConfigurationError(
+        f"{num_processes} processes cannot share --batch_size {config.batch_size} in sub-batches of "
+        f"--device_batch_size {config.device_batch_size}: use {counts}, "
+        f"or --batch_size {batches}{smaller if fits else ''}"
+    )
+
+
+def check_enough_images(num_images: int, config: TrainingSettings) -> None:
+    """Check that there are images for one batch.
+
+    Raises:
+        ConfigurationError: there are fewer.
+    """
+    if num_images < 2:
+        raise ConfigurationError(f"--dataset {config.dataset} has one image to train on: two are the least")
+    if num_images < config.batch_size:
+        smaller = f"use --batch_size {num_images // 2 * 2} --device_batch_size {num_images // 2 * 2} or smaller"
+        raise ConfigurationError(
+            f"--dataset {config.dataset} has {num_images} images to train on, fewer than one batch of "
+            f"{config.batch_size}: {smaller}"
+        )

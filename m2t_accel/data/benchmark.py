@@ -1,0 +1,282 @@
+"""How fast images reach the device: each stage of the data path beside the usual pipeline, in one interleaved run."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import random
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from torch.utils.data import default_collate
+from torchvision import transforms
+
+from m2t_accel.config.data import check_enough_images
+from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.pretrain import PretrainConfig
+from m2t_accel.data.crops import draw_uniforms
+from m2t_accel.data.decode import DecodeError, decode_image, read_bytes
+from m2t_accel.data.loader import create_loader, default_num_workers, read
+from m2t_accel.data.photometry import photometry
+from m2t_accel.data.requests import DeviceBatches, Request
+from m2t_accel.data.shards import Shards
+from m2t_accel.data.sources import load_images
+from m2t_accel.data.views import TwoViews, decode_for_crops, read_rows
+
+BATCH_SIZE = 16  # two views of more images in float32 leave the allocator of a CPU, and every page of theirs is new
+TARGETS = (500, 1000, 2000, 4000, 8000)  # images/s; ResNet-50 in bf16 takes about 1000 on one A100 of two views each
+
+
+def benchmark_data(config: PretrainConfig, num_images: int, repeats: int, seconds: float) -> dict[str, object]:
+    """Measure the data path of a dataset: medians of interleaved repeats on one core, then workers together.
+
+    ms: of an image for each stage (read: of streamed ones by the main process, in pieces; decode: the part that its
+    crops need), and for the usual pipeline: PIL and torchvision's transforms, one image after the other, two views, as
+    the published code and most others do it.
+    images_per_second: `decode alone` is of whole images.
+    """
+    config = dataclasses.replace(
+        config, batch_size=BATCH_SIZE, device_batch_size=BATCH_SIZE, epochs=10**6, evaluate_every=0
+    )
+    started = time.perf_counter()
+    images = load_images(config).train
+    check_enough_images(len(images), config)
+    loaded = time.perf_counter()
+    batches = DeviceBatches(images, config, 1, 0)
+    views = TwoViews(images, config)
+    views.__getitems__(next(iter(batches)))
+    first_batch = time.perf_counter()
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    requests = some_requests(images, num_images)
+    loader = create_loader(views, requests, dataclasses.replace(config, num_workers=0))  # does what a worker does
+    view_batches = [views.__getitems__(request) for request in requests]
+    bad = [image for batch in view_batches for image in batch.bad]
+    if len(bad) == len(requests) * BATCH_SIZE:
+        raise ConfigurationError(f"none of the images can be decoded, the first {bad[0].path} ({bad[0].reason})")
+    stages = {
+        "read": lambda: [read_all(images, request) for request in requests],
+        "whole": lambda: [decode_all(read_all(images, request)) for request in requests],
+        "decode": lambda: [decode_parts(images, request, config) for request in requests],
+        "crop": lambda: deque(loader, maxlen=0),
+        "usual": lambda: [usual_pipeline(read_all(images, request), config) for request in requests],
+        "photometry": lambda: [color(batch, config, device) for batch in view_batches],
+    }
+    pieces = some_pieces(images, len(requests) * BATCH_SIZE) if isinstance(images, Shards) else []
+    if pieces:  # the requests bring their images: of them nothing is left to be read
+        stages["pieces"] = lambda: read_pieces(images, pieces)
+    times = interleaved(stages, repeats)
+    per_image = {name: 1000 * value / (len(requests) * BATCH_SIZE) for name, value in times.items()}
+    torch.set_num_threads(threads)
+    rates = {workers: loader_rate(views, batches, config, workers, seconds) for workers in worker_counts(config)}
+    return {
+        "dataset": config.dataset,
+        "images": len(images),
+        "image_size": config.image_size,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu, one core",
+        "software": f"torch {torch.__version__}, OpenCV {cv2.__version__}",
+        "seconds_to_load": loaded - started,
+        "seconds_to_first_batch": first_batch - started,
+        "ms": {
+            "read": per_image["pieces" if pieces else "read"],
+            "decode": per_image["decode"] - per_image["read"],
+            "crop": per_image["crop"] - per_image["decode"],
+            "photometry": per_image["photometry"],
+            "usual": per_image["usual"],
+        },
+        "images_per_second": {
+            "decode alone": 1000 / per_image["whole"],
+            "decode and both crops": 1000 / per_image["crop"],
+            "with photometry": 1000 / (per_image["crop"] + per_image["photometry"]),
+            "usual": 1000 / per_image["usual"],
+        },
+        "ratios": {
+            "decode and crops / usual": per_image["usual"] / per_image["crop"],
+            "decode and crops / decode alone": per_image["whole"] / per_image["crop"],
+            "with photometry / usual": per_image["usual"] / (per_image["crop"] + per_image["photometry"]),
+        },
+        "images_per_second_by_workers": rates,
+    }
+
+
+def some_pieces(images: Shards, num_images: int) -> list[tuple[int, int]]:
+    """Pieces at random with so many images, or all that there are: of each its number, and how many."""
+    chosen = []
+    for piece in np.random.default_rng(0).permutation(len(images.piece_sizes)).tolist():
+        number = min(int(images.piece_sizes[piece]), num_images)
+        if number:
+            chosen.append((piece, number))
+            num_images -= number
+    return chosen
+
+
+def read_pieces(images: Shards, pieces: list[tuple[int, int]]) -> tuple[np.ndarray, list]:
+    """The samples of some pieces and their undecoded images."""
+    parts = [images.open(piece)(0, number) for piece, number in pieces]
+    return np.concatenate([samples for samples, _ in parts]), [row for _, rows in parts for row in rows]
+
+
+def some_requests(images: object, num_images: int) -> list[Request]:
+    """Requests for evenly spread images, streamed ones read already."""
+    if isinstance(images, Shards):
+        samples, rows = read_pieces(images, some_pieces(images, num_images))
+    else:
+        samples, rows = np.linspace(0, len(images) - 1, min(num_images, len(images))).astype(np.int64), None
+    starts = range(0, len(samples) - BATCH_SIZE + 1, BATCH_SIZE)
+    return [
+        Request(0, samples[at : at + BATCH_SIZE], None if rows is None else rows[at : at + BATCH_SIZE]) for at in starts
+    ]
+
+
+def interleaved(stages: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The median seconds of each stage, all run in turn; a first turn warms up and does not count."""
+    seconds = {name: [] for name in stages}
+    for repeat in range(repeats + 1):
+        for name, stage in stages.items():
+            started = time.perf_counter()
+            stage()
+            if repeat:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def read_all(images: object, request: Request) -> list[bytes]:
+    rows = read_rows(images, request.samples) if request.images is None else request.images
+    return [read_bytes(row) for row in rows]
+
+
+def decode_all(contents: Sequence[bytes]) -> None:
+    for content in contents:
+        try:
+            decode_image({"bytes": content, "path": None})
+        except DecodeError:
+            continue
+
+
+def decode_parts(images: object, request: Request, config: PretrainConfig) -> None:
+    """Decode what the crops need, as workers do."""
+    rows = read_rows(images, request.samples) if request.images is None else request.images
+    uniforms = np.stack([draw_uniforms(config.seed, request.epoch, request.samples, view) for view in range(2)])
+    for i, row in enumerate(rows):
+        try:
+            decode_for_crops(row, uniforms[:, i], config)
+        except DecodeError:
+            continue
+
+
+def color(batch, config: PretrainConfig, device: torch.device) -> None:
+    parameters = type(batch.photometry)(*(values.to(device) for values in batch.photometry))
+    photometry(batch.crops.to(device), parameters, config)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def usual_pipeline(contents: Sequence[bytes], config: PretrainConfig) -> None:
+    """What is usually done: PIL, torchvision's transforms for each view of each image, and the batch collated."""
+    view_transforms = [usual_transform(config, view) for view in range(2)]
+    pairs = []
+    for content in contents:
+        try:
+            image = Image.open(io.BytesIO(content)).convert("RGB")
+        except OSError:
+            continue
+        pairs.append([transform(image) for transform in view_transforms])
+    if pairs:
+        default_collate(pairs)
+
+
+def usual_transform(config: PretrainConfig, view: int) -> Callable:
+    """A view as BYOL's authors and those after them make it."""
+
+    def blur(image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(*config.blur_sigma)))
+
+    jitter = transforms.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(config.image_size, config.crop_scale, config.crop_ratio),
+            transforms.RandomApply([jitter], p=config.jitter_probability),
+            transforms.RandomGrayscale(config.grayscale_probability),
+            transforms.RandomApply([transforms.Lambda(blur)], p=config.blur_probability[view]),
+            transforms.RandomHorizontalFlip(config.flip_probability),
+            transforms.RandomApply([transforms.Lambda(ImageOps.solarize)], p=config.solarize_probability[view]),
+            transforms.ToTensor(),
+            transforms.Normalize(config.image_mean, config.image_std),
+        ]
+    )
+
+
+def worker_counts(config: PretrainConfig) -> list[int]:
+    most = default_num_workers() + 1 if config.num_workers is None else config.num_workers
+    return sorted({1, *(2**i for i in range(1, 8) if 2**i < most), most} - {0})
+
+
+def loader_rate(
+    views: TwoViews, batches: DeviceBatches, config: PretrainConfig, num_workers: int, seconds: float
+) -> float:
+    """Images/s that so many workers hand to the main process, which does nothing else; after a first second."""
+    loader = create_loader(views, batches, dataclasses.replace(config, num_workers=num_workers))
+    count, started = 0, None
+    first = time.perf_counter()
+    for batch in read(loader):
+        now = time.perf_counter()
+        if started is not None:
+            count += len(batch.samples)
+            if now - started > seconds:
+                break
+        elif now - first > 1:  # those that were made ahead while the others started are gone
+            started = now
+    return count / (now - started)
+
+
+def table(result: dict[str, object]) -> str:
+    """The result as text."""
+    ms, rates, ratios = result["ms"], result["images_per_second"], result["ratios"]
+    lines = [
+        f"{result['dataset']}: {result['images']:,} images, views of {result['image_size']} pixels",
+        result["software"],
+        f"loaded in {result['seconds_to_load']:.2f} s, first batch after {result['seconds_to_first_batch']:.2f} s",
+        "",
+        "one core, ms per image (two views)",
+        *(f"  {name:<12}{ms[name]:8.3f}" for name in ("read", "decode", "crop")),
+        f"  {'photometry':<12}{ms['photometry']:8.3f}   on {result['device']}",
+        f"  {'usual':<12}{ms['usual']:8.3f}   PIL and torchvision transforms, all of it",
+        "",
+        "images/s of one core",
+        *(f"  {name:<24}{rate:8.0f}" for name, rate in rates.items()),
+        *(f"  {name:<34}{ratio:6.2f}" for name, ratio in ratios.items()),
+        "",
+        "workers   images/s   of each",
+    ]
+    by_workers = result["images_per_second_by_workers"]
+    lines += [f"  {n:>5} {rate:>10.0f} {rate / n:>9.0f}" for n, rate in by_workers.items()]
+    each = max(rate / n for n, rate in by_workers.items())
+    needs = ", ".join(f"{target:,} images/s: {-(-target // each):.0f}" for target in TARGETS)
+    return "\n".join([*lines, "", f"workers that feed, with a core for each: {needs}"])
+
+
+def check_json(path: str) -> None:
+    """Check, before minutes of measuring, that the figures can be written.
+
+    Raises:
+        ConfigurationError: they cannot.
+    """
+    file = Path(path)
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ConfigurationError(f"--json {path} cannot be written: give a file in a folder that exists and is yours")
+
+
+def write_json(result: dict[str, object], path: str) -> None:
+    Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Launch checks, collective calls and signals."""

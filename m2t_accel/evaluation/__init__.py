@@ -1,0 +1,1 @@
+"""kNN, linear probe, fine-tuning and embeddings."""

@@ -1,0 +1,1 @@
+"""The folder, checkpoints, resume and report of a run."""

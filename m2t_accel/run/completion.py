@@ -1,0 +1,98 @@
+"""What a complete run leaves: the encoder and its card, the curves and, last of all, training.json."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from m2t_accel import __version__
+from m2t_accel.config.pretrain import PretrainConfig
+from m2t_accel.data.sources import ImageData
+from m2t_accel.distributed.launch import command
+from m2t_accel.files import read_metrics, replace_folder, write_text
+from m2t_accel.hub.card import model_card
+from m2t_accel.hub.folder import save_encoder
+from m2t_accel.model import plain_encoder
+from m2t_accel.pictures import draw_curves
+from m2t_accel.progress import duration
+from m2t_accel.run.folder import COMPLETE
+from m2t_accel.step import TrainingStep
+
+VERSIONS = {"m2t_accel": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def finish(
+    config: PretrainConfig,
+    data: ImageData,
+    step: TrainingStep,
+    parts: Sequence[Mapping[str, object]],
+    seconds: float,
+) -> None:
+    """Write the encoder, its card, the curves and, last of all, training.json; say where they are."""
+    folder = Path(config.output_dir)
+    rows = list(read_metrics(folder / "metrics.jsonl"))
+    accuracies = [row["knn_top1"] for row in rows if "knn_top1" in row]
+    images_seen = rows[-1]["step"] * config.batch_size
+    training = {
+        "data": data.note,
+        "images_seen": images_seen,
+        "hardware": ", then ".join(dict.fromkeys(part["hardware"] for part in parts)),
+        "seconds": round(seconds, 1),
+        "time": duration(seconds),
+        "command": command(),
+        "versions": VERSIONS,
+        "parts": list(parts),
+    }
+    partial = folder / ".encoder.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    encoder = plain_encoder(step.teacher.encoder, step.student.encoder)
+    is_stock = isinstance(encoder, PreTrainedModel)
+    card = model_card(config, training, accuracies) if is_stock else weights_card(config)
+    save_encoder(encoder, config, card, partial)
+    replace_folder(partial, folder / "encoder")
+    draw_curves(
+        folder / "metrics.jsonl",
+        folder / "curves.png",
+        title=f"{config.encoder} on {config.dataset}, recipe {config.recipe}",
+    )
+    write_text(folder / COMPLETE, json.dumps(training, indent=2, ensure_ascii=False) + "\n")
+    lines = [f"\nTrained in {duration(seconds)}: {images_seen:,} images, {images_seen / seconds:,.0f} a second."]
+    if accuracies:
+        first, last = 100 * accuracies[0], 100 * accuracies[-1]
+        lines.append(f"Teacher kNN top-1: {first:.2f} % with random weights, {last:.2f} % now.")
+    if is_stock:
+        load = f'from transformers import AutoModel; AutoModel.from_pretrained("{folder / "encoder"}")'
+    else:
+        load = f'from safetensors.torch import load_model; load_model(encoder, "{folder}/encoder/model.safetensors")'
+    lines += [
+        f"Encoder:  {folder / 'encoder'}",
+        f"Curves:   {folder / 'curves.png'}",
+        f"Load it:  {load}",
+    ]
+    if config.recipe == "digits":
+        lines += [
+            "Next:     your own images (no labels needed), on one GPU:",
+            "          accelerate launch --config_file accelerate_configs/1gpu.yaml scripts/pretrain.py \\",
+            "              --recipe 8x2080Ti-b256-100ep --dataset FOLDER --output_dir runs/mine",
+        ]
+    else:
+        again = ["--config", f"{folder}/config.yaml", "--seed", str(config.seed + 1)]
+        again += ["--output_dir", f"{folder}-seed{config.seed + 1}"]
+        lines.append(f"Next:     the same with another seed: scripts/pretrain.py {shlex.join(again)}")
+    print("\n".join(lines), flush=True)
+
+
+def weights_card(config: PretrainConfig) -> str:
+    """Return the README.md of the weights of an encoder that is no transformers model."""
+    return (
+        f"# {config.encoder}\n\nWeights pretrained without labels by Momentum² Teacher (arXiv 2101.07525) with "
+        "m2t_accel. The module is your own:\n\n```python\nfrom safetensors.torch import load_model\n\n"
+        f'load_model(encoder, "model.safetensors")  # encoder: a {config.encoder}\n```\n'
+    )

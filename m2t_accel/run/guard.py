@@ -1,0 +1,125 @@
+"""The decision, once a step and the same on every process, to go on, to save, to stop or to fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import NoReturn
+
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor
+
+from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.pretrain import PretrainConfig
+from m2t_accel.data.shards import Shards
+from m2t_accel.data.views import describe, read_rows
+from m2t_accel.distributed.interruption import Agreement, StopRequestedError, StopSignals, Trouble
+from m2t_accel.distributed.processes import gather_from_all
+from m2t_accel.files import write_text
+from m2t_accel.run.folder import RunFolder
+from m2t_accel.run.saving import Saver
+from m2t_accel.schedules import Schedule
+from m2t_accel.step import SubBatchResult
+
+
+class Guard:
+    """Agrees with the other processes on what happens after a step, before any weight is changed."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        images: Dataset | Shards,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        saver: Saver,
+        signals: StopSignals,
+        steps_per_epoch: int,
+    ) -> None:
+        self.config = config
+        self.images = images
+        self.folder = folder
+        self.accelerator = accelerator
+        self.saver = saver
+        self.signals = signals
+        self.steps_per_epoch = steps_per_epoch
+        self.agreement = Agreement(timedelta(minutes=config.collective_timeout))
+
+    def agree(
+        self, step: int, now: Schedule, results: Sequence[SubBatchResult], samples: Sequence[Tensor]
+    ) -> tuple[int, bool]:
+        """Return the signal that asks for a stop after this step (0: none), and whether to save. A collective call.
+
+        Args:
+            step: optimizer steps done before this one.
+            now: the scheduled values of this step.
+            results: of the sub-batches of this process.
+            samples: (N,) int64 for each of these sub-batches.
+
+        Raises:
+            ConfigurationError: a loss of this step, or a state to be saved, is not finite; on every process.
+        """
+        self.saver.collect()
+        trouble = Trouble.STATE_NOT_FINITE if self.saver.not_finite else Trouble.NONE
+        losses = [result.loss_on_host.item() for result in results]
+        if not all(map(math.isfinite, losses)):
+            trouble = Trouble.LOSS_NOT_FINITE
+        trouble, stop, save = self.agreement.reach(trouble, self.signals.received, self.saver.is_time())
+        if trouble is Trouble.LOSS_NOT_FINITE:
+            self.fail(step, now, losses, samples)
+        if trouble is Trouble.STATE_NOT_FINITE:
+            self.saver.finish()
+        return stop, save
+
+    def stop_if_asked(self) -> None:
+        """Stop if any process has received a signal. A collective call.
+
+        Raises:
+            StopRequestedError: on every process.
+        """
+        _, stop, _ = self.agreement.reach(signal=self.signals.received)
+        if stop:
+            raise StopRequestedError(stop)
+
+    def fail(self, step: int, now: Schedule, losses: Sequence[float], samples: Sequence[Tensor]) -> NoReturn:
+        """End the run for a loss that is not finite; write what replays the step. A collective call.
+
+        Raises:
+            ConfigurationError: always, and on every process.
+        """
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        rank, num_processes = self.accelerator.process_index, self.accelerator.num_processes
+        mine = [
+            {"process": rank, "virtual_device": rank + turn * num_processes, "loss": str(loss)}
+            | {"samples": numbers.tolist(), "images": image_paths(self.images, numbers)}
+            for turn, (loss, numbers) in enumerate(zip(losses, samples, strict=True))
+            if not math.isfinite(loss)
+        ]
+        bad = [part for parts in gather_from_all(mine) for part in parts]
+        saved = self.saver.finish()
+        file = self.folder.path / "not_finite.json"
+        content = {"step": step + 1, "epoch": epoch, "step_of_epoch": step_of_epoch, "seed": self.config.seed}
+        content |= {**dataclasses.asdict(now), "sub_batches": bad}
+        recorded = f"its samples are in {file}"
+        if self.accelerator.is_main_process:
+            try:
+                write_text(file, json.dumps(content, indent=1) + "\n")
+            except OSError as error:
+                recorded = f"its samples could not be written to {file} ({error.strerror})"
+        processes = ", ".join(map(str, sorted({part["process"] for part in bad})))
+        raise ConfigurationError(
+            f"the loss is {bad[0]['loss']} in step {step + 1} on process {processes}, at learning rate "
+            f"{now.learning_rate:.4g}; the step is not taken, and {recorded}. {saved}. Try a --learning_rate_per_256 "
+            f"below {self.config.learning_rate_per_256:g} or more --warmup_epochs, in another --output_dir"
+        )
+
+
+def image_paths(images: Dataset | Shards, samples: Tensor) -> list[str] | None:
+    """Return a readable path of each image; None for shards, which cannot be read row by row."""
+    if not isinstance(images, Dataset):
+        return None
+    rows = read_rows(images, samples.tolist())
+    return [describe(row, sample) for row, sample in zip(rows, samples.tolist(), strict=True)]

@@ -1,0 +1,321 @@
+"""How a run is doing, measured and told as it goes: kNN of the teacher, spread of its embeddings, report, curves."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.pretrain import PretrainConfig
+from m2t_accel.data.sources import ImageData
+from m2t_accel.data.views import BadImage
+from m2t_accel.distributed.launch import hardware
+from m2t_accel.distributed.processes import gather_from_all, tell_all
+from m2t_accel.evaluation.knn import measure_knn
+from m2t_accel.files import JsonLines
+from m2t_accel.progress import progress_bar
+from m2t_accel.run.folder import RunFolder
+from m2t_accel.run.resume import Progress
+
+# kNN during training is a sign of health, not a result: on large sets an even sample is enough for it.
+MAX_KNN_BANK = 50_000
+MAX_KNN_QUERIES = 10_000
+MIN_BAD_ALLOWED = 10  # undecodable images, whatever their share
+COLLAPSED = 0.01  # spread of embeddings (1 at most) that differ by rounding and little more
+MAX_BAD_TOLD = 10  # of them on the screen; all are in bad_images.jsonl
+
+
+class KnnMonitor:
+    """kNN accuracy of an encoder on the held-out images."""
+
+    def __init__(self, data: ImageData, config: PretrainConfig, accelerator: Accelerator) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.num_classes = len(data.class_names)
+        self.told = False
+        self.bank, self.queries = (
+            images.select(np.linspace(0, len(images) - 1, limit).astype(int)) if len(images) > limit else images
+            for images, limit in ((data.bank, MAX_KNN_BANK), (data.validation, MAX_KNN_QUERIES))
+        )
+
+    def measure(self, encoder: nn.Module, after_batch: Callable[[], None]) -> float:
+        """Top-1 accuracy in evaluation mode, from 0 to 1, of what can be decoded; the same on every process.
+
+        `after_batch` may end it by an exception, if it does so on every process.
+        """
+        result = measure_knn(
+            encoder,
+            self.bank,
+            self.queries,
+            self.num_classes,
+            self.config,
+            self.accelerator,
+            after_batch=after_batch,
+        )
+        if result.num_broken and not self.told:
+            self.told = True
+            self.accelerator.print(f"kNN is measured without {result.num_broken} images that cannot be decoded")
+        return result.accuracies[20]
+
+
+class TooManyBadImagesError(ConfigurationError):
+    """More images cannot be decoded than are allowed; what was trained so far is sound."""
+
+
+class BadImages:
+    """The images of a run that cannot be decoded: each is told of once and written to bad_images.jsonl."""
+
+    def __init__(self, config: PretrainConfig, num_images: int, known: Iterable[BadImage] = ()) -> None:
+        self.config = config
+        self.num_images = num_images
+        self.known: dict[int, BadImage] = {image.sample: image for image in known}
+
+    def add(self, images: Sequence[BadImage]) -> list[BadImage]:
+        """Take in what all processes have met; what is new comes back, in the order of the samples."""
+        new = {image.sample: image for image in images if image.sample not in self.known}
+        self.known |= new
+        return [new[sample] for sample in sorted(new)]
+
+    def told(self, new: Sequence[BadImage]) -> Iterator[str]:
+        """A line for people about each of the first ten, and about the others together."""
+        number = max(0, MAX_BAD_TOLD - (len(self.known) - len(new)))
+        for image in new[:number]:
+            yield f"cannot be decoded, another image is shown instead: {image.path} ({image.reason})"
+        if new[number:]:
+            yield (
+                f"{len(new[number:])} more images cannot be decoded, {len(self.known)} in all: see "
+                f"{self.config.output_dir}/bad_images.jsonl"
+            )
+
+    def check(self) -> None:
+        """Stop where there are too many.
+
+        Raises:
+            TooManyBadImagesError: there are more than --max_bad_fraction allows.
+        """
+        allowed = max(MIN_BAD_ALLOWED, int(self.config.max_bad_fraction * self.num_images))
+        if len(self.known) > allowed:
+            raise TooManyBadImagesError(
+                f"{len(self.known)} of {self.num_images:,} images cannot be decoded, more than the {allowed} that "
+                f"--max_bad_fraction {self.config.max_bad_fraction:g} allows (ten always are): they are listed in "
+                f"{self.config.output_dir}/bad_images.jsonl; repair them and remove that file, or give a larger "
+                "--max_bad_fraction"
+            )
+
+
+class Report:
+    """Show and write what a run does: a progress bar, metrics.jsonl, bad_images.jsonl and a tracker.
+
+    `add` and `tick` do not wait for the device; `write_if_due` does, and is a collective call. If a line cannot be
+    written, the run goes on, and the line is written with the next one.
+
+    Args:
+        progress: of the run so far; `reported` is kept up to date.
+        rows: (2,) loss and spread of each sub-batch of this process since the last line of metrics.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        data: ImageData,
+        progress: Progress,
+        steps_per_epoch: int,
+        rows: Sequence[Tensor] = (),
+    ) -> None:
+        self.accelerator = accelerator
+        self.config = config
+        self.folder = folder
+        self.progress = progress
+        self.steps_per_epoch = steps_per_epoch
+        self.knn = KnnMonitor(data, config, accelerator) if config.evaluate_every else None
+        # Process 0 reads the images that are known to be bad from the file.
+        known = [BadImage(**row) for row in folder.bad_images.read()] if accelerator.is_main_process else []
+        self.bad_images = BadImages(config, len(data.train), tell_all(known))
+        self.rows = list(rows)
+        self.bad: list[BadImage] = []
+        self.num_steps = 0  # since the last line of metrics
+        self.collapse_reported = False
+        self.last = time.perf_counter()
+        self.started = self.last - progress.seconds
+        self.bar = None
+        if config.tracker != "none":
+            settings = {k: str(v) if isinstance(v, tuple) or v is None else v for k, v in vars(config).items()}
+            accelerator.init_trackers("tracker", config=settings)
+        self.trackers = accelerator.trackers if config.tracker != "none" else []
+        if accelerator.is_main_process:
+            self.bar = progress_bar("step", config.epochs * steps_per_epoch, initial=progress.step)
+
+    def write_if_due(self, encoder: nn.Module, stop_if_asked: Callable[[], None]) -> None:
+        """Write the line of metrics that is due after this step, unless it is written; evaluate if that is due too.
+
+        Args:
+            encoder: the teacher's.
+            stop_if_asked: called between the batches of an evaluation; it may raise, on every process.
+
+        Raises:
+            StopRequestedError: of `stop_if_asked`; the line is not written.
+            ConfigurationError: too many images cannot be decoded, or the embeddings have collapsed.
+        """
+        step, config = self.progress.step, self.config
+        evaluates = self.knn is not None and is_due(step, self.steps_per_epoch, config)
+        is_line = step % config.log_every == 0 or step == config.epochs * self.steps_per_epoch
+        if self.progress.reported == step or not (evaluates or (is_line and step > 0)):
+            return
+        values: dict[str, float] = {}
+        if step > 0:
+            values = self.averages() | dataclasses.asdict(config.schedule(step - 1, self.steps_per_epoch))
+            self.check_collapse(step, values["embedding_std"])
+        if evaluates:
+            values["knn_top1"] = self.knn.measure(encoder, stop_if_asked)
+        self.write(step, step / self.steps_per_epoch, values)
+        self.progress.reported = step
+
+    def add(self, loss: Tensor, spread: Tensor, bad: Sequence[BadImage]) -> None:
+        """Take in a sub-batch."""
+        self.rows.append(torch.stack([loss, spread]))
+        self.bad += bad
+
+    def tick(self) -> None:
+        """Count an optimizer step."""
+        self.num_steps += 1
+        if self.bar is not None:
+            self.bar.update()
+
+    def averages(self) -> dict[str, float]:
+        """Loss and spread averaged over all sub-batches of all processes since the last line, and the speed.
+
+        Raises:
+            TooManyBadImagesError: on every process.
+        """
+        mean = torch.stack(self.rows).mean(dim=0)
+        share_bad = mean.new_tensor([float(len(self.bad) > 0)])
+        loss, spread, share_bad = self.accelerator.reduce(torch.cat([mean, share_bad]), reduction="mean").tolist()
+        if share_bad > 0:
+            self.report_bad_images()
+        self.bad_images.check()
+        speed = self.num_steps * self.config.batch_size / (time.perf_counter() - self.last)
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} images/s", refresh=False)
+        return {"loss": loss, "embedding_std": spread} | ({"images_per_second": speed} if self.num_steps else {})
+
+    def report_bad_images(self) -> None:
+        """Write down the images that processes could not decode since the last call, and tell of them.
+
+        A collective call.
+        """
+        new = self.bad_images.add([image for images in gather_from_all(self.bad) for image in images])
+        self.bad.clear()
+        if self.accelerator.is_main_process:
+            self.write_lines(self.folder.bad_images, [image._asdict() for image in new])
+            for line in self.bad_images.told(new):
+                self.say(line)
+
+    def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        """Write one line of metrics; the clock of the speed starts again, so evaluations do not count."""
+        self.rows.clear()
+        self.num_steps = 0
+        if self.accelerator.is_main_process:
+            line = {"step": step, "epoch": round(epoch, 6), **values, "seconds": round(self.seconds(), 3)}
+            self.write_lines(self.folder.metrics, [line])
+            if "knn_top1" in values:
+                self.say(f"epoch {epoch:g}: teacher kNN top-1 {100 * values['knn_top1']:.2f} %")
+        if self.config.tracker != "none":
+            self.accelerator.log({"epoch": epoch, **values}, step=step)
+        self.last = time.perf_counter()
+
+    def check_collapse(self, step: int, spread: float) -> None:
+        """Warn of embeddings that have fallen into one point, or end the run for it.
+
+        Raises:
+            ConfigurationError: they have, and --stop_on_collapse is given; the same on every process.
+        """
+        collapsed = spread < COLLAPSED
+        reported, self.collapse_reported = self.collapse_reported, collapsed
+        if not collapsed or reported:
+            return
+        message = (
+            f"step {step}: the teacher's embeddings have collapsed (embedding_std {spread:.4f}; 1 is spread evenly, "
+            f"below {COLLAPSED} is one point)"
+        )
+        if self.config.stop_on_collapse:
+            raise ConfigurationError(
+                f"{message}, and --stop_on_collapse ends the run: try a smaller --learning_rate_per_256 or a "
+                f"--weight_momentum nearer to 1, in another --output_dir"
+            )
+        self.say(f"warning: {message}; --stop_on_collapse would end the run here")
+
+    def write_lines(self, file: JsonLines, rows: Sequence[dict[str, object]]) -> None:
+        try:
+            file.add(rows)
+        except OSError as error:
+            self.say(f"warning: {file.path} cannot be written ({error.strerror}); its lines wait for the next time")
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar, by the first process."""
+        if self.bar is not None:
+            self.bar.write(line)
+        elif self.accelerator.is_main_process:
+            print(line, flush=True)
+
+    def seconds(self) -> float:
+        """Seconds that the run has taken, in all its parts."""
+        return time.perf_counter() - self.started
+
+    def close(self) -> None:
+        """End the bar and the tracker, whether the run ended well or not."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        for tracker in self.trackers:
+            tracker.finish()
+        self.trackers = []
+
+
+def is_due(step: int, steps_per_epoch: int, config: PretrainConfig) -> bool:
+    """Return whether kNN is measured after so many steps: at 0, every `evaluate_every` epochs, and at the end."""
+    epochs, rest = divmod(step, steps_per_epoch)
+    return rest == 0 and (epochs % config.evaluate_every == 0 or epochs == config.epochs)
+
+
+def introduction(
+    config: PretrainConfig, data: ImageData, encoder: nn.Module, total_steps: int, accelerator: Accelerator
+) -> str:
+    """Return some lines that say what will be trained, on what and where."""
+    size = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
+    lines = [
+        data.note,
+        f"{config.encoder} ({size:.1f} M parameters), {config.epochs} epochs, {total_steps} steps of "
+        f"{config.batch_size} images ({config.num_virtual_devices} × {config.device_batch_size}), on "
+        f"{hardware(accelerator)}",
+    ]
+    if config.recipe == "digits" and config.dataset != "digits":
+        lines.append(
+            f"Note: recipe digits is for 8-pixel digits (views of {config.image_size} pixels, no flip, no colour); "
+            "for photographs give --recipe 8x2080Ti-b256-100ep or another of --recipe list"
+        )
+    return "\n".join(lines)
+
+
+def settle_evaluation(config: PretrainConfig, data: ImageData) -> PretrainConfig:
+    """Return the configuration with a number for `evaluate_every`: about ten evaluations if there are labels, else 0.
+
+    Raises:
+        ConfigurationError: evaluations are asked for, and there are no labels.
+    """
+    if config.evaluate_every and data.lacks:
+        raise ConfigurationError(
+            f"--evaluate_every {config.evaluate_every} needs labelled images held out: use --evaluate_every 0. "
+            f"{config.dataset} has {data.lacks}"
+        )
+    if config.evaluate_every is None:
+        every = max(1, config.epochs // 10) if data.validation is not None else 0
+        config = dataclasses.replace(config, evaluate_every=every)
+    return config

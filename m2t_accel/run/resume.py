@@ -1,0 +1,105 @@
+"""Resuming a run: the state of a checkpoint put back, and what differs from the run that wrote it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.pretrain import PretrainConfig
+from m2t_accel.data.sources import ImageData
+from m2t_accel.run.checkpoint import Checkpoint, read_tensors
+from m2t_accel.run.folder import RunFolder, Start
+from m2t_accel.run.state import RunState
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0  # optimizer steps done
+    reported: int = -1  # the last of them that has a line in metrics.jsonl
+    seconds: float = 0.0  # of training before this start
+    num_saved: int = 0  # checkpoints written so far
+    parts: list[dict[str, object]] = field(default_factory=list)  # for each start: step, command, hardware, versions
+
+
+def restore_progress(manifest: Mapping[str, object] | None) -> Progress:
+    """Return the progress that a checkpoint's manifest records; a new one without a checkpoint."""
+    if manifest is None:
+        return Progress()
+    saved = manifest["progress"]
+    return Progress(manifest["step"], saved["reported"], saved["seconds"], manifest["number"], list(saved["parts"]))
+
+
+def restore_state(state: RunState, checkpoint: Checkpoint, accelerator: Accelerator) -> list[Tensor]:
+    """Put the state of a checkpoint back on every process; process 0 reads it. A collective call.
+
+    Returns:
+        (2,) loss and spread of each sub-batch of this process since the last line of metrics.
+
+    Raises:
+        ConfigurationError: the tensors are those of another network.
+    """
+    files = read_tensors(checkpoint) if accelerator.is_main_process else None
+    try:
+        return state.restore(files, checkpoint.manifest)
+    except ValueError as error:  # an encoder of the same name may differ between versions of transformers
+        raise ConfigurationError(f"{checkpoint.path} does not fit: {error}") from None
+
+
+def check_same_images(data: ImageData, manifest: Mapping[str, object]) -> None:
+    """Check that the images are those that the checkpoint's run was trained on.
+
+    Raises:
+        ConfigurationError: they differ.
+    """
+    saved = manifest["data"]
+    if saved["fingerprint"] != data.fingerprint:
+        raise ConfigurationError(
+            f"--dataset: other images than those of the run so far (then {saved['note']}; now {data.note}; their "
+            "names, their order or the sizes of their shards differ): give the same --dataset, or another --output_dir"
+        )
+
+
+def describe_changes(
+    config: PretrainConfig, manifest: Mapping[str, object], accelerator: Accelerator, steps_per_epoch: int
+) -> list[str]:
+    """Return one line for each thing that differs from the run that wrote the checkpoint."""
+    lines = []
+    if manifest["mixed_precision"] != accelerator.mixed_precision:
+        lines.append(f"note: mixed_precision is {accelerator.mixed_precision}, was {manifest['mixed_precision']}")
+    if manifest["num_processes"] != accelerator.num_processes:
+        lines.append(
+            f"note: on {accelerator.num_processes} processes, was on {manifest['num_processes']}: the same images in "
+            "the same sub-batches, and the same numbers up to rounding"
+        )
+    epochs = manifest["config"]["epochs"]
+    if epochs != config.epochs:
+        before, now = (
+            dataclasses.replace(config, epochs=number).schedule(manifest["step"], steps_per_epoch)
+            for number in (epochs, config.epochs)
+        )
+        values = ", ".join(f"{name} {getattr(before, name):.4g} → {getattr(now, name):.4g}" for name in vars(before))
+        lines.append(
+            f"note: {config.epochs} epochs instead of {epochs}; from here on the schedules are those of "
+            f"{config.epochs}: {values}"
+        )
+    return lines
+
+
+def open_folder(folder: RunFolder, start: Start, config_text: str) -> list[str]:
+    """Lock the run's folder and prepare it for this start. Return a line for each checkpoint set aside.
+
+    Raises:
+        ConfigurationError: it cannot be written, or another run holds it.
+    """
+    try:
+        folder.hold()
+        return folder.prepare(start, config_text)
+    except OSError as error:
+        raise ConfigurationError(f"--output_dir {folder.path} cannot be written ({error.strerror})") from None

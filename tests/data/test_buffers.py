@@ -1,0 +1,124 @@
+import gc
+import pickle
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.data import buffers
+from m2t_accel.data.buffers import Buffers
+
+
+def filled(buffers, value):
+    number = buffers.take()
+    buffers[number].fill_(value)
+    return buffers.hand_over(number)
+
+
+@pytest.mark.parametrize("keep", [lambda t: t, lambda t: t[1], lambda t: t.view(-1), lambda t: t.numpy()[:1]])
+def test_a_buffer_is_free_again_when_nothing_refers_to_its_memory(keep):
+    buffers = Buffers(2, (3, 4), shared=False)
+    kept = keep(filled(buffers, 7))
+    assert len(buffers.free) == 1
+    other = filled(buffers, 8)
+    assert buffers.take() is None
+    assert (kept == 7).all()
+    del other
+    assert len(buffers.free) == 1
+    assert (filled(buffers, 9) == 9).all()
+    assert (kept == 7).all()
+    del kept
+    assert sorted(buffers.free) == [0, 1]
+
+
+def test_a_tensor_outlives_its_buffers():
+    kept = filled(Buffers(1, (5,), shared=True), 3)
+    gc.collect()
+    assert (kept == 3).all()
+
+
+class Filling:
+    """A dataset whose batch is a buffer, filled by a worker."""
+
+    def __init__(self, buffers):
+        self.buffers = buffers
+
+    def __len__(self):
+        return 100
+
+    def __getitems__(self, request):
+        value, number = request
+        if number is None:
+            return buffers.new_memory((8, 8)).fill_(value)
+        self.buffers[number].fill_(value)
+        return self.buffers.hand_over(number)
+
+
+class Requests:
+    """Forty values, each with a buffer if there is one."""
+
+    def __init__(self, buffers):
+        self.buffers = buffers
+        self.taken = []
+
+    def __len__(self):
+        return 40
+
+    def __iter__(self):
+        for value in range(40):
+            self.taken.append(self.buffers.take())
+            yield value, self.taken[-1]
+
+
+def as_it_is(batch):
+    return batch
+
+
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_fill_buffers_again_and_never_one_that_is_kept(context):
+    buffers = Buffers(4, (8, 8), shared=True)
+    requests = Requests(buffers)
+    loader = DataLoader(
+        Filling(buffers),
+        batch_sampler=requests,
+        collate_fn=as_it_is,
+        num_workers=1,
+        prefetch_factor=2,
+        multiprocessing_context=context,
+    )
+    kept = []
+    for value, batch in enumerate(loader):
+        assert batch.tolist() == [[value] * 8] * 8
+        if value in (20, 21, 22):
+            kept.append(batch[:1])
+    assert set(requests.taken[:20]) == {0, 1, 2, 3}
+    assert None in requests.taken[25:]  # of the one that is left the loop and the worker cannot both live
+    assert [part[0, 0].item() for part in kept] == [20, 21, 22]
+    assert all((part == part[0, 0]).all() for part in kept)
+    del batch
+    kept.clear()
+    assert sorted(buffers.free) == [0, 1, 2, 3]
+
+
+def test_what_a_worker_sends_is_small_and_becomes_the_buffer():
+    buffers = Buffers(1, (1000, 1000), shared=True)
+    number = buffers.take()
+    sent = pickle.dumps(buffers.OnItsWay(buffers.key, number))
+    buffers[number][5] = 1
+    assert len(sent) < 100
+    received = pickle.loads(sent)
+    assert torch.equal(received, buffers[number])
+    assert received.data_ptr() == buffers[number].data_ptr()
+
+
+def test_too_little_shared_memory_is_told(monkeypatch):
+    def no_room(shape):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)")
+
+    monkeypatch.setattr(buffers, "shared_memory", no_room)
+    with pytest.raises(
+        ConfigurationError, match=r"need 12 MB of shared memory .*No space left.*--num_workers.*shm-size"
+    ):
+        Buffers(3, (2, 1000, 2000), shared=True)
+    assert Buffers(3, (2, 10, 20), shared=False).take() == 0

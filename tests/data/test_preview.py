@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+from helpers import write_image, write_parquet
+from matplotlib.axes import Axes
+from PIL import Image
+
+from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.recipes import build_config
+from m2t_accel.data.preview import draw_preview
+
+
+def settings(dataset, **others):
+    return build_config({"recipe": "8x2080Ti-b256-100ep", "dataset": str(dataset), "image_size": 32, **others})
+
+
+@pytest.mark.parametrize("kind", ["files", "streamed"])
+def test_a_picture_of_a_dozen_pairs(tmp_path, kind):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    if kind == "files":
+        for i in range(15):
+            write_image(folder / f"{i:02}.png", value=10 * i, size=(40, 50))
+        (folder / "03.png").write_text("broken")
+    else:
+        write_parquet(folder / "a.parquet", 0, 20, row_group_size=2)
+    lines = draw_preview(settings(folder, streaming=kind != "files"), tmp_path / "new" / "preview.png")
+    assert lines[-1] == f"12 pairs of views: {tmp_path}/new/preview.png"
+    assert ("03.png (no known image format)" in "".join(lines)) == (kind == "files")
+    with Image.open(tmp_path / "new" / "preview.png") as picture:
+        assert picture.width > 1000
+        assert np.asarray(picture.convert("RGB")).std() > 20
+
+
+def test_large_images_are_drawn_small_and_their_crops_where_they_lie(tmp_path, monkeypatch):
+    drawn = []
+
+    def imshow(axes, pixels, **options):
+        drawn.append((axes, pixels, options))
+
+    monkeypatch.setattr(Axes, "imshow", imshow)
+    for i in range(2):
+        write_image(tmp_path / f"{i} $\\frac$.jpg", size=(700, 1400))
+    draw_preview(settings(tmp_path), tmp_path / "new" / "preview.png")
+    originals = [(axes, pixels, options) for axes, pixels, options in drawn if options]
+    assert len(originals) == 2
+    for axes, pixels, options in originals:
+        assert pixels.shape == (256, 512, 3)
+        assert options["extent"] == (-0.5, 1399.5, 699.5, -0.5)
+        boxes = np.concatenate([line.get_xydata() for line in axes.lines])
+        assert (boxes >= -0.5).all()
+        assert (boxes <= (1399.5, 699.5)).all()
+        assert boxes.max() > 512
+
+
+def test_few_images_and_none(tmp_path):
+    for i in range(3):
+        write_image(tmp_path / "few" / f"{i}.png")
+        (tmp_path / "none").mkdir(exist_ok=True)
+        (tmp_path / "none" / f"{i}.png").write_text("broken")
+    assert draw_preview(settings(tmp_path / "few"), tmp_path / "few.png")[-1].startswith("2 pairs of views")
+    with pytest.raises(ConfigurationError, match=r"cannot be decoded: .*no known image format"):
+        draw_preview(settings(tmp_path / "none"), tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    with pytest.raises(ConfigurationError, match=r"--output .* cannot be written"):
+        draw_preview(settings(tmp_path / "few"), tmp_path / "few" / "0.png" / "below.png")

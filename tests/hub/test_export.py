@@ -1,0 +1,146 @@
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.hub import export as export_module
+from m2t_accel.hub.encoders import LoadedEncoder
+from m2t_accel.hub.export import export
+from m2t_accel.model import create_encoder, embed
+
+VIEW = (64, 0.875, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def encoder(name):
+    """Of random weights, with statistics that tell one layer from another."""
+    torch.manual_seed(0)
+    model = create_encoder(name).eval()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.running_mean.normal_(std=0.1)
+            layer.running_var.uniform_(0.5, 2)
+    return LoadedEncoder(model, *VIEW, "teacher", "an encoder")
+
+
+@pytest.fixture(scope="module")
+def resnet18():
+    return encoder("resnet18")
+
+
+def features(loaded, images):
+    with torch.no_grad():
+        return embed(loaded.model, images)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+def test_torchvision_computes_the_same(resnet18, tmp_path, ending):
+    output = tmp_path / f"weights.{ending}"
+    lines = export(resnet18, "torchvision", output)
+    assert lines[0].startswith(f"{output}: torchvision's resnet18 without its last layer; features differ by ")
+    places = {}
+    exec(f"{lines[2]}; {lines[3]}", places)  # what it prints, typed
+    model = places["model"].eval()
+    model.fc = torch.nn.Identity()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), features(resnet18, images), rtol=0, atol=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+
+
+def test_timm_computes_the_same(tmp_path):
+    pytest.importorskip("timm")
+    loaded, output = encoder("resnet50"), tmp_path / "weights.safetensors"
+    lines = export(loaded, "timm", output)
+    places = {}
+    exec(f"{lines[2]}; {lines[3]}", places)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(places["model"].eval()(images), features(loaded, images), rtol=0, atol=1e-5)
+
+
+def test_detectron2s_names_and_pixels(resnet18, tmp_path):
+    lines = export(resnet18, "detectron2", tmp_path / "r18.pkl")
+    content = pickle.loads((tmp_path / "r18.pkl").read_bytes())
+    assert content["matching_heuristics"] is True
+    model = content["model"]
+    assert model["stem.conv1.weight"].shape == (64, 3, 7, 7)
+    state = resnet18.model.state_dict()
+    shortcut = state["encoder.stages.2.layers.0.shortcut.normalization.running_var"].numpy()
+    np.testing.assert_array_equal(model["res4.0.shortcut.norm.running_var"], shortcut)
+    assert not any("num_batches" in name or name.startswith("layer") for name in model)
+    assert len(model) == sum(not name.endswith("num_batches_tracked") for name in state)
+    text = "\n".join(lines)
+    assert "PIXEL_MEAN: [123.675, 116.28, 103.53], PIXEL_STD: [58.395, 57.12, 57.375]" in text
+    assert "FORMAT: RGB" in text
+    assert "STRIDE_IN_1X1: False" in text
+
+
+@pytest.mark.slow
+def test_onnx_computes_the_same_for_any_batch(tmp_path):
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    loaded, output = encoder("resnet10-quarter"), tmp_path / "encoder.onnx"
+    lines = export(loaded, "onnx", output)
+    assert "ONNX, opset" in lines[0]
+    session = runtime.InferenceSession(str(output), providers=["CPUExecutionProvider"])
+    for number in (1, 3, 7):
+        images = torch.randn(number, 3, 64, 64)
+        found = torch.from_numpy(session.run(["features"], {"pixel_values": images.numpy()})[0])
+        torch.testing.assert_close(found, features(loaded, images), rtol=0, atol=1e-5)
+    told = {entry.key: entry.value for entry in onnx.load(output).metadata_props}
+    assert told["image_size"] == "64"
+    assert told["image_mean"] == "[0.485, 0.456, 0.406]"
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder.onnx"]
+
+
+def test_a_network_that_the_library_has_not(tmp_path):
+    for form, ending in (("torchvision", "pth"), ("detectron2", "pkl")):
+        with pytest.raises(ConfigurationError, match=r"widths \[16, 32, 64, 128\] is none .* --format onnx takes any"):
+            export(encoder("resnet10-quarter"), form, tmp_path / f"x.{ending}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_compute_the_same_is_not_kept(resnet18, tmp_path, monkeypatch):
+    """A planted defect: two tensors of one shape change places."""
+
+    def swapped(state):
+        right = to_torchvision(state)
+        a, b = "layer1.0.conv1.weight", "layer1.1.conv1.weight"
+        return right | {a: right[b], b: right[a]}
+
+    to_torchvision = export_module.to_torchvision
+    monkeypatch.setattr(export_module, "to_torchvision", swapped)
+    for form, ending in (("torchvision", "pth"), ("detectron2", "pkl")):
+        with pytest.raises(ConfigurationError, match=r"features differ by .*: nothing was written"):
+            export(resnet18, form, tmp_path / f"x.{ending}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_cannot_be(resnet18, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"for detectron2 the name must end in \.pkl"):
+        export(resnet18, "detectron2", tmp_path / "x.pth")
+    (tmp_path / "x.pth").write_text("mine")
+    with pytest.raises(ConfigurationError, match="exists: give another name, or remove it"):
+        export(resnet18, "torchvision", tmp_path / "x.pth")
+    assert (tmp_path / "x.pth").read_text() == "mine"
+    with pytest.raises(ConfigurationError, match="cannot be written"):
+        export(resnet18, "torchvision", tmp_path / "x.pth" / "below.pth")
+
+
+def test_a_library_that_is_not_installed(resnet18, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ConfigurationError, match=r'timm is not installed: type `pip install "m2t_accel\[export\]"`'):
+        export(resnet18, "timm", tmp_path / "x.pth")
+
+
+def test_names_of_standard_networks():
+    for name in ("resnet34", "resnet101"):
+        with torch.device("meta"):
+            assert export_module.standard_name(create_encoder(name)) == name
+    assert {name for name in export_module.ENCODERS if hasattr(torchvision.models, name)} == set(
+        export_module.ENCODERS
+    ) - {"resnet10-quarter"}

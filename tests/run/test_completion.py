@@ -1,0 +1,59 @@
+"""What a complete run leaves, and in which order."""
+
+import json
+import types
+
+import pytest
+
+from m2t_accel.config.recipes import build_config
+from m2t_accel.model import Teacher, create_encoder, create_student
+from m2t_accel.run import completion
+from m2t_accel.run.completion import VERSIONS, finish
+from m2t_accel.run.folder import RunFolder
+
+
+@pytest.fixture
+def ended(tmp_path):
+    """A run whose last step is done: the arguments of `finish`."""
+    config = build_config({"output_dir": str(tmp_path), "epochs": 3, "warmup_epochs": 1, "evaluate_every": 1})
+    RunFolder(tmp_path).metrics.add(
+        [
+            {"step": step, "epoch": step / 2, "loss": 1.0, "embedding_std": 0.5, "learning_rate": 0.1, "seconds": 1.0}
+            | {"weight_momentum": 1.0, "statistics_momentum": 0.0, "knn_top1": 0.5}
+            for step in range(4)
+        ]
+    )
+    teacher = Teacher(create_student(create_encoder("resnet10-quarter"), 32, 16, 8))
+    parts = [{"step": step, "command": "c", "hardware": name, "versions": VERSIONS} for step, name in enumerate("aab")]
+    return config, types.SimpleNamespace(note="digits: 3 images"), teacher, parts, 9.0
+
+
+def test_the_parts_of_a_run_are_told(ended, tmp_path, capsys):
+    finish(*ended)
+    training = json.loads((tmp_path / "training.json").read_text())
+    assert training["hardware"] == "a, then b"
+    assert [part["step"] for part in training["parts"]] == [0, 1, 2]
+    assert training["images_seen"] == 3 * 64
+    assert "a, then b" in (tmp_path / "encoder" / "README.md").read_text()
+    assert "Trained in 9 s: 192 images, 21 a second." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("function", ["save_encoder", "replace_folder", "draw_curves"])
+def test_a_run_that_could_not_be_finished_is_not_complete(ended, tmp_path, monkeypatch, function):
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "of before").write_text("")
+
+    def fail(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(completion, function, fail)
+    with pytest.raises(OSError, match="No space"):
+        finish(*ended)
+    assert not (tmp_path / "training.json").exists()
+    assert (tmp_path / "encoder" / "of before").exists() == (function != "draw_curves"), (
+        "the encoder is one or the other"
+    )
+    monkeypatch.undo()
+    finish(*ended)
+    assert (tmp_path / "training.json").exists()
+    assert not (tmp_path / "encoder" / "of before").exists()

@@ -1,0 +1,129 @@
+"""A run's state: what is gathered is put back, on any number of processes."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from m2t_accel.model import Student, Teacher
+from m2t_accel.optim import create_optimizer
+from m2t_accel.run.state import RunState, fill, in_device_order, random_state, set_random_state
+
+
+class Encoder(nn.Module):
+    """Just enough of one, with dropout, which draws random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, pixel_values):
+        from types import SimpleNamespace
+
+        return SimpleNamespace(pooler_output=self.dropout(self.norm(self.convolution(pixel_values))).mean(dim=(2, 3)))
+
+
+def build(optimizer="sgd", seed=0):
+    torch.manual_seed(seed)
+    student = Student(Encoder(), 8, 16, 4).to(memory_format=torch.channels_last)
+    teacher = Teacher(student)
+    return RunState(student, teacher, create_optimizer(student, optimizer, 0.1, 0.9, 1e-3), Accelerator())
+
+
+def train(state, steps):
+    losses = []
+    for _ in range(steps):
+        views = torch.randn(2, 6, 3, 8, 8)
+        state.teacher.set_statistics_momentum(0.4)
+        q1, _ = state.student(*views)
+        k1, _ = state.teacher(*views)
+        loss = ((q1 - k1) ** 2).sum()
+        loss.backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.teacher.commit_statistics()
+        state.teacher.follow(state.student, 0.9)
+        losses.append(loss.item())
+    return losses
+
+
+def deep_copy(files):
+    return {file: {name: tensor.clone() for name, tensor in tensors.items()} for file, tensors in files.items()}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_a_run_goes_on_bit_for_bit(optimizer):
+    one = build(optimizer)
+    train(one, 3)
+    rows = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])]
+    files = deep_copy(one.copy(rows))
+    losses = train(one, 3)
+    other = build(optimizer, seed=1)
+    train(other, 1)
+    found = other.restore(files, {"num_processes": 1, "gradient_scaler": None})
+    assert torch.equal(torch.stack(found), torch.stack(rows))
+    momentum = other.optimizer.state[other.student.encoder.convolution.weight]["momentum_buffer"]
+    assert momentum.stride() == other.student.encoder.convolution.weight.stride()
+    assert train(other, 3) == losses, "weights, statistics, momentum and the random numbers of dropout"
+    ends = [state.copy([]) for state in (one, other)]
+    for file, tensors in ends[0].items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, ends[1][file][name]), f"{file}: {name}"
+
+
+def test_a_copy_does_not_change_while_training_goes_on():
+    state = build()
+    train(state, 2)
+    files = state.copy([torch.tensor([1.0, 2.0])])
+    before = deep_copy(files)
+    train(state, 2)
+    for file, tensors in before.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, files[file][name]), f"{file}: {name}"
+
+
+def test_the_memory_of_copies_is_used_again():
+    state = build()
+    train(state, 1)
+    first = {name: tensor.data_ptr() for name, tensor in state.copy([])["student"].items()}
+    assert first == {name: tensor.data_ptr() for name, tensor in state.copy([])["student"].items()}
+
+
+def test_another_network_is_refused():
+    state = build()
+    files = deep_copy(state.copy([]))
+    files["teacher"]["encoder.convolution.weight"] = torch.zeros(8, 3, 5, 5)
+    with pytest.raises(ValueError, match=r"1 tensors are of another network, the first of them encoder\.convolution"):
+        state.restore(files, {"num_processes": 1})
+    with pytest.raises(ValueError, match="2 tensors are of another network, the first of them a"):
+        fill({"a": torch.ones(1)}, {"b": torch.ones(1)})
+
+
+def test_random_numbers_go_on():
+    random.seed(3)
+    np.random.seed(4)
+    torch.manual_seed(5)
+    random.gauss(0, 1), np.random.randn()  # both keep a second number for the next time
+    state = random_state()
+    numbers = random.gauss(0, 1), random.random(), np.random.randn(3).tolist(), torch.rand(3).tolist()
+    set_random_state(state)
+    assert numbers == (random.gauss(0, 1), random.random(), np.random.randn(3).tolist(), torch.rand(3).tolist())
+
+
+@pytest.mark.parametrize("saved", [1, 2, 4])
+@pytest.mark.parametrize("restored", [1, 2, 4])
+def test_rows_are_of_the_same_virtual_devices_on_any_number_of_processes(saved, restored):
+    steps, devices = 3, 4
+    number = torch.arange(steps * devices, dtype=torch.float64).reshape(steps, devices)
+
+    def of(process, processes):  # they take the virtual devices in turn
+        return torch.stack([number[:, process::processes].flatten()] * 2, dim=1)
+
+    whole = in_device_order([of(process, saved) for process in range(saved)])
+    for process in range(restored):
+        assert torch.equal(whole[process::restored], of(process, restored))
