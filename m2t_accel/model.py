@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, ResNetConfig, ResNetModel
 
-from m2t_accel.config.fields import ConfigurationError, in_short
+from m2t_accel.config.fields import ConfigurationError, one_line
 from m2t_accel.config.pretrain import ENCODERS
 from m2t_accel.momentum_norm import (
     collect_statistics,
@@ -27,7 +27,7 @@ from m2t_accel.momentum_norm import (
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Around loading and saving: without a bar for each file, and without a report of keys, which are checked here."""
+    """Silence the progress bars and key reports of transformers; callers check the keys themselves."""
     verbosity, has_bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -40,7 +40,10 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def create_encoder(name: str) -> PreTrainedModel:
-    """An encoder with random weights: a name of ENCODERS, a transformers config folder, or a Hub id.
+    """Create an encoder with random weights.
+
+    Args:
+        name: a name in ENCODERS, a folder with a transformers config.json, or a Hub id.
 
     Raises:
         ConfigurationError: there is no such configuration, or its model has no BatchNorm.
@@ -50,13 +53,13 @@ def create_encoder(name: str) -> PreTrainedModel:
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ConfigurationError(f"--encoder {name}: the folder has no config.json of a transformers model")
     try:
-        # Never remote code: a configuration from the Hub is data.
+        # Never run remote code: a configuration from the Hub is data.
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        config.dtype = torch.get_default_dtype()  # many say float16, for inference
+        config.dtype = torch.get_default_dtype()  # many published ones say float16, for inference
         encoder = AutoModel.from_config(config)
-    except Exception as error:  # a configuration can be wrong in any way that a model's code can trip over
+    except Exception as error:  # a wrong configuration can raise anything in the model's code
         raise ConfigurationError(
-            f"--encoder {name}: no transformers model ({in_short(error)}); give one of {', '.join(ENCODERS)}, "
+            f"--encoder {name}: no transformers model ({one_line(error)}); give one of {', '.join(ENCODERS)}, "
             "a folder with a transformers config.json, or a Hub id"
         ) from error
     try:
@@ -74,7 +77,10 @@ def embed(encoder: nn.Module, images: Tensor) -> Tensor:
 
 
 def mlp(input_size: int, hidden_size: int, output_size: int) -> nn.Sequential:
-    """Projector and predictor: Linear, BatchNorm, ReLU, Linear. Source: BYOL (arXiv 2006.07733), section 3.3."""
+    """Create a projector or predictor: Linear, BatchNorm, ReLU, Linear.
+
+    Source: BYOL (arXiv 2006.07733), section 3.3.
+    """
     return nn.Sequential(
         nn.Linear(input_size, hidden_size),
         nn.BatchNorm1d(hidden_size),
@@ -86,8 +92,8 @@ def mlp(input_size: int, hidden_size: int, output_size: int) -> nn.Sequential:
 class Student(nn.Module):
     """Encoder, projector and predictor, trained by gradient.
 
-    Both views go through one forward of this module, one after the other: BatchNorm sees one view at a time,
-    and DistributedDataParallel sees one forward for one backward.
+    One forward of this module takes both views, one after the other: BatchNorm sees one view at a time, and
+    DistributedDataParallel sees one forward for one backward.
     """
 
     def __init__(self, encoder: nn.Module, feature_size: int, hidden_size: int, projection_size: int) -> None:
@@ -97,13 +103,13 @@ class Student(nn.Module):
         self.predictor = mlp(projection_size, hidden_size, projection_size)
 
     def forward(self, view_1: Tensor, view_2: Tensor) -> tuple[Tensor, Tensor]:
-        """Two views (N, 3, H, W) in; their predictions q1, q2 out, each (N, projection_size), unit-norm."""
+        """Return q1, q2, the predictions from views 1 and 2: (N, 3, H, W) in, (N, projection_size) unit-norm out."""
         q1, q2 = (self.predictor(self.projector(embed(self.encoder, view))) for view in (view_1, view_2))
         return functional.normalize(q1, dim=1), functional.normalize(q2, dim=1)
 
 
 class Teacher(nn.Module):
-    """A copy of the student's encoder and projector that follows it, with momentum statistics in its BatchNorm."""
+    """A copy of the student's encoder and projector that follows the student, with momentum statistics."""
 
     def __init__(self, student: Student) -> None:
         super().__init__()
@@ -112,30 +118,28 @@ class Teacher(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, view_1: Tensor, view_2: Tensor) -> tuple[Tensor, Tensor]:
-        """Return k1, k2 of views 1 and 2: (N, 3, H, W) float in, (N, projection_size) unit-norm out."""
+        """Return k1, k2, the targets from views 1 and 2: (N, 3, H, W) in, (N, projection_size) unit-norm out."""
         k1, k2 = (self.projector(embed(self.encoder, view)) for view in (view_1, view_2))
         return functional.normalize(k1, dim=1), functional.normalize(k2, dim=1)
 
     def set_statistics_momentum(self, statistics_momentum: float) -> None:
-        """Set α, the share of the batch in the statistics, for the forwards of a step."""
+        """Set α, the batch's share in the statistics, for the forwards of a step."""
         set_statistics_momentum(momentum_layers(self), statistics_momentum)
 
     def collect_statistics(self) -> None:
-        """Set the statistics of the sub-batch that was just seen apart from those of the next one."""
+        """Collect the statistics of the sub-batch that has just passed."""
         collect_statistics(momentum_layers(self))
 
     def commit_statistics(self) -> None:
-        """Move the statistics' history, once per optimizer step; a collective call where there are processes."""
+        """Move the history of the statistics; once per optimizer step. A collective call."""
         commit_statistics(momentum_layers(self))
 
     @torch.no_grad()
     def follow(self, student: Student, weight_momentum: float) -> None:
-        """teacher ← m · teacher + (1 - m) · student, over the weights of encoder and projector."""
-        own, others = [], []
-        for mine, theirs in ((self.encoder, student.encoder), (self.projector, student.projector)):
-            own += mine.parameters()
-            others += theirs.parameters()
-        torch._foreach_lerp_(own, others, 1 - weight_momentum)
+        """Update the weights: teacher ← m · teacher + (1 - m) · student, over encoder and projector."""
+        mine = [*self.encoder.parameters(), *self.projector.parameters()]
+        students = [*student.encoder.parameters(), *student.projector.parameters()]
+        torch._foreach_lerp_(mine, students, 1 - weight_momentum)
 
 
 def momentum_teacher_loss(predictions: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> Tensor:
@@ -156,18 +160,22 @@ def momentum_teacher_loss(predictions: tuple[Tensor, Tensor], targets: tuple[Ten
 def create_student(
     encoder: PreTrainedModel, image_size: int, hidden_size: int, projection_size: int, name: str = "encoder"
 ) -> Student:
-    """The student around an encoder, whose feature size is read off one forward.
+    """Create the student of an encoder; one forward tells the size of its features.
+
+    Args:
+        image_size, hidden_size, projection_size: pixels of a view; widths of projector and predictor.
+        name: of the encoder, for messages.
 
     Raises:
-        ConfigurationError: the encoder does not take such images, or gives no pooled features.
+        ConfigurationError: the encoder does not take images of this size, or returns no features (N, C).
     """
     encoder.eval()
     try:
         with torch.no_grad():
             feature_size = embed(encoder, torch.zeros(1, 3, image_size, image_size)).shape[1]
-    except Exception as error:  # as above: the model is any
+    except Exception as error:  # any model may raise anything
         raise ConfigurationError(
-            f"--encoder {name}: no pooled features from images of {image_size} pixels ({in_short(error)})"
+            f"--encoder {name}: no pooled features from images of {image_size} pixels ({one_line(error)})"
         ) from error
     encoder.train()
     return Student(encoder, feature_size, hidden_size, projection_size)
@@ -191,9 +199,10 @@ def plain_encoder(encoder: nn.Module, student_encoder: nn.Module | None = None) 
 
 
 def embedding_std(embeddings: Tensor) -> Tensor:
-    """How far unit-norm embeddings (N, C) spread: 1 evenly over the sphere, 0 all in one point (collapse).
+    """Return the spread of unit-norm embeddings (N, C): 1 if spread evenly over the sphere, 0 if all are one point.
 
-    The mean over the dimensions of the standard deviation over the batch, times √C. Source: SimSiam
-    (arXiv 2011.10566), section 4.1, there without the factor.
+    It is the standard deviation over the batch, averaged over the dimensions, times √C; 0 means collapse.
+
+    Source: SimSiam (arXiv 2011.10566), section 4.1, without the factor.
     """
     return embeddings.std(dim=0).mean() * math.sqrt(embeddings.shape[1])

@@ -24,9 +24,9 @@ from m2t_accel.data.photometry import photometry
 from m2t_accel.data.requests import DeviceBatches
 from m2t_accel.data.sources import ImageData, load_images
 from m2t_accel.data.views import TwoViews
-from m2t_accel.distributed.interruption import StopRequestedError, StopSignals, lost_processes_in_one_line
+from m2t_accel.distributed.interruption import StopRequestedError, StopSignals, report_lost_processes
 from m2t_accel.distributed.launch import command, hardware, start_accelerator
-from m2t_accel.distributed.processes import check_same_images, on_all_processes, tell_all
+from m2t_accel.distributed.processes import broadcast_object, check_same_images, on_all_processes
 from m2t_accel.model import Teacher, create_encoder, create_student
 from m2t_accel.optim import create_optimizer
 from m2t_accel.run import resume
@@ -76,7 +76,7 @@ def pretrain(
         check_output_dir(config)
         return folder.find_start(config)
 
-    start = tell_all(on_all_processes(accelerator, find_start))
+    start = broadcast_object(on_all_processes(accelerator, find_start))
     if start.complete:
         accelerator.print(f"{config.output_dir} is complete: {config.output_dir}/encoder")
         return None
@@ -91,7 +91,7 @@ def pretrain(
     with (
         StopSignals() as signals,
         contextlib.closing(folder),
-        lost_processes_in_one_line(accelerator, timeout),
+        report_lost_processes(accelerator, timeout),
         contextlib.closing(Run(config, data, folder, accelerator, step, start, signals)) as run,
     ):
         try:
@@ -197,7 +197,7 @@ class Run:
         header = f"# m2t_accel {__version__}, torch {torch.__version__}, on {hardware(accelerator)}\n# {command()}\n"
         text = header + dataclasses.replace(config, resume="auto").to_yaml()
         is_main = accelerator.is_main_process
-        lines += tell_all(
+        lines += broadcast_object(
             on_all_processes(accelerator, lambda: resume.open_folder(folder, start, text) if is_main else [])
         )
         if is_main:

@@ -11,12 +11,12 @@ def main() -> None:
     with errors_in_one_line():
         usage = "--encoder SOURCE --dataset SOURCE [--output_dir DIR]"
         config, _ = parse_settings(__doc__, usage, EmbedConfig, build_embed)
-        from m2t_accel.distributed.processes import leave
+        from m2t_accel.distributed.processes import destroy_process_group
         from m2t_accel.evaluation.embedding import embed_dataset
 
         for line in embed_dataset(config):
             print(line)
-        leave()
+        destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ from m2t_accel.config.evaluation import KnnConfig, build_knn
 def main() -> None:
     with errors_in_one_line():
         config, _ = parse_settings(__doc__, "--encoder SOURCE --dataset SOURCE", KnnConfig, build_knn)
-        from m2t_accel.distributed.processes import leave
+        from m2t_accel.distributed.processes import destroy_process_group
         from m2t_accel.evaluation.knn import evaluate_knn
 
         evaluate_knn(config)
-        leave()
+        destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ def main() -> None:
         )
         check_publishing(config)
         check_num_processes(config, int(os.environ.get("WORLD_SIZE", "1")))
-        from m2t_accel.distributed.processes import leave
+        from m2t_accel.distributed.processes import destroy_process_group
         from m2t_accel.evaluation.linear import evaluate_linear
 
         evaluate_linear(config)
-        is_main = leave()
+        is_main = destroy_process_group()
         if config.push_to_hub and is_main:
             from m2t_accel.hub.publish import publish
 

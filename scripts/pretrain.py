@@ -22,11 +22,11 @@ def main() -> None:
         check_num_processes(config, num_processes)
         if num_processes == 1:  # of several, one may have begun to write before another looks
             check_output_dir(config)
-        from m2t_accel.distributed.processes import leave
+        from m2t_accel.distributed.processes import destroy_process_group
         from m2t_accel.pretrain import pretrain
 
         pretrain(config)
-        is_main = leave()
+        is_main = destroy_process_group()
         if config.push_to_hub and is_main:
             from m2t_accel.hub.publish import publish
 

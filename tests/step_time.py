@@ -19,7 +19,7 @@ from m2t_accel.data.sources import load_images
 from m2t_accel.data.views import TwoViews
 from m2t_accel.distributed.interruption import StopSignals
 from m2t_accel.distributed.launch import start_accelerator
-from m2t_accel.distributed.processes import leave
+from m2t_accel.distributed.processes import destroy_process_group
 from m2t_accel.momentum_norm import momentum_layers
 from m2t_accel.pretrain import Run, create_step
 from m2t_accel.run.folder import RunFolder, Start
@@ -74,4 +74,4 @@ with tempfile.TemporaryDirectory() as folder:
         f"{statistics.median(sent) / 1e6:.1f} MB sent by all processes; a process has {gradients / 1e6:.1f} MB "
         f"of gradients and {statistics_bytes / 1e6:.2f} MB of statistics"
     )
-    leave()
+    destroy_process_group()

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 
 from m2t_accel.config.recipes import build_config
-from m2t_accel.distributed.processes import leave
+from m2t_accel.distributed.processes import destroy_process_group
 from m2t_accel.pretrain import pretrain
 
 torch.set_default_dtype(torch.float64)
@@ -23,4 +23,4 @@ for path in sys.argv[1:]:
     file = Path(config.output_dir) / f"teacher-{state.process_index}-of-{state.num_processes}.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in teacher.state_dict().items()}, file)
     state.wait_for_everyone()
-leave()
+destroy_process_group()

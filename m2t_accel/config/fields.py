@@ -147,7 +147,7 @@ def did_you_mean(word: object, words: typing.Iterable[str]) -> str:
     return f", did you mean {by_lower[near[0]]}?" if near else ""
 
 
-def in_short(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """A library's error as part of a line: its type and the beginning of what it says."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" …").rstrip(".")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from m2t_accel.config.fields import ConfigurationError, in_short
+from m2t_accel.config.fields import ConfigurationError, one_line
 
 _opened: weakref.WeakValueDictionary[int, Buffers] = weakref.WeakValueDictionary()  # of this process
 _keys = itertools.count()
@@ -37,7 +37,7 @@ class Buffers:
         try:
             self.memory = shared_memory(shape) if shared else torch.empty(shape, dtype=torch.uint8)
         except RuntimeError as error:
-            size, reason = torch.Size(shape).numel() / 1e6, in_short(error).removeprefix("RuntimeError: ")
+            size, reason = torch.Size(shape).numel() / 1e6, one_line(error).removeprefix("RuntimeError: ")
             raise ConfigurationError(
                 f"the workers need {size:,.0f} MB of shared memory for their batches, which cannot be had "
                 f"({reason}): give a smaller --num_workers, or more to /dev/shm (docker run --shm-size)"

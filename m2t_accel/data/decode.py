@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from m2t_accel.config.fields import in_short
+from m2t_accel.config.fields import one_line
 
 # A file of these kinds that does not end so may be cut; libjpeg would fill the rest with gray in silence.
 JPEG, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
@@ -50,7 +50,7 @@ def read_bytes(image: Mapping[str, object]) -> bytes:
         with open(image["path"], "rb") as file:
             return os.pread(file.fileno(), image["size"], image["offset"])
     except OSError as error:
-        raise DecodeError(error.strerror or in_short(error)) from None
+        raise DecodeError(error.strerror or one_line(error)) from None
 
 
 def decode_image(image: Mapping[str, object]) -> np.ndarray:
@@ -83,7 +83,7 @@ def decode_bytes(content: bytes) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # of cv2 and PIL: OSError, ValueError, SyntaxError, struct.error, cv2.error and more
-        message = "no known image format" if "cannot identify" in str(error) else in_short(error)
+        message = "no known image format" if "cannot identify" in str(error) else one_line(error)
         if "CV_IO_MAX_IMAGE" in message:  # its size is checked before anything is read of it
             message = "larger than OpenCV reads, 2^30 pixels and 2^20 a side"
         raise DecodeError(message) from None

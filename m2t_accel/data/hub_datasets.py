@@ -10,7 +10,7 @@ import datasets
 from datasets import Dataset
 
 from m2t_accel.config.data import ImageSettings
-from m2t_accel.config.fields import ConfigurationError, in_short
+from m2t_accel.config.fields import ConfigurationError, one_line
 from m2t_accel.data.parquet import ParquetShards
 from m2t_accel.data.splits import parquet_splits
 
@@ -47,7 +47,7 @@ def datasets_errors(config: ImageSettings) -> Iterator[None]:
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
             error = error.__cause__  # what the wrapper says is only that something went wrong
         raise ConfigurationError(
-            f"--dataset {config.dataset} cannot be loaded ({in_short(error)}); give a folder that exists, "
+            f"--dataset {config.dataset} cannot be loaded ({one_line(error)}); give a folder that exists, "
             "or a Hub id that you can reach (`hf auth login` for a gated one)"
         ) from error
     finally:

@@ -21,7 +21,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
 from m2t_accel.config.data import ImageSettings
-from m2t_accel.config.fields import ConfigurationError, in_short
+from m2t_accel.config.fields import ConfigurationError, one_line
 from m2t_accel.data.buffers import Buffers
 from m2t_accel.data.crops import Photometry
 from m2t_accel.data.requests import DeviceBatches, Request
@@ -202,7 +202,7 @@ def dead_workers_in_one_line() -> Iterator[None]:
         known = r"DataLoader worker .*(exited|killed)|.*(shared memory|unable to write|ancdata|Too many open)"
         if isinstance(error, RuntimeError) and not re.match(known, str(error), re.DOTALL):
             raise
-        reason = in_short(error).removeprefix("RuntimeError: ")
+        reason = one_line(error).removeprefix("RuntimeError: ")
         raise ConfigurationError(
             f"a process that decodes images has died or cannot hand over its batch ({reason}); most often the memory "
             "ran out: give a smaller --num_workers, or raise the limits of memory and of /dev/shm"

@@ -14,7 +14,7 @@ import pyarrow
 from datasets import Dataset, Features
 from pyarrow import parquet
 
-from m2t_accel.config.fields import ConfigurationError, in_short
+from m2t_accel.config.fields import ConfigurationError, one_line
 from m2t_accel.data.parquet_index import class_names, columns_differ, index_parquet, index_values, remote_footer
 from m2t_accel.data.shards import HELD, Reader, attempts, dataset_of, in_attempts, is_remote, open_shard
 
@@ -52,7 +52,7 @@ class ParquetShards:
             return Features.from_arrow_schema(self.schema)
         except Exception as error:  # of json and of whatever is made of its words
             raise ConfigurationError(
-                f"the columns of {self.files[0]} cannot be told ({in_short(error)}): write it anew"
+                f"the columns of {self.files[0]} cannot be told ({one_line(error)}): write it anew"
             ) from None
 
     @property

@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.feather
 from pyarrow import compute, parquet
 
-from m2t_accel.config.fields import ConfigurationError, in_short
+from m2t_accel.config.fields import ConfigurationError, one_line
 from m2t_accel.data.cache import kept_for_files
 from m2t_accel.data.shards import in_attempts
 from m2t_accel.progress import late_progress_bar
@@ -131,7 +131,7 @@ def index_values(files: Sequence[str], column: str, kind: pyarrow.DataType) -> p
 
 def columns_differ(columns: Sequence[str], file: str, error: Exception) -> ConfigurationError:
     return ConfigurationError(
-        f"the columns {', '.join(columns)} of {file} differ from those of other files ({in_short(error)}): "
+        f"the columns {', '.join(columns)} of {file} differ from those of other files ({one_line(error)}): "
         "give a folder of files that belong together"
     )
 

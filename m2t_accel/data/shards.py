@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow
 from datasets import Dataset, DatasetInfo
 
-from m2t_accel.config.fields import ConfigurationError, in_short
+from m2t_accel.config.fields import ConfigurationError, one_line
 
 Read = TypeVar("Read")
 ATTEMPTS = 5  # at reading from a network, with 1, 2, 4 and 8 seconds between them
@@ -84,6 +84,6 @@ def open_shard(file: str) -> IO[bytes]:
 
 def unreadable_shard(file: str, error: Exception) -> ConfigurationError:
     return ConfigurationError(
-        f"the shard {file} cannot be read ({in_short(error)}): it is missing, cut or no parquet file; fetch it again, "
+        f"the shard {file} cannot be read ({one_line(error)}): it is missing, cut or no parquet file; fetch it again, "
         "or move it away and start anew"
     )

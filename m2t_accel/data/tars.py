@@ -25,7 +25,7 @@ from datasets import Dataset, Features, Image, Value
 from pyarrow import compute
 from tqdm import tqdm
 
-from m2t_accel.config.fields import ConfigurationError, in_short
+from m2t_accel.config.fields import ConfigurationError, one_line
 from m2t_accel.data.cache import place_for_files, read_cache, write_cache
 from m2t_accel.data.folders import IMAGE_EXTENSIONS, image_column, is_hidden
 from m2t_accel.data.parquet_index import FOOTER_READERS
@@ -171,7 +171,7 @@ def index_tar(path: str, advance: Callable[[int], object] = lambda size: None) -
                     images[key] = min(images.get(key, image), image, key=lambda image: image[0])
     except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(
-            f"{path} cannot be read as a tar ({in_short(error)}): it is cut, damaged, joined of several or "
+            f"{path} cannot be read as a tar ({one_line(error)}): it is cut, damaged, joined of several or "
             "compressed; fetch it again, unpack it with gunzip, or move it away"
         ) from None
     keys = sorted(images, key=lambda key: images[key][1])  # as they lie, so that a run of them is read at once

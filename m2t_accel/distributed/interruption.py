@@ -18,8 +18,8 @@ import torch
 import torch.distributed
 from accelerate import Accelerator
 
-from m2t_accel.config.fields import STATUS_CTRL_C, STATUS_GO_ON, Interrupted, in_short
-from m2t_accel.distributed.launch import launcher_words
+from m2t_accel.config.fields import STATUS_CTRL_C, STATUS_GO_ON, Interrupted, one_line
+from m2t_accel.distributed.launch import launcher_arguments
 from m2t_accel.distributed.processes import control_group, groups
 
 # SLURM and other schedulers send one of them before they end a job; Ctrl-C is SIGINT.
@@ -42,7 +42,7 @@ class StopSignals:
         with contextlib.suppress(ValueError):  # signals are of the main thread; elsewhere they stay what they are
             for number in SIGNALS:
                 self.before[number] = signal.signal(number, self.receive)
-            if launcher_words() is not None and sys.platform == "linux":
+            if launcher_arguments() is not None and sys.platform == "linux":
                 # `accelerate launch` hands no signal on to a single process: it dies, and this is how we know.
                 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         return self
@@ -103,7 +103,7 @@ class Agreement:
 
 
 @contextlib.contextmanager
-def lost_processes_in_one_line(accelerator: Accelerator, timeout: timedelta) -> Iterator[None]:
+def report_lost_processes(accelerator: Accelerator, timeout: timedelta) -> Iterator[None]:
     """Around all that processes do together: a process or machine that is gone, or silent for the timeout.
 
     Raises:
@@ -117,7 +117,7 @@ def lost_processes_in_one_line(accelerator: Accelerator, timeout: timedelta) -> 
             raise
         raise Interrupted(
             f"process {accelerator.process_index} of {accelerator.num_processes} has lost the others: "
-            f"{who_is_missing(accelerator)} ({in_short(error)}). Processes are waited for {minutes(timeout)} "
+            f"{who_is_missing(accelerator)} ({one_line(error)}). Processes are waited for {minutes(timeout)} "
             "(--collective_timeout). The same command goes on from the last checkpoint",
             STATUS_GO_ON,
         ) from error

@@ -48,7 +48,7 @@ def start_accelerator(
         ConfigurationError: the launch is not what its file promises, or the processes cannot share the batch.
     """
     num_devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    check_launch(os.environ, num_devices, read_promise(launcher_words()))
+    check_launch(os.environ, num_devices, read_promise(launcher_arguments()))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     num_steps = 1
     if config is not None:
@@ -153,7 +153,7 @@ def route_gloo(environment: MutableMapping[str, str]) -> None:
                 environment["GLOO_SOCKET_IFNAME"] = name
 
 
-def launcher_words() -> list[str] | None:
+def launcher_arguments() -> list[str] | None:
     """The words after `accelerate launch` of the process that started this one, or None."""
     parent = psutil.Process().parent()
     words = parent.cmdline() if parent is not None else []
@@ -167,7 +167,7 @@ def launcher_words() -> list[str] | None:
 
 def command() -> str:
     """The command line that started this run, with its launcher where there is one, as one would type it."""
-    words = launcher_words()
+    words = launcher_arguments()
     return shlex.join(["python", *sys.argv] if words is None else ["accelerate", "launch", *words])
 
 

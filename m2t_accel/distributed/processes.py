@@ -38,7 +38,7 @@ def on_all_processes(accelerator: Accelerator, action: Callable[[], Result]) -> 
     if accelerator.is_local_main_process:
         wait_patiently()
     wait_patiently()
-    for other in gather_from_all(message):
+    for other in gather_to_all(message):
         if other is not None:
             raise ConfigurationError(other)
     return result
@@ -52,7 +52,7 @@ def check_same_images(accelerator: Accelerator, note: str, fingerprint: str) -> 
     Raises:
         ConfigurationError: they did not; the same on every process.
     """
-    found = gather_from_all(f"{note} [{fingerprint}]")
+    found = gather_to_all(f"{note} [{fingerprint}]")
     other = next((other for other in found if other != found[0]), None)
     if other is not None:
         raise ConfigurationError(
@@ -79,7 +79,7 @@ def create_groups(timeout: timedelta) -> None:
         _groups = Groups(torch.distributed.group.WORLD, control, patient)
 
 
-def leave() -> bool:
+def destroy_process_group() -> bool:
     """Part from the other processes, when all that is done together is done; whether this one is the main one.
 
     gloo's threads hold the tensors of a call a moment longer than it lasts, and need the interpreter to let go of them:
@@ -109,7 +109,7 @@ def wait_patiently() -> None:
         torch.distributed.barrier(groups().patient)
 
 
-def gather_from_all(value: Value) -> list[Value]:
+def gather_to_all(value: Value) -> list[Value]:
     """The value of every process, on every process, in their order; a collective call."""
     group = control_group()
     if group is None:
@@ -130,7 +130,7 @@ def gather_to_main(value: Value) -> list[Value] | None:
     return values
 
 
-def tell_all(value: Value) -> Value:
+def broadcast_object(value: Value) -> Value:
     """The value of the first process, on every process; a collective call."""
     group = control_group()
     if group is None:
@@ -150,7 +150,7 @@ def broadcast_from_main(files: dict[str, dict[str, Tensor]] | None) -> dict[str,
         for file, tensors in (files or {}).items()
     }
     there = {}
-    for file, names in tell_all(described).items():
+    for file, names in broadcast_object(described).items():
         there[file] = {}
         for name, (shape, dtype) in names.items():
             tensor = torch.empty(shape, dtype=dtype) if files is None else files[file][name]

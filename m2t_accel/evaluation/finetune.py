@@ -26,7 +26,7 @@ from m2t_accel.data.order import num_steps_per_epoch
 from m2t_accel.data.photometry import flipped_view
 from m2t_accel.data.requests import DeviceBatches
 from m2t_accel.data.views import FlippedCrops
-from m2t_accel.distributed.processes import on_all_processes, tell_all
+from m2t_accel.distributed.processes import broadcast_object, on_all_processes
 from m2t_accel.evaluation.features import fingerprint, labels_of
 from m2t_accel.evaluation.heads import body_of, classifier, save_classifier
 from m2t_accel.evaluation.linear import accuracy, ranked
@@ -107,7 +107,7 @@ def train_and_measure(evaluation: Evaluation, train: Dataset) -> dict[str, objec
         save_classifier(model, config, Path(config.output_dir) / "classifier")
         return write_result(evaluation, figures, data, seconds)
 
-    return tell_all(on_all_processes(accelerator, finish))
+    return broadcast_object(on_all_processes(accelerator, finish))
 
 
 def train_model(model: nn.Module, train: Dataset, evaluation: Evaluation) -> int:

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from m2t_accel.config.data import check_enough_images
 from m2t_accel.config.evaluation import LinearProbeConfig
-from m2t_accel.config.fields import ConfigurationError, in_short
+from m2t_accel.config.fields import ConfigurationError, one_line
 from m2t_accel.data.loader import create_loader, dead_workers_in_one_line, read
 from m2t_accel.data.order import ShuffledOrder, num_steps_per_epoch
 from m2t_accel.data.photometry import flipped_view
 from m2t_accel.data.requests import DeviceBatches
 from m2t_accel.data.views import FlippedCrops
-from m2t_accel.distributed.processes import on_all_processes, tell_all
+from m2t_accel.distributed.processes import broadcast_object, on_all_processes
 from m2t_accel.evaluation.features import embed_images, fingerprint, gather_features, gather_rows, labels_of
 from m2t_accel.evaluation.heads import Heads, classifier, folded, rate_factor, save_classifier
 from m2t_accel.evaluation.setup import Evaluation, open_folder, say, start_evaluation, write_result
@@ -120,7 +120,7 @@ def train_and_measure(evaluation: Evaluation, train: Dataset, held_out: Dataset 
         (Path(config.output_dir) / CHECKPOINT).unlink(missing_ok=True)
         return result
 
-    return tell_all(on_all_processes(accelerator, finish))
+    return broadcast_object(on_all_processes(accelerator, finish))
 
 
 def accuracy(classes: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
@@ -285,12 +285,12 @@ def load_checkpoint(path: Path, heads: Heads, broken: set[int], evaluation: Eval
             state = torch.load(path, map_location="cpu", weights_only=True)
             weights = state["weights"]
         except Exception as error:  # of torch, zipfile and pickle
-            raise ConfigurationError(f"{path} cannot be read ({in_short(error)}): remove it to begin anew") from None
+            raise ConfigurationError(f"{path} cannot be read ({one_line(error)}): remove it to begin anew") from None
         if weights != evaluation.weights:
             raise ConfigurationError(f"{path} is of an encoder with other weights: remove it to begin anew")
         return state
 
-    state = tell_all(on_all_processes(accelerator, load))
+    state = broadcast_object(on_all_processes(accelerator, load))
     if state is None:
         return 0, 0.0
     heads.load_state_dict(state["heads"])

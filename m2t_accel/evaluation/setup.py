@@ -22,7 +22,7 @@ from m2t_accel.config.evaluation import EvaluationSettings, check_encoder
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.data.sources import ImageData, load_images
 from m2t_accel.distributed.launch import command, hardware, start_accelerator
-from m2t_accel.distributed.processes import check_same_images, on_all_processes, tell_all
+from m2t_accel.distributed.processes import broadcast_object, check_same_images, on_all_processes
 from m2t_accel.files import write_text
 from m2t_accel.hub.encoders import LoadedEncoder, load_encoder, random_weights, weights_fingerprint
 from m2t_accel.model import embed
@@ -79,7 +79,7 @@ def open_folder(evaluation: Evaluation) -> dict[str, object] | None:
     """
     is_main = evaluation.accelerator.is_main_process
     result = on_all_processes(evaluation.accelerator, lambda: open_folder_here(evaluation) if is_main else None)
-    return tell_all(result)
+    return broadcast_object(result)
 
 
 def open_folder_here(evaluation: Evaluation) -> dict[str, object] | None:

@@ -27,7 +27,7 @@ from transformers import (
     ResNetModel,
 )
 
-from m2t_accel.config.fields import ConfigurationError, in_short
+from m2t_accel.config.fields import ConfigurationError, one_line
 from m2t_accel.hub.tensor_names import from_torchvision, resnet_config
 from m2t_accel.model import embed, quiet_transformers
 
@@ -84,7 +84,7 @@ def load_encoder(source: str) -> LoadedEncoder:
         described, _ = PretrainedConfig.get_config_dict(source)
     except Exception as error:  # of huggingface_hub, httpx, json: no common ancestor
         raise ConfigurationError(
-            f"--encoder {source}: its config.json cannot be read ({in_short(error)}); give a folder that exists, or a "
+            f"--encoder {source}: its config.json cannot be read ({one_line(error)}); give a folder that exists, or a "
             "Hub id that you can reach (`hf auth login` for a gated one)"
         ) from error
     kind = described.get("model_type")
@@ -105,7 +105,7 @@ def load_transformers(source: str, described: Mapping[str, object]) -> LoadedEnc
                 source, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
             )
     except Exception as error:  # a model can be wrong in any way that its code can trip over
-        raise ConfigurationError(f"--encoder {source} cannot be loaded ({in_short(error)})") from error
+        raise ConfigurationError(f"--encoder {source} cannot be loaded ({one_line(error)})") from error
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
     if lacking:
         raise ConfigurationError(
@@ -137,7 +137,7 @@ def load_timm(source: str, described: Mapping[str, object]) -> LoadedEncoder:
         raise ConfigurationError(f"--encoder {source}, timm's {described['architecture']}: {error}") from None
     except Exception as error:  # of huggingface_hub and httpx, or a config of another form
         raise ConfigurationError(
-            f"--encoder {source}, timm's {described['architecture']}, cannot be loaded ({in_short(error)})"
+            f"--encoder {source}, timm's {described['architecture']}, cannot be loaded ({one_line(error)})"
         ) from error
     return finished(model, view, "as loaded", source, unused)
 
@@ -161,7 +161,7 @@ def finished(model: PreTrainedModel, view: View, network: str, source: str, unus
             num_features = embed(model, torch.zeros(1, 3, view.size, view.size)).shape[1]
     except Exception as error:  # the model is any
         raise ConfigurationError(
-            f"--encoder {source}: {type(model).__name__} gives no pooled features ({in_short(error)})"
+            f"--encoder {source}: {type(model).__name__} gives no pooled features ({one_line(error)})"
         ) from error
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     note = f"{source}: {type(model).__name__}, {size:.1f} M parameters, {num_features} features"
@@ -192,7 +192,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             reason = "it holds more than tensors, which would have to be executed"
         else:
             # What torch says of a file that is no pickle is to load it by executing it.
-            said = "" if isinstance(error, pickle.UnpicklingError) else f" ({in_short(error)})"
+            said = "" if isinstance(error, pickle.UnpicklingError) else f" ({one_line(error)})"
             reason = f"it is none of tensors, or damaged{said}"
         raise ConfigurationError(f"the file cannot be loaded: {reason}") from None
     for name in ("state_dict", "model"):
@@ -246,7 +246,7 @@ def check_index(folder: Path) -> None:
         try:
             files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConfigurationError(f"--encoder {folder}: {index.name} cannot be read ({in_short(error)})") from None
+            raise ConfigurationError(f"--encoder {folder}: {index.name} cannot be read ({one_line(error)})") from None
         outside = next((file for file in files if not isinstance(file, str) or Path(file).name != file), None)
         if outside is not None:
             raise ConfigurationError(f"--encoder {folder}: {index.name} names {outside}, which is not in the folder")

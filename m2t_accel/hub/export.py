@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from m2t_accel.config.fields import ConfigurationError, in_short
+from m2t_accel.config.fields import ConfigurationError, one_line
 from m2t_accel.config.pretrain import ENCODERS
 from m2t_accel.hub.encoders import LoadedEncoder
 from m2t_accel.hub.tensor_names import detectron2_name, resnet_config, to_torchvision
@@ -59,7 +59,7 @@ def export(encoder: LoadedEncoder, form: str, output: Path) -> list[str]:
         lines = writers[form](encoder, temporary, output)
         os.replace(temporary, output)
     except OSError as error:
-        raise ConfigurationError(f"--output {output} cannot be written ({error.strerror or in_short(error)})") from None
+        raise ConfigurationError(f"--output {output} cannot be written ({error.strerror or one_line(error)})") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -242,7 +242,7 @@ def export_onnx(encoder: LoadedEncoder, file: Path, output: Path) -> list[str]:
         raise
     except Exception as error:  # of torch.export and onnxscript; the model is any
         raise ConfigurationError(
-            f"{type(encoder.model).__name__} cannot be exported to ONNX ({in_short(error)})"
+            f"{type(encoder.model).__name__} cannot be exported to ONNX ({one_line(error)})"
         ) from error
     finally:
         quiet.setLevel(level)

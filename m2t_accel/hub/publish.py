@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import ResNetModel
 
 from m2t_accel.config.data import ImageSettings
-from m2t_accel.config.fields import ConfigurationError, in_short, is_hub_id
+from m2t_accel.config.fields import ConfigurationError, is_hub_id, one_line
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.config.recipes import build_config
 from m2t_accel.data.crops import central_view
@@ -74,7 +74,7 @@ def publish(run: Path, repo_id: str, private: bool = False, revision: str | None
         except Exception as error:  # of huggingface_hub, httpx, ssl, OSError: no common ancestor
             reason = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
             raise ConfigurationError(
-                f"the Hub did not take {repo_id} ({without_token(in_short(reason))}); everything is in {run}. To try "
+                f"the Hub did not take {repo_id} ({without_token(one_line(reason))}); everything is in {run}. To try "
                 f"again: {retry(run, repo_id, private, revision)}"
             ) from None
 
@@ -112,7 +112,7 @@ def gather(run: Path, staged: Path, repo_id: str) -> str:
         training = json.loads(inside(run, run / "training.json").read_text(encoding="utf-8"))
         accuracies = [row["knn_top1"] for row in read_metrics(run / "metrics.jsonl") if "knn_top1" in row]
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"--run {run} holds files that are not a run's ({in_short(error)})") from None
+        raise ConfigurationError(f"--run {run} holds files that are not a run's ({one_line(error)})") from None
     write_settings(config, staged / "config.yaml")
     encoder = load_encoder(str(run / "encoder"))
     state = encoder.model.state_dict()
@@ -165,7 +165,7 @@ def results_of(run: Path) -> Iterator[tuple[str, dict[str, object]]]:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, ConfigurationError):
                 raise
-            raise ConfigurationError(f"--run {run}: {name} is no result of an evaluation ({in_short(error)})") from None
+            raise ConfigurationError(f"--run {run}: {name} is no result of an evaluation ({one_line(error)})") from None
 
 
 def check_as_a_stranger(run: Path, staged: Path) -> None:

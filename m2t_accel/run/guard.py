@@ -18,7 +18,7 @@ from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.data.shards import Shards
 from m2t_accel.data.views import describe, read_rows
 from m2t_accel.distributed.interruption import Agreement, StopRequestedError, StopSignals, Trouble
-from m2t_accel.distributed.processes import gather_from_all
+from m2t_accel.distributed.processes import gather_to_all
 from m2t_accel.files import write_text
 from m2t_accel.run.folder import RunFolder
 from m2t_accel.run.saving import Saver
@@ -98,7 +98,7 @@ class Guard:
             for turn, (loss, numbers) in enumerate(zip(losses, samples, strict=True))
             if not math.isfinite(loss)
         ]
-        bad = [part for parts in gather_from_all(mine) for part in parts]
+        bad = [part for parts in gather_to_all(mine) for part in parts]
         saved = self.saver.finish()
         file = self.folder.path / "not_finite.json"
         content = {"step": step + 1, "epoch": epoch, "step_of_epoch": step_of_epoch, "seed": self.config.seed}

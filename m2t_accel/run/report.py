@@ -16,7 +16,7 @@ from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.data.sources import ImageData
 from m2t_accel.data.views import BadImage
 from m2t_accel.distributed.launch import hardware
-from m2t_accel.distributed.processes import gather_from_all, tell_all
+from m2t_accel.distributed.processes import broadcast_object, gather_to_all
 from m2t_accel.evaluation.knn import measure_knn
 from m2t_accel.files import JsonLines
 from m2t_accel.progress import progress_bar
@@ -138,7 +138,7 @@ class Report:
         self.knn = KnnMonitor(data, config, accelerator) if config.evaluate_every else None
         # Process 0 reads the images that are known to be bad from the file.
         known = [BadImage(**row) for row in folder.bad_images.read()] if accelerator.is_main_process else []
-        self.bad_images = BadImages(config, len(data.train), tell_all(known))
+        self.bad_images = BadImages(config, len(data.train), broadcast_object(known))
         self.rows = list(rows)
         self.bad: list[BadImage] = []
         self.num_steps = 0  # since the last line of metrics
@@ -211,7 +211,7 @@ class Report:
 
         A collective call.
         """
-        new = self.bad_images.add([image for images in gather_from_all(self.bad) for image in images])
+        new = self.bad_images.add([image for images in gather_to_all(self.bad) for image in images])
         self.bad.clear()
         if self.accelerator.is_main_process:
             self.write_lines(self.folder.bad_images, [image._asdict() for image in new])

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.data.sources import ImageData
-from m2t_accel.distributed.processes import tell_all
+from m2t_accel.distributed.processes import broadcast_object
 from m2t_accel.run.checkpoint import CheckpointWriter, NotFiniteError
 from m2t_accel.run.completion import VERSIONS
 from m2t_accel.run.folder import RunFolder
@@ -145,7 +145,7 @@ class Saver:
             ConfigurationError: it holds numbers that are not finite.
         """
         self.collect(wait=True)
-        reason, not_finite, left = tell_all((self.reason, self.not_finite, self.whats_left()))
+        reason, not_finite, left = broadcast_object((self.reason, self.not_finite, self.whats_left()))
         if not_finite:
             raise ConfigurationError(f"{reason}, and no checkpoint is made of it. {left}")
         return left if reason is None else f"but it could not be saved ({reason}). {left}"
@@ -153,7 +153,7 @@ class Saver:
     def failing(self) -> bool:
         """Whether the last checkpoint could not be written; the same on every process. A collective call."""
         self.collect(wait=True)
-        return tell_all(self.reason) is not None
+        return broadcast_object(self.reason) is not None
 
     def whats_left(self) -> str:
         """The last good checkpoint, in words."""

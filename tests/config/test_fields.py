@@ -8,8 +8,8 @@ from m2t_accel.config.fields import (
     convert_all,
     did_you_mean,
     fields_by_heading,
-    in_short,
     is_hub_id,
+    one_line,
     setting,
 )
 
@@ -93,8 +93,8 @@ def test_as_many_numbers_as_one_likes(given):
 def test_words_of_an_error():
     assert did_you_mean("ResNet5", ["resnet50", "vgg"]) == ", did you mean resnet50?"
     assert did_you_mean("xyz", ["resnet50", "vgg"]) == ""
-    assert in_short(ValueError("one\n two.")) == "ValueError: one two"
-    assert len(in_short(ValueError("word " * 999))) <= 240
+    assert one_line(ValueError("one\n two.")) == "ValueError: one two"
+    assert len(one_line(ValueError("word " * 999))) <= 240
 
 
 def test_the_form_of_a_hub_id():

@@ -14,7 +14,7 @@ from m2t_accel.distributed.interruption import (
     StopRequestedError,
     StopSignals,
     Trouble,
-    lost_processes_in_one_line,
+    report_lost_processes,
 )
 
 
@@ -83,18 +83,18 @@ class TwoProcesses:
 def test_a_lost_process_is_one_line(message):
     with (
         pytest.raises(Interrupted, match=r"process 1 of 2 has lost the others: .*waited for 6 minutes") as caught,
-        lost_processes_in_one_line(TwoProcesses(), timedelta(minutes=6)),
+        report_lost_processes(TwoProcesses(), timedelta(minutes=6)),
     ):
         raise RuntimeError(message)
     assert caught.value.status == 75
 
 
 def test_other_errors_are_left_as_they_are():
-    with pytest.raises(RuntimeError, match="shapes"), lost_processes_in_one_line(TwoProcesses(), timedelta(minutes=6)):
+    with pytest.raises(RuntimeError, match="shapes"), report_lost_processes(TwoProcesses(), timedelta(minutes=6)):
         raise RuntimeError("shapes cannot be multiplied")
-    with pytest.raises(RuntimeError, match="NCCL"), lost_processes_in_one_line(Accelerator(), timedelta(minutes=6)):
+    with pytest.raises(RuntimeError, match="NCCL"), report_lost_processes(Accelerator(), timedelta(minutes=6)):
         raise RuntimeError("NCCL of one process")
-    with pytest.raises(StopRequestedError), lost_processes_in_one_line(TwoProcesses(), timedelta(minutes=6)):
+    with pytest.raises(StopRequestedError), report_lost_processes(TwoProcesses(), timedelta(minutes=6)):
         raise StopRequestedError(signal.SIGTERM)
 
 
@@ -124,7 +124,7 @@ for rank in range(3):
             time.sleep(60)
         OfThree.process_index = rank
         try:
-            with interruption.lost_processes_in_one_line(OfThree(), timeout):
+            with interruption.report_lost_processes(OfThree(), timeout):
                 agreement.reach()
         except Interrupted as error:
             print(error, flush=True)

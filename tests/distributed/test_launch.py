@@ -53,7 +53,7 @@ HASTE = """
 import collections, os, sys, tempfile
 from datetime import timedelta
 import torch
-from m2t_accel.distributed.processes import control_group, create_groups, groups, leave
+from m2t_accel.distributed.processes import control_group, create_groups, groups, destroy_process_group
 
 torch.set_num_threads(1)
 sys.setswitchinterval(1000)  # gloo's threads get the interpreter only where it is left to them
@@ -69,7 +69,7 @@ for _ in range(6):
             create_groups(timedelta(seconds=60))
             for group in (control_group(), groups().patient, None):
                 torch.distributed.all_reduce(torch.ones(1000), group=group)
-            leave()
+            destroy_process_group()
             sys.exit()
     statuses.update(os.waitpid(child, 0)[1] for child in children)
 print(dict(statuses))
@@ -234,7 +234,7 @@ def test_what_a_launch_command_promises(words, promise):
 
 def test_machines_with_different_images_are_refused(monkeypatch):
     check_same_images(Accelerator(), "digits: 1,437 images", "abc")
-    monkeypatch.setattr("m2t_accel.distributed.processes.gather_from_all", lambda found: [found, "elsewhere: 3 images"])
+    monkeypatch.setattr("m2t_accel.distributed.processes.gather_to_all", lambda found: [found, "elsewhere: 3 images"])
     with pytest.raises(
         ConfigurationError, match=r"different images \(digits: 1,437 images \[abc\]; but elsewhere elsewhere: 3 images"
     ):
