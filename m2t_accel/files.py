@@ -64,18 +64,37 @@ class JsonLines:
             self.waiting.clear()
 
 
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` and with its ending; rename it to `path` when the block has ended.
+
+    The block writes a file or a folder. If it raises, the temporary path is removed and `path` stays as it was.
+
+    Raises:
+        OSError: the rename failed.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        if temporary.is_dir():
+            replace_folder(temporary, path)
+        else:
+            os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
 def write_text(path: Path, content: str) -> None:
     """Write a file whole or not at all.
 
     Raises:
         OSError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with atomic_write(path) as temporary:
         temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, float]]:
