@@ -16,6 +16,9 @@ _PUBLIC = {
     "load_encoder": "hub.encoders",
     "MomentumBatchNorm": "momentum_norm",
     "convert_batch_norm": "momentum_norm",
+    "momentum_layers": "momentum_norm",
+    "set_statistics_momentum": "momentum_norm",
+    "commit_statistics": "momentum_norm",
     "evaluate_knn": "evaluation.knn",
     "evaluate_linear": "evaluation.linear",
 }

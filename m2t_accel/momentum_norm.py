@@ -1,14 +1,14 @@
-"""BatchNorm with momentum statistics: the teacher's normalisation, which makes small batches do.
+"""BatchNorm with momentum statistics: the teacher's normalisation, which makes small batches work.
 
-A forward in training normalises with `α·batch + (1 - α)·history`. The history is the layer's running mean
-and (unbiased) variance. It moves once per optimizer step, when `commit_statistics` is called: the batch
-statistics of all forwards since the last commit are averaged, over the processes too, and
-`history ← α·average + (1 - α)·history`. In evaluation the layer is plain BatchNorm with the history as running
-statistics, so its state dict is that of plain BatchNorm.
+In training a forward normalises with `α·batch + (1 - α)·history`. The history is the layer's running mean and
+(unbiased) variance. It moves once per optimizer step, when `commit_statistics` is called:
+`history ← α·average + (1 - α)·history`, where the average is over the batch statistics of all forwards since the last
+commit, on all processes. In evaluation the layer is plain BatchNorm with the history as running statistics, so its
+state dict is that of plain BatchNorm.
 
-Source: arXiv 2101.07525, section 3.2 ("lazy" update in its code, `momentum_teacher/models`). Deviations: the
-variance is unbiased once (the published code applies n / (n - 1) twice); the average is taken across
-processes (the published code keeps rank 0's history).
+Source: arXiv 2101.07525, section 3.2; the "lazy" update of its code, `momentum_teacher/models`. Deviations: the
+variance is corrected for bias once (the published code multiplies by n / (n - 1) twice); the average is taken over the
+processes (the published code keeps the history of process 0).
 """
 
 from __future__ import annotations
@@ -20,13 +20,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class MomentumBatchNorm(_BatchNorm):
-    """BatchNorm over (N, C) or (N, C, ...) for any number of spatial dimensions, with momentum statistics.
+    """BatchNorm with momentum statistics, over (N, C) or (N, C, ...) with any number of spatial dimensions.
 
-    `statistics_momentum` (α) is a tensor, set by `set_statistics_momentum`: it changes every step, and a
-    number would make torch.compile compile again at every change.
-
-    Raises:
-        ValueError: a training forward with one value per channel, which has no variance.
+    `statistics_momentum` (α) is a tensor, because it changes every step: torch.compile would compile again for each
+    new Python number. Set it with `set_statistics_momentum`.
     """
 
     def __init__(
@@ -38,13 +35,13 @@ class MomentumBatchNorm(_BatchNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum=None, affine=affine, device=device, dtype=dtype)
-        # Not persistent, so that the state dict stays that of plain BatchNorm: all are 0 between steps but α.
+        # Not persistent, so that the state dict stays that of plain BatchNorm. Between steps all are 0 except α.
         self.register_buffer("statistics_momentum", torch.ones_like(self.running_mean[0]), persistent=False)
         self.register_buffer("pending_mean", torch.zeros_like(self.running_mean), persistent=False)
         self.register_buffer("pending_var", torch.zeros_like(self.running_var), persistent=False)
-        # Of one dimension: compiled by torch 2.11, additions to a 0-dimensional buffer were lost, in silence.
+        # One dimension: torch 2.11 compiled silently loses additions to a 0-dimensional buffer.
         self.register_buffer("num_pending", torch.zeros_like(self.running_mean[:1]), persistent=False)
-        # Of the sub-batches that were collected since the last commit; a buffer of all that is pending.
+        # Sums of mean, variance and count over the sub-batches since the last commit.
         self.register_buffer("collected", self.running_mean.new_zeros(2 * num_features + 1), persistent=False)
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -52,7 +49,11 @@ class MomentumBatchNorm(_BatchNorm):
             raise ValueError(f"expected (N, C) or (N, C, ...), got {input.dim()} dimensions")
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, ...) in, the same out. Training: α·batch + (1 - α)·history, and the batch is kept for the commit."""
+        """Normalise (N, C, ...). In training, also keep the batch statistics for the commit.
+
+        Raises:
+            ValueError: in training, one value per channel, which has no variance.
+        """
         self._check_input_dim(input)
         mean, var = self.running_mean, self.running_var
         if self.training:
@@ -68,32 +69,33 @@ class MomentumBatchNorm(_BatchNorm):
 
 @torch.no_grad()
 def batch_statistics(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance per channel of (N, C, ...), each (C,), in `dtype` whatever the input's."""
+    """Return mean and unbiased variance per channel of (N, C, ...), each (C,) in `dtype`."""
     num_values = input.numel() // input.shape[1]
     if num_values < 2:
         raise ValueError(f"expected more than one value per channel in training, got shape {tuple(input.shape)}")
-    if torch.compiler.is_compiling():  # a compiler fuses the cast into the sums
+    if torch.compiler.is_compiling():  # the compiler fuses the cast into the sums
         var, mean = torch.var_mean(input.to(dtype), dim=[d for d in range(input.dim()) if d != 1])
         return mean, var
-    # This operator reads a bfloat16 input once and adds up in float32, without a float32 copy of it: the type of
-    # the running statistics says so. What it writes into them is lost to a compiler, so only its results count.
+    # This operator reads a bfloat16 input once and sums in the dtype of the running statistics, without a float32 copy
+    # of the input. It also writes into its running arguments, which its schema does not say: use only its results.
     running = torch.zeros(2, input.shape[1], dtype=dtype, device=input.device)
     mean, biased_var = torch.ops.aten.batch_norm_update_stats(input, running[0], running[1], 0.0)
     return mean, biased_var * (num_values / (num_values - 1))
 
 
 def convert_batch_norm(module: nn.Module) -> nn.Module:
-    """Replace every BatchNorm in the module by MomentumBatchNorm with the same weights and running statistics.
+    """Replace every BatchNorm of a module by a MomentumBatchNorm with the same weights and running statistics.
 
-    The module is changed in place and returned (a module that is itself a BatchNorm is returned anew).
+    Returns:
+        The module, changed in place. For a module that is itself a BatchNorm, the new layer.
 
     Raises:
-        ValueError: there is no BatchNorm, or one that cannot be replaced: of a class with a forward of its
-            own (it would be lost), or without running statistics.
+        ValueError: there is no BatchNorm, or one that cannot be replaced: its class has a forward of its own, which
+            would be lost, or it has no running statistics.
     """
     converted = _convert(module, type(module).__name__, {})
     if not momentum_layers(converted):
-        raise ValueError(f"{type(module).__name__} has no BatchNorm, and the method is about BatchNorm's statistics")
+        raise ValueError(f"{type(module).__name__} has no BatchNorm, whose statistics this method is about")
     return converted
 
 
@@ -101,7 +103,7 @@ def _convert(module: nn.Module, name: str, done: dict[nn.Module, nn.Module]) -> 
     if isinstance(module, MomentumBatchNorm):
         return module
     if isinstance(module, _BatchNorm):
-        if module not in done:  # a layer used in two places stays one layer
+        if module not in done:  # a layer that is used in two places stays one layer
             done[module] = _momentum_batch_norm(module, name)
         return done[module]
     for child_name, child in module.named_children():
@@ -125,12 +127,12 @@ def _momentum_batch_norm(layer: _BatchNorm, name: str) -> MomentumBatchNorm:
 
 
 def momentum_layers(module: nn.Module) -> list[MomentumBatchNorm]:
-    """The MomentumBatchNorm layers of the module, each once, in the order of its modules."""
+    """Return the MomentumBatchNorm layers of a module, each once, in the order of `module.modules()`."""
     return [layer for layer in module.modules() if isinstance(layer, MomentumBatchNorm)]
 
 
 def set_statistics_momentum(layers: list[MomentumBatchNorm], statistics_momentum: float) -> None:
-    """Set α of all layers, before the forwards of a step."""
+    """Set α of all layers, from 0 (history alone) to 1 (batch alone). Call it before the forwards of a step."""
     alphas = [layer.statistics_momentum for layer in layers]
     torch._foreach_zero_(alphas)
     torch._foreach_add_(alphas, statistics_momentum)
@@ -138,10 +140,10 @@ def set_statistics_momentum(layers: list[MomentumBatchNorm], statistics_momentum
 
 @torch.no_grad()
 def collect_statistics(layers: list[MomentumBatchNorm]) -> None:
-    """Add what is pending, of the forwards of one sub-batch, to what was collected since the last commit.
+    """Add the statistics of the forwards of one sub-batch to those collected since the last commit.
 
-    Without it the sum is right but for rounding, which then depends on how many sub-batches a process has: with it,
-    two sub-batches give the same bits on one process as on two.
+    Call it after each sub-batch, and the rounding does not depend on how many sub-batches a process has: two
+    sub-batches give the same bits on one process as on two.
     """
     pending = [p for layer in layers for p in (layer.pending_mean, layer.pending_var, layer.num_pending)]
     collected = [c for layer in layers for c in layer.collected.split([layer.num_features, layer.num_features, 1])]
@@ -151,10 +153,10 @@ def collect_statistics(layers: list[MomentumBatchNorm]) -> None:
 
 @torch.no_grad()
 def commit_statistics(layers: list[MomentumBatchNorm]) -> None:
-    """Move the history of all layers by the α of this step, and forget the pending batch statistics.
+    """Move the history of all layers by the α of this step, and reset the collected statistics.
 
-    With several processes the average is over all their forwards: one all-reduce of 2 C + 1 numbers per layer
-    (ResNet-50: 0.2 MB), so every process holds the same history.
+    A collective call: one all-reduce of 2 C + 1 numbers per layer (ResNet-50: 0.2 MB) averages over the forwards of
+    all processes, so every process holds the same history.
     """
     collect_statistics(layers)
     collected = [layer.collected for layer in layers]
@@ -165,8 +167,8 @@ def commit_statistics(layers: list[MomentumBatchNorm]) -> None:
     for layer in layers:
         mean, var, number = layer.collected.split([layer.num_features, layer.num_features, 1])
         mean, var = mean / number, var / number
-        # History is for good: it takes no average that is not finite, such as that of a step which float16
-        # overflowed and the gradient scaler skips, or 0 / 0 of a layer that no forward used.
+        # A value that is not finite would stay in the history for good. It occurs when float16 overflows in a step that
+        # the gradient scaler skips, and as 0 / 0 in a layer that no forward used.
         finite = mean.isfinite() & var.isfinite()
         mean, var = torch.where(finite, mean, layer.running_mean), torch.where(finite, var, layer.running_var)
         layer.running_mean.lerp_(mean, layer.statistics_momentum)

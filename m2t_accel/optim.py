@@ -10,13 +10,13 @@ from torch.optim import SGD, Optimizer
 
 
 class LARS(Optimizer):
-    """SGD with momentum whose rate is scaled per adapted tensor by eta ‖w‖ / (‖g‖ + weight_decay ‖w‖).
+    """SGD with momentum, whose rate is scaled for each tensor by eta ‖w‖ / (‖g‖ + weight_decay ‖w‖).
 
-    With g the gradient: `buf ← momentum · buf + rate · (g + weight_decay · w)`, `w ← w - buf`. Parameter groups
-    with `adapt=False` use the plain learning rate, and so does a tensor with ‖w‖ ‖g‖ ≤ 1e-8.
+    With the gradient g: `buf ← momentum · buf + rate · (g + weight_decay · w)`, then `w ← w - buf`. Parameter groups
+    with `adapt=False` use the plain learning rate; so do tensors with ‖w‖ ‖g‖ ≤ 1e-8.
 
-    Source: You et al., arXiv 1708.03888, algorithm 1; the rate stands inside the buffer, as in the
-    published code of arXiv 2101.07525.
+    Source: You et al., arXiv 1708.03888, algorithm 1. The rate multiplies the gradient before it enters the buffer, as
+    in the published code of arXiv 2101.07525.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step; the gradients are left as they are."""
+        """Update the parameters. The gradients are not changed."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -47,7 +47,7 @@ class LARS(Optimizer):
             decay = group["weight_decay"]
             updates = torch._foreach_add(gradients, parameters, alpha=decay)
             if group["adapt"]:
-                # Norms stay on the device as tensors: no step waits for the GPU.
+                # The norms stay on the device as tensors, so that no step waits for the GPU.
                 weight_norms = torch.stack(torch._foreach_norm(parameters))
                 gradient_norms = torch.stack(torch._foreach_norm(gradients))
                 trust = group["eta"] * weight_norms / (gradient_norms + decay * weight_norms)
@@ -70,10 +70,13 @@ class LARS(Optimizer):
 def create_optimizer(
     module: nn.Module, name: str, learning_rate: float, momentum: float, weight_decay: float
 ) -> Optimizer:
-    """`sgd` or `lars` over the module's trained parameters.
+    """Return SGD (`sgd`) or LARS (`lars`) over the module's trainable parameters.
 
-    Weight decay is on every parameter, as published. LARS adapts the weights of convolutions and linear
-    layers; the parameters of one dimension (BatchNorm, biases) it does not.
+    Weight decay applies to every parameter, as published. LARS adapts the rate of convolution and linear weights, not
+    that of one-dimensional parameters (BatchNorm, biases).
+
+    Raises:
+        ValueError: another name.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     if name == "sgd":

@@ -1,4 +1,4 @@
-"""Schedules as pure functions of the step number: nothing to save, nothing to tick twice.
+"""Schedules as pure functions of the step number, so there is no scheduler state to save or to advance twice.
 
 `step` counts optimizer steps done, from 0; `total_steps` is the number of optimizer steps of the whole run.
 """
@@ -11,15 +11,16 @@ from dataclasses import dataclass
 WARMUP_START = 1e-6
 
 
-def cosine(progress: float) -> float:
-    """From 1 at progress 0 to 0 at progress 1: c(p) = (1 + cos πp) / 2."""
-    return (1 + math.cos(math.pi * progress)) / 2
+def cosine(progress: float, total: float = 1) -> float:
+    """Return c(p) = (1 + cos πp) / 2, which falls from 1 at p = progress / total = 0 to 0 at p = 1."""
+    # cosine(step, total) and cosine(step / total) may differ in the last bit; no caller may switch between them.
+    return (1 + math.cos(math.pi * progress / total)) / 2
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: float, peak: float) -> float:
-    """Learning rate of one step: linear from 1e-6 to `peak` over `warmup_steps`, then a cosine to 0.
+    """Return the learning rate of one step: linear from 1e-6 to `peak` over `warmup_steps`, then a cosine to 0.
 
-    Source: the published code's warmup cosine, set per step.
+    Source: the warmup cosine of the published code, set for each step.
     """
     if step <= warmup_steps and warmup_steps > 0:
         return WARMUP_START + (peak - WARMUP_START) * step / warmup_steps
@@ -27,7 +28,7 @@ def learning_rate(step: int, total_steps: int, warmup_steps: float, peak: float)
 
 
 def weight_momentum(step: int, total_steps: int, base: float) -> float:
-    """The teacher's weight momentum after `step` steps: from `base` to 1, m = 1 - (1 - m0) c(p).
+    """Return the teacher's weight momentum m = 1 - (1 - m0) c(p) after `step` steps: from m0 = `base` to 1.
 
     Source: arXiv 2101.07525, section 3; BYOL (arXiv 2006.07733), section 3.3.
     """
@@ -35,24 +36,24 @@ def weight_momentum(step: int, total_steps: int, base: float) -> float:
 
 
 def statistics_momentum(step: int, total_steps: int) -> float:
-    """The share of the batch in the teacher's BatchNorm statistics at `step`: from 1 to 0, α = c(p).
+    """Return the statistics momentum α = c(p) at `step`: the batch's share in the teacher's statistics, from 1 to 0.
 
-    Source: arXiv 2101.07525, section 3.2: momentum statistics with a cosine schedule.
+    Source: arXiv 2101.07525, section 3.2.
     """
     return cosine(step / total_steps)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What one optimizer step uses."""
+    """The scheduled values of one optimizer step."""
 
     learning_rate: float
     statistics_momentum: float
-    weight_momentum: float  # of the update that follows the step, so at step + 1
+    weight_momentum: float  # of the teacher's update after the step, so at step + 1
 
 
 def schedule(step: int, total_steps: int, warmup_steps: float, peak: float, base_momentum: float) -> Schedule:
-    """All scheduled values of optimizer step `step`."""
+    """Return all scheduled values of optimizer step `step`."""
     return Schedule(
         learning_rate=learning_rate(step, total_steps, warmup_steps, peak),
         statistics_momentum=statistics_momentum(step, total_steps),

@@ -9,8 +9,6 @@ import sys
 import tempfile
 from typing import NamedTuple
 
-import cv2
-import numpy as np
 import pytest
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # the runs of the tests are compared bit for bit, so also where GPUs are
@@ -21,14 +19,9 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="m2t-accel-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # After the variables above: datasets reads them when it is imported.
-import torch  # noqa: E402
 from helpers import ROOT, tiny, write_image  # noqa: E402
 
-from m2t_accel import pretrain  # noqa: E402
-from m2t_accel.config.data import ImageSettings  # noqa: E402
 from m2t_accel.config.recipes import build_config  # noqa: E402
-from m2t_accel.hub.folder import image_processor  # noqa: E402
-from m2t_accel.model import create_encoder, plain_encoder  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -47,34 +40,6 @@ def image_net(tmp_path):
     (tmp_path / "train" / ".cache").mkdir()
     write_image(tmp_path / "train" / ".cache" / "hidden.jpg")
     return tmp_path
-
-
-@pytest.fixture
-def small_run(tmp_path):
-    """A run's folder as far as its encoder goes, of random weights."""
-    torch.manual_seed(0)
-    encoder = plain_encoder(create_encoder("resnet10-quarter"))
-    encoder.save_pretrained(tmp_path / "run" / "encoder")
-    settings = ImageSettings(
-        dataset="digits", image_size=16, image_mean=(0.4, 0.5, 0.6), image_std=(0.2, 0.25, 0.3), evaluation_crop=0.8
-    )
-    image_processor(settings).save_pretrained(tmp_path / "run" / "encoder")
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def small_images(tmp_path):
-    """Class folders of 42 images to train on and 21 to evaluate with, of three colours and much noise."""
-    rng = np.random.default_rng(0)
-    for split, number in (("train", 14), ("val", 7)):
-        for channel, name in enumerate(("blue", "green", "red")):
-            (tmp_path / "images" / split / name).mkdir(parents=True)
-            for i in range(number):
-                pixels = rng.normal(100, 40, (20, 24, 3))
-                pixels[:, :, channel] += 60
-                pixels = np.clip(pixels, 0, 255).astype(np.uint8)
-                cv2.imwrite(str(tmp_path / "images" / split / name / f"{i}.png"), pixels)
-    return tmp_path / "images"
 
 
 @pytest.fixture
@@ -131,8 +96,10 @@ def ask(capsys, monkeypatch):
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory):
     """The folder of a tiny complete run on digits; tests must not change it."""
+    import m2t_accel  # here, so that a test of one module does not import the whole package
+
     folder = tmp_path_factory.mktemp("trained") / "run"
-    pretrain(build_config(tiny(folder)))
+    m2t_accel.pretrain(build_config(tiny(folder)))
     return folder
 
 

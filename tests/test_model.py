@@ -40,10 +40,10 @@ def unit(*rows):
 )
 def test_loss(k1, k2, expected):
     q = unit((1, 0), (0, 1))
-    assert momentum_teacher_loss(q, q, k1, k2).item() == pytest.approx(expected, abs=1e-12)
+    assert momentum_teacher_loss(predictions=(q, q), targets=(k1, k2)).item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_outputs_are_unit_norm_and_the_teachers_views_are_swapped():
+def test_outputs_are_unit_norm_and_each_is_of_its_own_view():
     student = small_student()
     teacher = Teacher(student).eval()
     view_1, view_2 = torch.randn(2, 4, 3, 32, 32)
@@ -55,12 +55,12 @@ def test_outputs_are_unit_norm_and_the_teachers_views_are_swapped():
     of_view_1, of_view_2 = (
         functional.normalize(teacher.projector(embed(teacher.encoder, v))) for v in (view_1, view_2)
     )
-    assert torch.equal(k1, of_view_2)
-    assert torch.equal(k2, of_view_1)
+    assert torch.equal(k1, of_view_1)
+    assert torch.equal(k2, of_view_2)
 
 
 def test_the_views_pass_one_after_the_other():
-    """BatchNorm sees one view at a time: the student's running mean is that of two batches, not of one of 2 N."""
+    """BatchNorm sees one view at a time: two batches of N, not one of 2 N."""
     student = small_student()
     seen = []
     student.projector[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[0]))
@@ -106,7 +106,7 @@ def test_the_plain_encoder_has_the_teachers_features_and_no_momentum_layer():
     [("resnet18", 11.177), ("resnet34", 21.285), ("resnet50", 23.508), ("resnet101", 42.500), ("resnet152", 58.144)],
 )
 def test_named_encoders_have_the_standard_sizes(name, millions):
-    """Parameters of torchvision's ResNets less their classifier."""
+    """Their parameters are those of torchvision's ResNets without the classifier."""
     with torch.device("meta"):
         encoder = create_encoder(name)
     assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, abs=1e-3)
@@ -139,7 +139,7 @@ def test_an_encoder_without_batch_norm_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_the_type_of_a_published_configuration_is_not_ours(tmp_path, dtype):
+def test_the_dtype_of_a_published_configuration_is_not_used(tmp_path, dtype):
     ResNetConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16], embedding_size=8, dtype=dtype).save_pretrained(
         tmp_path
     )
@@ -151,7 +151,7 @@ def test_the_type_of_a_published_configuration_is_not_ours(tmp_path, dtype):
 @pytest.mark.parametrize(
     "wrong", [{"depths": "x"}, {"layer_type": "zzz"}, {"hidden_act": "nope"}, {"hidden_sizes": [-8, 8, 16, 16]}]
 )
-def test_a_configuration_that_makes_no_model_is_one_line(tmp_path, wrong):
+def test_a_configuration_that_builds_no_model_is_one_line(tmp_path, wrong):
     config = {
         "model_type": "resnet",
         "depths": [1, 1, 1, 1],
@@ -165,7 +165,7 @@ def test_a_configuration_that_makes_no_model_is_one_line(tmp_path, wrong):
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_that_is_no_encoder_is_refused(tmp_path):
+def test_a_folder_without_an_encoder_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match=r"no config\.json"):
         create_encoder(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))

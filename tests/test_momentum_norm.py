@@ -17,7 +17,7 @@ SHAPES = [(6, 5), (6, 5, 7), (6, 5, 7, 3), (4, 5, 3, 2, 2)]
 
 
 def plain_statistics(batch):
-    """Mean and unbiased variance per channel, written out."""
+    """Return mean and unbiased variance per channel, computed by the textbook formulas."""
     values = batch.transpose(0, 1).flatten(1)
     mean = values.sum(dim=1) / values.shape[1]
     var = ((values - mean[:, None]) ** 2).sum(dim=1) / (values.shape[1] - 1)
@@ -127,8 +127,8 @@ def test_the_statistics_momentum_is_a_tensor_and_the_state_dict_is_that_of_batch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_it_does_the_same_and_compiles_once(dtype):
-    """As α is a tensor. aot_eager takes the compiler's whole way but for the code it writes."""
+def test_a_compiled_layer_computes_the_same_and_compiles_once(dtype):
+    """α is a tensor, so a change does not compile again. aot_eager traces as the compiler does, and runs eager code."""
     torch.manual_seed(0)
     layer = convert_batch_norm(nn.Sequential(nn.BatchNorm2d(5)))
     graphs = []
@@ -187,11 +187,11 @@ class WithActivation(nn.BatchNorm2d):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), "Sequential has no BatchNorm"),
-        (nn.Sequential(WithActivation(2)), r"Sequential\.0 is a WithActivation, which does more"),
-        (nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False)), r"Sequential\.0 keeps no running statistics"),
+        (nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), "Sequential.*no BatchNorm"),
+        (nn.Sequential(WithActivation(2)), r"Sequential\.0.*WithActivation"),
+        (nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False)), r"Sequential\.0.*track_running_stats"),
     ],
 )
-def test_what_cannot_be_converted_is_named(module, message):
+def test_a_layer_that_cannot_be_converted_is_named(module, message):
     with pytest.raises(ValueError, match=message):
         convert_batch_norm(module)

@@ -6,7 +6,7 @@ from m2t_accel.optim import LARS, create_optimizer, set_learning_rate
 
 
 def lars_by_hand(weight, gradients, lr, momentum, decay, eta, adapt):
-    """The formula, one tensor at a time in plain arithmetic."""
+    """Compute LARS by its formula, one tensor at a time in plain arithmetic."""
     buffer = torch.zeros_like(weight)
     for gradient in gradients:
         rate = lr

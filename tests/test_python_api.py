@@ -1,0 +1,52 @@
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+from helpers import ROOT, tiny
+from torch import nn
+
+import m2t_accel
+from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.recipes import build_config
+
+
+def test_every_public_name_can_be_imported():
+    for name in m2t_accel.__all__:
+        assert callable(getattr(m2t_accel, name)), name
+    assert isinstance(m2t_accel.pretrain, types.FunctionType)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = m2t_accel.no_such_name
+
+
+def test_importing_the_package_imports_no_torch_and_pretrain_stays_a_function():
+    code = (
+        "import sys, m2t_accel\n"
+        "from m2t_accel import PretrainConfig, build_config\n"
+        "print(sorted({'torch', 'numpy', 'datasets', 'transformers'} & set(sys.modules)))\n"
+        "import m2t_accel.pretrain\n"
+        "from m2t_accel import pretrain\n"
+        "print(type(pretrain).__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "function"]
+
+
+def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
+    assert len(examples) == 4
+    names = {}
+    for example in examples:
+        exec(compile(example, "docs/python.md", "exec"), names)
+    assert names["knn"]["figures"]["top1_k20"] > 0.7
+    assert names["probe"]["figures"]["top1"] > 0.3
+    assert (tmp_path / "runs" / "own" / "encoder" / "model.safetensors").exists()
+
+
+def test_an_encoder_without_batch_norm_is_one_line(tmp_path):
+    encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1))
+    with pytest.raises(ConfigurationError, match=r"Sequential.*BatchNorm"):
+        m2t_accel.pretrain(build_config(tiny(tmp_path / "run")), encoder=encoder)
+    assert not (tmp_path / "run").exists()

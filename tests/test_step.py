@@ -1,0 +1,70 @@
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from m2t_accel.config.recipes import build_config
+from m2t_accel.model import Teacher, create_encoder, create_student, embed
+from m2t_accel.optim import create_optimizer
+from m2t_accel.step import TrainingStep
+
+CONFIG = build_config({"recipe": "digits", "epochs": 2, "warmup_epochs": 1})
+STEPS_PER_EPOCH = 4
+
+
+def training_step():
+    torch.manual_seed(0)
+    student = create_student(create_encoder("resnet10-quarter"), image_size=32, hidden_size=16, projection_size=8)
+    student = student.double()
+    optimizer = create_optimizer(student, "sgd", 0.1, momentum=0.9, weight_decay=1e-4)
+    return TrainingStep(student, Teacher(student), optimizer, Accelerator(cpu=True))
+
+
+def views(seed):
+    return torch.randn(2, 6, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def cosine(a, b):
+    return (a * b).sum(dim=1) / a.norm(dim=1) / b.norm(dim=1)
+
+
+def test_each_prediction_meets_the_target_of_the_other_view():
+    step = training_step()
+    student, teacher = copy.deepcopy(step.student), copy.deepcopy(step.teacher)
+    view_1, view_2 = views(1)
+    p1, p2 = (student.predictor(student.projector(embed(student.encoder, view))) for view in (view_1, view_2))
+    z1, z2 = (teacher.projector(embed(teacher.encoder, view)) for view in (view_1, view_2))
+    crossed = (4 - 2 * (cosine(p1, z2) + cosine(p2, z1))).mean()
+    same_view = (4 - 2 * (cosine(p1, z1) + cosine(p2, z2))).mean()
+    step.begin(CONFIG.schedule(0, STEPS_PER_EPOCH))
+    loss = step.forward_backward(view_1, view_2).loss
+    assert loss.item() == pytest.approx(crossed.item(), abs=1e-12)
+    assert abs(loss.item() - same_view.item()) > 1e-3
+
+
+def test_nothing_moves_before_the_update_and_then_everything_does():
+    step = training_step()
+    now = CONFIG.schedule(3, STEPS_PER_EPOCH)
+
+    def state():
+        networks = {"student": step.student, "teacher": step.teacher}
+        return {
+            f"{owner}.{name}": tensor.clone()
+            for owner, network in networks.items()
+            for name, tensor in network.state_dict().items()
+            if owner == "teacher" or name in dict(network.named_parameters())
+        }
+
+    before = state()
+    step.begin(now)
+    result = step.forward_backward(*views(2))
+    assert result.loss_on_host.item() == result.loss.item()
+    assert all(tensor.equal(before[name]) for name, tensor in state().items())
+    step.update(now)
+    after = state()
+    assert [name for name, tensor in after.items() if tensor.equal(before[name])] == []
+    student, teacher = dict(step.student.named_parameters()), dict(step.teacher.named_parameters())
+    for name, weight in teacher.items():
+        expected = now.weight_momentum * before[f"teacher.{name}"] + (1 - now.weight_momentum) * student[name]
+        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-12)
