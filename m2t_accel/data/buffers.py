@@ -1,7 +1,7 @@
-"""Memory that workers fill with pixels and the loop reads, used again and again.
+"""Reusable memory that workers fill with pixels and the training loop reads.
 
-New memory is dear: the system clears each page and maps it at its first touch. To fill the 300 kB of an image's two
-views takes 3 us in memory that was used before, 60 in new memory and 190 in new memory that processes share.
+New memory is slow, because the system clears and maps each page when it is first touched. Filling the 300 kB of an
+image's two views takes 3 us in memory used before, 60 us in new memory and 190 us in new shared memory.
 """
 
 from __future__ import annotations
@@ -16,84 +16,86 @@ from torch.utils.data import get_worker_info
 
 from m2t_accel.config.fields import ConfigurationError, one_line
 
-_opened: weakref.WeakValueDictionary[int, Buffers] = weakref.WeakValueDictionary()  # of this process
+# All of this process, by key.
+_created: weakref.WeakValueDictionary[int, Buffers] = weakref.WeakValueDictionary()
 _keys = itertools.count()
 
 
 class Buffers:
-    """A number of equal buffers, uint8; shared if processes that start from now on are to fill them.
+    """A fixed number of uint8 buffers of one shape, in shared memory if worker processes will fill them.
 
-    The main process takes a free buffer, somebody fills it, the main process receives it as a tensor, and when nothing
-    refers to that tensor's memory any more, a view of it included, the buffer is free again. So nobody's pixels are
-    written over, however long a batch is kept: where none is free, take new memory. One that was taken and is never
-    handed over is not free again.
+    The main process takes a free buffer, it or a worker fills it, and the main process receives it as a tensor. It is
+    free again once nothing refers to the memory of that tensor, views of it included. So a batch is never
+    overwritten, however long it is kept; a caller that finds no free buffer takes new memory. A buffer that was taken
+    but never handed over stays taken.
 
     Raises:
-        ConfigurationError: there is not so much shared memory.
+        ConfigurationError: there is not enough shared memory.
     """
 
-    def __init__(self, number: int, shape: tuple[int, ...], shared: bool) -> None:
-        shape = (number, *shape)
+    def __init__(self, count: int, shape: tuple[int, ...], shared: bool) -> None:
+        shape = (count, *shape)
         try:
             self.memory = shared_memory(shape) if shared else torch.empty(shape, dtype=torch.uint8)
         except RuntimeError as error:
             size, reason = torch.Size(shape).numel() / 1e6, one_line(error).removeprefix("RuntimeError: ")
             raise ConfigurationError(
-                f"the workers need {size:,.0f} MB of shared memory for their batches, which cannot be had "
-                f"({reason}): give a smaller --num_workers, or more to /dev/shm (docker run --shm-size)"
+                f"cannot allocate the {size:,.0f} MB of shared memory that the workers need for their batches "
+                f"({reason}): give a smaller --num_workers, or enlarge /dev/shm (docker run --shm-size)"
             ) from None
-        self.free = deque(range(number))
+        self.free = deque(range(count))
         self.key = next(_keys)
-        _opened[self.key] = self
+        _created[self.key] = self
 
     def __getstate__(self) -> dict[str, object]:
-        """What a worker needs."""
+        """Return the state that a worker needs."""
         return {"memory": self.memory, "key": self.key}
 
     def take(self) -> int | None:
-        """The number of a free buffer, no longer free; None if there is none."""
+        """Take a free buffer and return its number, or None if no buffer is free."""
         try:
             return self.free.popleft()
         except IndexError:
             return None
 
     def __getitem__(self, number: int) -> Tensor:
-        """A buffer, to be filled by whom it was taken for."""
+        """Return a buffer to fill."""
         return self.memory[number]
 
-    def hand_over(self, number: int) -> Tensor | OnItsWay:
-        """A filled buffer for the main process, and in a worker what becomes that once it is there."""
-        return self.receive(number) if get_worker_info() is None else OnItsWay(self.key, number)
+    def hand_over(self, number: int) -> Tensor | BufferReference:
+        """Return a filled buffer as a tensor; in a worker, return a reference that unpickles as that tensor."""
+        return self.receive(number) if get_worker_info() is None else BufferReference(self.key, number)
 
     def receive(self, number: int) -> Tensor:
-        """A filled buffer; free again when the last reference to its memory has gone."""
-        # A tensor's memory can have references that are no tensor's of Python; they all hold this array.
+        """Return a filled buffer as a tensor, and free it when the last reference to its memory is gone."""
+        # References to the memory of a tensor need not be Python tensors, but all of them keep this array alive.
         array = self.memory[number].numpy()
         weakref.finalize(array, self.free.append, number).atexit = False
         return torch.from_numpy(array)
 
 
-class OnItsWay:
-    """What a worker sends in place of a buffer that it has filled: unpickled by the main process it is the tensor."""
+class BufferReference:
+    """A filled buffer as a worker sends it: the main process unpickles it as the tensor itself."""
 
     def __init__(self, key: int, number: int) -> None:
         self.key = key
         self.number = number
 
     def __reduce__(self) -> tuple:
-        return arrived, (self.key, self.number)
+        return receive_buffer, (self.key, self.number)
 
 
-def arrived(key: int, number: int) -> Tensor:
-    return _opened[key].receive(number)
+def receive_buffer(key: int, number: int) -> Tensor:
+    """Return a filled buffer of the Buffers with this key as a tensor."""
+    return _created[key].receive(number)
 
 
 def new_memory(shape: tuple[int, ...]) -> Tensor:
-    """An empty uint8 tensor; in a worker in shared memory, which saves a copy on its way to the main process."""
+    """Return an uninitialised uint8 tensor; in a worker, in shared memory, which saves a copy when it is sent."""
     return torch.empty(shape, dtype=torch.uint8) if get_worker_info() is None else shared_memory(shape)
 
 
 def shared_memory(shape: tuple[int, ...]) -> Tensor:
-    """An empty uint8 tensor in memory that processes share."""
+    """Return an uninitialised uint8 tensor in shared memory."""
     empty = torch.empty(0, dtype=torch.uint8)
     return empty.new(empty.untyped_storage()._new_shared(torch.Size(shape).numel())).view(shape)

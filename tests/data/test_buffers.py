@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.data import buffers
-from m2t_accel.data.buffers import Buffers
+from m2t_accel.data.buffers import BufferReference, Buffers
 
 
 def filled(buffers, value):
@@ -38,8 +38,8 @@ def test_a_tensor_outlives_its_buffers():
     assert (kept == 3).all()
 
 
-class Filling:
-    """A dataset whose batch is a buffer, filled by a worker."""
+class FillingDataset:
+    """A dataset whose workers fill a buffer for each batch."""
 
     def __init__(self, buffers):
         self.buffers = buffers
@@ -55,8 +55,8 @@ class Filling:
         return self.buffers.hand_over(number)
 
 
-class Requests:
-    """Forty values, each with a buffer if there is one."""
+class RecordedRequests:
+    """Forty values, each with a buffer if one is free."""
 
     def __init__(self, buffers):
         self.buffers = buffers
@@ -71,18 +71,18 @@ class Requests:
             yield value, self.taken[-1]
 
 
-def as_it_is(batch):
+def identity(batch):
     return batch
 
 
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_workers_fill_buffers_again_and_never_one_that_is_kept(context):
+def test_workers_reuse_buffers_but_never_one_that_is_kept(context):
     buffers = Buffers(4, (8, 8), shared=True)
-    requests = Requests(buffers)
+    requests = RecordedRequests(buffers)
     loader = DataLoader(
-        Filling(buffers),
+        FillingDataset(buffers),
         batch_sampler=requests,
-        collate_fn=as_it_is,
+        collate_fn=identity,
         num_workers=1,
         prefetch_factor=2,
         multiprocessing_context=context,
@@ -93,7 +93,7 @@ def test_workers_fill_buffers_again_and_never_one_that_is_kept(context):
         if value in (20, 21, 22):
             kept.append(batch[:1])
     assert set(requests.taken[:20]) == {0, 1, 2, 3}
-    assert None in requests.taken[25:]  # of the one that is left the loop and the worker cannot both live
+    assert None in requests.taken[25:]  # one free buffer is not enough for the loop and the worker
     assert [part[0, 0].item() for part in kept] == [20, 21, 22]
     assert all((part == part[0, 0]).all() for part in kept)
     del batch
@@ -101,10 +101,10 @@ def test_workers_fill_buffers_again_and_never_one_that_is_kept(context):
     assert sorted(buffers.free) == [0, 1, 2, 3]
 
 
-def test_what_a_worker_sends_is_small_and_becomes_the_buffer():
+def test_a_worker_sends_a_small_reference_that_unpickles_as_the_buffer():
     buffers = Buffers(1, (1000, 1000), shared=True)
     number = buffers.take()
-    sent = pickle.dumps(buffers.OnItsWay(buffers.key, number))
+    sent = pickle.dumps(BufferReference(buffers.key, number))
     buffers[number][5] = 1
     assert len(sent) < 100
     received = pickle.loads(sent)
@@ -112,13 +112,11 @@ def test_what_a_worker_sends_is_small_and_becomes_the_buffer():
     assert received.data_ptr() == buffers[number].data_ptr()
 
 
-def test_too_little_shared_memory_is_told(monkeypatch):
-    def no_room(shape):
+def test_too_little_shared_memory_names_num_workers_and_shm_size(monkeypatch):
+    def fail(shape):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)")
 
-    monkeypatch.setattr(buffers, "shared_memory", no_room)
-    with pytest.raises(
-        ConfigurationError, match=r"need 12 MB of shared memory .*No space left.*--num_workers.*shm-size"
-    ):
+    monkeypatch.setattr(buffers, "shared_memory", fail)
+    with pytest.raises(ConfigurationError, match=r"12 MB.*--num_workers.*shm-size"):
         Buffers(3, (2, 1000, 2000), shared=True)
     assert Buffers(3, (2, 10, 20), shared=False).take() == 0

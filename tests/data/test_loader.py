@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -14,64 +15,60 @@ from m2t_accel.data.sources import load_images
 from m2t_accel.data.views import FlippedCrops, TwoViews
 
 
-def test_the_loader_leaves_the_global_random_state_alone():
-    config = settings("digits", batch_size=256, num_workers=1)
+def loader_of(config, dataset=TwoViews, device=None):
     images = load_images(config).train
+    return create_loader(dataset(images, config), DeviceBatches(images, config, 1, 0), config, device)
+
+
+def test_a_loader_leaves_the_global_random_state_and_no_processes():
+    config = settings("digits", batch_size=256, num_workers=1)
     before = torch.get_rng_state()
-    list(read(create_loader(TwoViews(images, config), DeviceBatches(images, config, 1, 0), config)))
+    list(read(loader_of(config)))
     assert torch.equal(before, torch.get_rng_state())
+    batches = read(loader_of(config))
+    next(batches)
+    assert len(multiprocessing.active_children()) == 1
+    batches.close()
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
 def test_more_workers_than_cores_are_no_warning(num_workers, monkeypatch):
-    """pytest makes errors of warnings."""
+    """A warning would be an error under pytest."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
-    config = settings("digits", num_workers=num_workers)
-    images = load_images(config).train
-    next(read(create_loader(TwoViews(images, config), DeviceBatches(images, config, 1, 0), config)))
+    next(read(loader_of(settings("digits", num_workers=num_workers))))
 
 
-NOISY = """
-import os, sys
-import torch
-from helpers import settings
-from m2t_accel.data import views
-from m2t_accel.data import requests
-from m2t_accel.data import loader
-from m2t_accel.data.sources import load_images
-class Views(views.TwoViews):
+class NoisyViews(TwoViews):
+    """Writes to stderr as a C library and as Python."""
+
     def __getitems__(self, request):
-        os.write(2, b"libpng warning: iCCP: known incorrect sRGB profile")
-        print("what Python says", file=sys.stderr)
+        os.write(2, b"libpng warning: iCCP: known incorrect sRGB profile\n")
+        print("a message of Python", file=sys.stderr)
         return super().__getitems__(request)
-config = settings("digits", num_workers=1, epochs=2, batch_size=1024)
-images = load_images(config).train
-for _ in loader.read(loader.create_loader(Views(images, config), requests.DeviceBatches(images, config, 1, 0), config)):
-    os.write(2, b"of the main process")
-"""
 
 
-def test_what_libraries_write_of_images_is_not_shown(run_script):
-    done = run_script("-c", NOISY, environment={"PYTHONPATH": "tests"})
-    assert "libpng" not in done.stderr
-    assert "what Python says" in done.stderr
-    assert "of the main process" in done.stderr
+def test_workers_hide_what_c_libraries_write_to_stderr(capfd):
+    for _ in read(loader_of(settings("digits", num_workers=1, epochs=2, batch_size=1024), NoisyViews)):
+        os.write(2, b"a message of the main process\n")
+    errors = capfd.readouterr().err
+    assert "libpng" not in errors
+    assert "a message of Python" in errors
+    assert "a message of the main process" in errors
 
 
-def test_nothing_to_show_ends_the_run(tmp_path):
+def test_a_batch_without_a_decodable_image_ends_the_run(tmp_path):
     for i in range(8):
         write_image(tmp_path / f"{i}.png")
-    config = settings(tmp_path)
-    images = load_images(config).train
+    loader = loader_of(settings(tmp_path))
     for path in tmp_path.glob("*.png"):
         path.unlink()
-    loader = create_loader(TwoViews(images, config), DeviceBatches(images, config, 1, 0), config)
-    with pytest.raises(ConfigurationError, match=r"none of the 4 images of a batch .*No such file.* been moved"):
+    with pytest.raises(ConfigurationError, match=r"none of the 4 images.*No such file"):
         list(read(loader))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_batches_are_put_where_others_were_and_never_over_one_that_is_kept(num_workers, monkeypatch):
+def test_batches_reuse_buffers_but_never_one_that_is_kept(num_workers, monkeypatch):
     config = settings("digits", num_workers=num_workers)
     images = load_images(config).train.select(range(60))
     dataset, requests = TwoViews(images, config), list(DeviceBatches(images, config, 1, 0))
@@ -82,7 +79,7 @@ def test_batches_are_put_where_others_were_and_never_over_one_that_is_kept(num_w
     monkeypatch.setattr(loader.dataset.buffers, "take", lambda: taken.append(take()) or taken[-1])
     for batch, crops in zip(read(loader), expected, strict=True):
         assert torch.equal(batch.crops, crops)
-    assert set(taken) == set(range(2 * num_workers + 2)), "one was not free when it was needed, or never used"
+    assert set(taken) == set(range(2 * num_workers + 2)), "a buffer was not free when it was needed, or never used"
     taken.clear()
     kept = [batch.crops for batch in read(loader)]
     assert None in taken
@@ -90,7 +87,7 @@ def test_batches_are_put_where_others_were_and_never_over_one_that_is_kept(num_w
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_two_loaders_of_the_same_images_at_once(num_workers):
+def test_two_loaders_of_the_same_dataset_can_be_read_at_once(num_workers):
     config = settings("digits", num_workers=num_workers)
     images = load_images(config).train.select(range(60))
     dataset, requests = TwoViews(images, config), list(DeviceBatches(images, config, 1, 0))
@@ -102,45 +99,45 @@ def test_two_loaders_of_the_same_images_at_once(num_workers):
 
 
 @pytest.mark.parametrize("kind", [TwoViews, FlippedCrops])
-def test_a_batch_is_sent_beside_what_a_gpu_computes_and_waited_for(kind, monkeypatch):
-    """The order of what is asked of a GPU, on a stand-in: the copy on a stream of its own, the waiting, the use."""
-    asked = []
+def test_a_batch_is_copied_to_a_gpu_on_its_own_stream(kind, monkeypatch):
+    """The order of the operations on a GPU, recorded by a stand-in: the copy on one stream, then the other waits."""
+    calls = []
 
     class Stream:
         def __init__(self, name):
             self.name = name
 
         def __enter__(self):
-            asked.append(f"on {self.name}")
+            calls.append(f"on {self.name}")
 
         def __exit__(self, *exception):
-            asked.append(f"off {self.name}")
+            calls.append(f"off {self.name}")
 
         def wait_stream(self, other):
-            asked.append(f"{self.name} waits for {other.name}")
+            calls.append(f"{self.name} waits for {other.name}")
 
     def send_to_device(values, device, non_blocking):
-        asked.append(("sent", non_blocking))
+        calls.append(("sent", non_blocking))
         return values
 
     computing, copying = Stream("computing"), Stream("copying")
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: asked.append((id(tensor), stream.name)))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: calls.append((id(tensor), stream.name)))
     monkeypatch.setattr("m2t_accel.data.loader.send_to_device", send_to_device)
     config = settings("digits")
     batch = kind(load_images(config).train, config).__getitems__(Request(0, np.array([4, 2, 9]), None))
     sent = send(batch, torch.device("cuda", 0), copying)
-    assert asked[:4] == ["on copying", ("sent", True), "off copying", "computing waits for copying"]
+    assert calls[:4] == ["on copying", ("sent", True), "off copying", "computing waits for copying"]
     sent_tensors = [sent.crops, *(sent.photometry if kind is TwoViews else [sent.photometry])]
-    assert asked[4:] == [(id(tensor), "computing") for tensor in sent_tensors]
-    assert sent.samples is batch.samples, "they stay in the main memory"
+    assert calls[4:] == [(id(tensor), "computing") for tensor in sent_tensors]
+    assert sent.samples is batch.samples, "samples must stay in main memory"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_what_arrives_on_a_gpu_is_what_was_sent():
-    """Many batches, each used after a long computation was asked for: none is written over, none is read too early."""
+def test_batches_arrive_unchanged_on_a_gpu():
+    """Many batches, each used after a long computation was queued: none is overwritten or read too early."""
     config, device = settings("digits", batch_size=64, num_workers=1), torch.device("cuda", 0)
     images = load_images(config).train
     requests = DeviceBatches(images, config, 1, 0)
@@ -155,31 +152,32 @@ def test_what_arrives_on_a_gpu_is_what_was_sent():
         assert torch.equal(order_of_jitter.cpu(), expected.photometry.order)
 
 
-def test_a_shard_that_is_cut_while_it_is_read_ends_the_run(tmp_path):
+def test_a_shard_that_is_truncated_while_it_is_read_ends_the_run(tmp_path):
     write_parquet(tmp_path / "train-0.parquet", 0, 64, row_group_size=4)
-    config = settings(tmp_path, streaming=True, validation_fraction=0, num_workers=1)
-    images = load_images(config).train
+    loader = loader_of(settings(tmp_path, streaming=True, validation_fraction=0, num_workers=1))
     (tmp_path / "train-0.parquet").write_bytes(b"PAR1")
-    loader = create_loader(TwoViews(images, config), DeviceBatches(images, config, 1, 0), config)
-    message = r"the shard .*train-0\.parquet cannot be read .* fetch it again"
-    with pytest.raises(ConfigurationError, match=message) as kept:
+    with pytest.raises(ConfigurationError, match=r"shard .*train-0\.parquet") as kept:
         list(read(loader))
-    assert multiprocessing.active_children() == [], f"they live with what {kept} refers to"
+    assert multiprocessing.active_children() == [], f"the workers live on while {kept} is referenced"
 
+
+PROGRAM = """
+import os, signal, sys, time
+import torch
+from helpers import settings
+from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.data.loader import create_loader, dead_workers_in_one_line, read
+from m2t_accel.data.requests import DeviceBatches
+from m2t_accel.data.sources import load_images
+from m2t_accel.data.views import TwoViews
+config = settings("digits", num_workers=2)
+images = load_images(config).train
+requests = list(DeviceBatches(images, config, 1, 0))
+"""
 
 KILLED = """
-import os, signal, time
-import torch
-from m2t_accel.data.requests import DeviceBatches
-from m2t_accel.data.views import TwoViews
-from m2t_accel.data.loader import create_loader, dead_workers_in_one_line, read
-from m2t_accel.config.recipes import build_config
-from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.data.sources import load_images
-config = build_config({"recipe": "digits", "batch_size": 4, "num_workers": 2})
-images = load_images(config).train
 for in_the_loop in (True, False):
-    loader = create_loader(TwoViews(images, config), DeviceBatches(images, config, 1, 0), config)
+    loader = create_loader(TwoViews(images, config), requests, config)
     try:
         with dead_workers_in_one_line():
             for i, _ in enumerate(read(loader)):
@@ -191,60 +189,56 @@ for in_the_loop in (True, False):
         print(error)
 """
 
-
-@pytest.mark.slow
-def test_a_worker_that_is_killed_ends_the_run(run_script):
-    """In a process of its own: what threads of the broken queues say later must not reach another test."""
-    lines = run_script("-c", KILLED).stdout.splitlines()
-    assert len(lines) == 2
-    for line in lines:
-        assert re.match(r"a process that decodes images has died .*give a smaller --num_workers", line)
-
-
-STUCK = """
-import os, signal, time
-from helpers import settings
-from m2t_accel.data import views
-from m2t_accel.data import requests
-from m2t_accel.data import loader
-from m2t_accel.data.sources import load_images
-class Views(views.TwoViews):
+HANGING = """
+class Views(TwoViews):
     def __getitems__(self, request):
-        if request.samples[0] == asked[1].samples[0]:
+        if request.samples[0] == requests[1].samples[0]:
             time.sleep(600)
         return super().__getitems__(request)
-config = settings("digits", num_workers=2)
-images = load_images(config).train
-asked = list(requests.DeviceBatches(images, config, 1, 0))
-for batch in loader.read(loader.create_loader(Views(images, config), asked, config)):
-    raise SystemExit(7)
+batches = read(create_loader(Views(images, config), requests, config))
+next(batches)
+print(*(worker.pid for worker in torch.multiprocessing.active_children()), flush=True)
 """
+
+HALF_READ = """
+batches = read(create_loader(TwoViews(images, config), requests, config))
+next(batches)
+print(*(worker.pid for worker in torch.multiprocessing.active_children()), flush=True)
+"""
+
+
+@pytest.fixture
+def run_program(run_script):
+    """Run PROGRAM and more lines as a process."""
+    return lambda lines: run_script("-c", PROGRAM + lines, environment={"PYTHONPATH": "tests"}, timeout=60)
+
+
+def is_running(process_id):
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.mark.slow
-def test_a_worker_that_hangs_does_not_keep_the_end_waiting(run_script):
-    """As in a read from a disk that has gone; five seconds are torch's."""
-    assert run_script("-c", STUCK, environment={"PYTHONPATH": "tests"}, timeout=60).returncode == 7
+def test_a_killed_worker_ends_the_run_with_one_line(run_program):
+    """In its own process, because threads of the broken queues may still write errors afterwards."""
+    lines = run_program(KILLED).stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert re.match(r"a worker process has died .*--num_workers", line)
 
 
-LEFT = """
-from helpers import settings
-from m2t_accel.data import views
-from m2t_accel.data import requests
-from m2t_accel.data import loader
-from m2t_accel.data import sources
-
-config = settings("digits", num_workers=1)
-images = sources.load_images(config).train
-batches = loader.read(loader.create_loader(
-    views.TwoViews(images, config), requests.DeviceBatches(images, config, 1, 0), config))
-next(batches)
-"""
-
-
-def test_a_program_that_leaves_a_loader_in_the_middle_says_nothing(run_script):
-    left = run_script("-c", LEFT, environment={"PYTHONPATH": "tests"}, timeout=60)
-    assert (left.returncode, left.stdout, left.stderr) == (0, "", "")
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", [HALF_READ, HANGING, HANGING + "batches.close()", HANGING + "raise SystemExit(0)"])
+def test_a_program_ends_silently_and_leaves_no_worker(run_program, lines):
+    """With idle workers, and with one that hangs in a read, as from a lost disk."""
+    done = run_program(lines)
+    assert (done.returncode, done.stderr) == (0, "")
+    workers = [int(word) for word in done.stdout.split()]
+    assert len(workers) == 2
+    assert not any(map(is_running, workers))
 
 
 def test_workers_take_the_cores_that_training_leaves(monkeypatch):
@@ -252,5 +246,5 @@ def test_workers_take_the_cores_that_training_leaves(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
     assert default_num_workers() == 3
-    monkeypatch.delattr(os, "sched_getaffinity")  # macOS has none
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS does not have it
     assert default_num_workers() == 5
