@@ -1,8 +1,8 @@
-"""The photometry of a batch of views: colour jitter, blur, grayscale, flip, solarize and normalisation.
+"""Photometric operations on a batch of views: colour jitter, blur, grayscale, flip, solarize and normalisation.
 
-A pure function of the crops and of the parameters that m2t_accel.augment drew for them, written twice: in
-torch operations over the whole batch, for GPUs (`torch.compile` fuses them), and in OpenCV's over one image after the
-other, for CPUs, where that is 25 times faster. Both round nothing in between, unlike PIL.
+They are a pure function of the crops and of the parameters that m2t_accel.data.crops drew for them, and there are two
+implementations: in torch over the whole batch, for GPUs (`torch.compile` fuses it), and in OpenCV image by image, which
+is 25 times faster on a CPU. Neither rounds between two operations, unlike PIL.
 """
 
 from __future__ import annotations
@@ -20,36 +20,37 @@ from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.data.crops import BRIGHTNESS, CONTRAST, HUE, SATURATION, Photometry
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL and torchvision weigh gray
+LUMA = (0.299, 0.587, 0.114)  # weights of gray by ITU-R 601, as in PIL and torchvision
 
 
 def photometry(crops: Tensor, parameters: Photometry, config: PretrainConfig) -> Tensor:
-    """Crops (N, H, W, 3) uint8 as normalised views (N, 3, H, W) float32, channels last in memory.
+    """Turn crops (N, H, W, 3) uint8 into normalised views (N, 3, H, W) float32, channels last in memory.
 
-    Colour jitter (in each view's own order), blur, grayscale, flip, solarize, normalise. An operation that the
-    configuration never uses costs nothing.
+    Apply colour jitter (in each view's own order), blur, grayscale, flip, solarize and normalisation. An operation that
+    the configuration never uses costs nothing.
     """
-    on = photometry_one_by_one if crops.device.type == "cpu" else photometry_batched
-    return on(crops, parameters, config)
+    implementation = photometry_one_by_one if crops.device.type == "cpu" else photometry_batched
+    return implementation(crops, parameters, config)
 
 
 def evaluation_view(crops: Tensor, config: ImageSettings) -> Tensor:
-    """Central views (N, H, W, 3) uint8 as normalised images (N, 3, H, W) float32."""
+    """Normalise central views (N, H, W, 3) uint8: (N, 3, H, W) float32 out."""
     return normalise(crops.permute(0, 3, 1, 2).float() / 255, config)
 
 
 def flipped_view(crops: Tensor, flip: Tensor, config: ImageSettings) -> Tensor:
-    """Crops (N, H, W, 3) uint8, mirrored where `flip` (N,) bool is true, as normalised images (N, 3, H, W) float32."""
+    """Mirror crops (N, H, W, 3) uint8 where `flip` (N,) bool is true, and normalise: (N, 3, H, W) float32 out."""
     return evaluation_view(torch.where(per_image(flip), crops.flip(2), crops), config)
 
 
 def uses_jitter(config: PretrainConfig) -> bool:
+    """Return whether the configuration ever changes colours by jitter."""
     strengths = (config.brightness, config.contrast, config.saturation, config.hue)
     return config.jitter_probability > 0 and any(strengths)
 
 
 def photometry_batched(crops: Tensor, parameters: Photometry, config: PretrainConfig) -> Tensor:
-    """`photometry` in torch operations, on any device; nothing in it depends on the parameters' values."""
+    """Compute `photometry` in torch on any device; no control flow depends on the parameters' values."""
     images = crops.permute(0, 3, 1, 2).float() / 255
     if uses_jitter(config):
         images = color_jitter(images, parameters.factors, parameters.order, with_hue=config.hue > 0)
@@ -60,34 +61,34 @@ def photometry_batched(crops: Tensor, parameters: Photometry, config: PretrainCo
     if config.flip_probability:
         images = torch.where(per_image(parameters.flip), images.flip(3), images)
     if any(config.solarize_probability):
-        # What is at least 128 of 255 is inverted: it folds at 127.5, and rounding before cannot tip a pixel.
+        # Invert values of at least 128 of 255. Folding at 127.5 needs no threshold that rounding could cross.
         images = torch.where(per_image(parameters.solarize), 0.5 - (images - 0.5).abs(), images)
     return normalise(images, config)
 
 
 def normalise(images: Tensor, config: ImageSettings) -> Tensor:
-    # Numbers, not tensors of them: a copy to a GPU would wait for all that the GPU has yet to do.
+    # Plain numbers instead of a tensor: copying a tensor to a GPU would wait for all work queued there.
     channels = zip(images.unbind(dim=1), config.image_mean, config.image_std, strict=True)
     channels = [(channel - mean) / std for channel, mean, std in channels]
     return torch.stack(channels, dim=-1).permute(0, 3, 1, 2)
 
 
 def per_image(values: Tensor) -> Tensor:
-    """(N,) as (N, 1, 1, 1)."""
+    """Reshape (N,) to (N, 1, 1, 1)."""
     return values.view(-1, 1, 1, 1)
 
 
 def gray(images: Tensor) -> Tensor:
-    """(N, 3, H, W) in, luma (N, 1, H, W) out."""
+    """Return the luma (N, 1, H, W) of images (N, 3, H, W)."""
     red, green, blue = images.split(1, dim=1)
     return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
 def color_jitter(images: Tensor, factors: Tensor, order: Tensor, with_hue: bool) -> Tensor:
-    """Brightness, contrast, saturation and hue of (N, 3, H, W) in [0, 1], each image in its own order.
+    """Change brightness, contrast, saturation and hue of (N, 3, H, W) in [0, 1], each image in its own order.
 
-    Brightness, contrast and saturation are all blends of the image with another one, so one pass serves any
-    of them: three passes for what comes before the hue, the hue for all at once, three for what comes after.
+    Brightness, contrast and saturation all blend the image with another one, so one pass can apply a different one of
+    them to each image. Three passes apply those before the hue, one the hue of all images, and three those after it.
     A pass that an image does not need has factor 1.
     """
     place_of_hue = (order == HUE).int().argmax(dim=1)
@@ -101,7 +102,7 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor, with_hue: bool)
 
 
 def blend(images: Tensor, factors: Tensor, operation: Tensor, needed: Tensor) -> Tensor:
-    """Move each image away from (or towards) black, its mean gray or its gray: one operation (N,) for each."""
+    """Blend each image with black, its mean gray or its gray, as its `operation` (N,) says."""
     factor = torch.where(needed, factors.gather(1, operation[:, None]).squeeze(1), 1.0)
     luma = gray(images)
     other = torch.where(per_image(operation) == CONTRAST, luma.mean(dim=(2, 3), keepdim=True), luma)
@@ -110,7 +111,7 @@ def blend(images: Tensor, factors: Tensor, operation: Tensor, needed: Tensor) ->
 
 
 def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of (N, 3, H, W) in [0, 1] by `shift` (N,), in circles: the exact HSV rotation."""
+    """Rotate the hue of (N, 3, H, W) in [0, 1] by `shift` (N,), in full turns: the exact rotation in HSV."""
     red, green, blue = images.unbind(dim=1)
     value = images.amax(dim=1)
     chroma = value - images.amin(dim=1)
@@ -119,7 +120,7 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
         value == red,
         (green - blue) / safe,
         torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4),
-    )  # in sixths of the circle; any value where chroma is 0
+    )  # in sixths of a turn; arbitrary where chroma is 0
     hue = hue + 6 * shift.view(-1, 1, 1)
     channels = []
     for offset in (5, 3, 1):
@@ -129,11 +130,11 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Blur each of (N, 3, H, W) by its own sigma (N,), in pixels, edges mirrored; sigma 0 changes nothing."""
+    """Blur each of (N, 3, H, W) with its own sigma (N,), in pixels, mirroring the edges; sigma 0 changes nothing."""
     num_images, _, height, width = images.shape
     radius = min(radius, height - 1, width - 1)  # mirroring needs more pixels than the radius
     offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
-    # At sigma 0 the floor makes every weight but the centre's underflow to 0 exactly.
+    # The floor avoids 0 / 0; at sigma 0 every weight but the centre's then underflows to exactly 0.
     kernel = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]) ** 2)
     kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)
     planes = images.reshape(1, num_images * 3, height, width)
@@ -144,53 +145,55 @@ def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
 
 
 def photometry_one_by_one(crops: Tensor, parameters: Photometry, config: PretrainConfig) -> Tensor:
-    """`photometry` in OpenCV's operations, on one core of the CPU. The blur's kernel ends at three sigma."""
+    """Compute `photometry` with OpenCV on one CPU core. The kernel of a blur ends at three sigma."""
     views = torch.empty(crops.shape, dtype=torch.float32)
     _, height, width, _ = crops.shape
-    jitters = uses_jitter(config)
-    # Colours of 0 to 255 until they are normalised. Two buffers in turn: in place, OpenCV would make copies.
+    has_jitter = uses_jitter(config)
+    # Colours are 0 to 255 until normalisation. Two buffers take turns, because OpenCV copies when it works in place.
     image, other = np.empty((2, height, width, 3), np.float32)
     flip, factors, order, grayscale, sigma, solarize = (values.tolist() for values in parameters)
     for i, (crop, view) in enumerate(zip(crops.numpy(), views.numpy(), strict=True)):
         crop = cv2.flip(crop, 1) if flip[i] else crop
-        torch.from_numpy(image).copy_(torch.from_numpy(crop))  # half as fast again as numpy's
-        pending = IDENTITY  # a map of colours that is still to be applied; a blur before it is the same as after it
-        if jitters:
+        torch.from_numpy(image).copy_(torch.from_numpy(crop))  # 1.5 times as fast as a copy by numpy
+        pending = IDENTITY  # colour map not yet applied; a blur commutes with it
+        if has_jitter:
             image, other, pending = jitter_one(image, other, factors[i], order[i])
         if sigma[i]:
             size = 2 * min(math.ceil(3 * sigma[i]), height - 1, width - 1) + 1
             cv2.GaussianBlur(image, (size, size), sigma[i], other, borderType=cv2.BORDER_REFLECT_101)
             image, other = other, image
         if grayscale[i]:
-            pending = after(pending, TO_GRAY)
+            pending = compose(pending, TO_GRAY)
         if solarize[i]:
             cv2.transform(image, pending, other)
             image, other, pending = other, image, FOLDED
             cv2.absdiff(image, (127.5, 127.5, 127.5, 0.0), image)
-        cv2.transform(image, after(pending, normalisation(config.image_mean, config.image_std)), view)
+        cv2.transform(image, compose(pending, normalisation(config.image_mean, config.image_std)), view)
     return views.permute(0, 3, 1, 2)
 
 
 def jitter_one(
     image: np.ndarray, other: np.ndarray, factors: list[float], order: list[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Colour jitter of an image (H, W, 3) float32 of 0 to 255; it and a buffer of its shape in.
+    """Apply colour jitter to an image (H, W, 3) float32, 0 to 255, with `other` as a buffer of its shape.
 
-    The two out, and the map of colours that is still to be applied: what mixes two images that are in range stays in
-    range, and waits for the next map.
+    A factor of at most 1 keeps colours in range without clipping, so its map is not applied but composed with the next.
+
+    Returns:
+        The image, the buffer (the two may have been swapped), and the colour map that is still to be applied.
     """
     pending = IDENTITY
     for operation in order:
         factor = factors[operation]
         if operation == HUE:
             if factor:
-                # What scales or shifts all channels alike changes no hue, and can as well wait until after it.
+                # Scaling or shifting all channels alike does not change the hue, so such a map may wait until after it.
                 if mixes_channels(pending):
                     cv2.transform(image, pending, other)
                     image, other, pending = other, image, IDENTITY
                 turn = IDENTITY.copy()
-                turn[0, 3] = 360 * (factor % 1)  # upwards: of some negative hues OpenCV 5.0 makes wrong colours
-                cv2.cvtColor(image, cv2.COLOR_RGB2HSV, other)  # of float32 it is exact; the hue in degrees
+                turn[0, 3] = 360 * (factor % 1)  # positive: OpenCV 5.0 gets some negative hues wrong
+                cv2.cvtColor(image, cv2.COLOR_RGB2HSV, other)  # exact for float32; hue in degrees
                 cv2.transform(other, turn, image)
                 cv2.cvtColor(image, cv2.COLOR_HSV2RGB, other)
                 image, other = other, image
@@ -203,7 +206,7 @@ def jitter_one(
             matrix[:, 3] = (1 - factor) * np.dot(mean, LUMA)
         elif operation == SATURATION:
             matrix += (1 - factor) * TO_GRAY
-        pending = matrix if pending is IDENTITY else after(pending, matrix)
+        pending = matrix if pending is IDENTITY else compose(pending, matrix)
         if factor > 1:
             cv2.transform(image, pending, other)
             image, other, pending = other, image, IDENTITY
@@ -213,19 +216,19 @@ def jitter_one(
     return image, other, pending
 
 
-# Maps of colours, (3, 4): what of red, green, blue and 1 makes each channel.
+# Colour maps (3, 4): the weights of red, green, blue and 1 in each output channel.
 IDENTITY = np.eye(3, 4, dtype=np.float32)
 TO_GRAY = np.tile(np.array([*LUMA, 0.0], np.float32), (3, 1))
-FOLDED = np.hstack([-np.eye(3), np.full((3, 1), 127.5)]).astype(np.float32)  # of the distance to 127.5: solarized
+FOLDED = np.hstack([-np.eye(3), np.full((3, 1), 127.5)]).astype(np.float32)  # solarizes, given the distance to 127.5
 
 
 def mixes_channels(colours: np.ndarray) -> bool:
-    """Whether a channel that a map of colours makes depends on others."""
-    return colours[0, 1] != 0  # all maps before the normalisation treat the channels alike, but for their share in gray
+    """Return whether a colour map makes a channel depend on another one."""
+    return colours[0, 1] != 0  # one entry is enough: before normalisation maps differ from scale and shift only by gray
 
 
-def after(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The map of colours that is `second` after `first`."""
+def compose(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the colour map that applies `first`, then `second`."""
     if first is IDENTITY:
         return second
     both = second[:, :3] @ first
@@ -235,7 +238,7 @@ def after(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """The map that normalises colours of 0 to 255."""
+    """Return the colour map that normalises colours of 0 to 255."""
     matrix = IDENTITY.copy()
     matrix[:, 3] = -255 * np.array(mean)
     return matrix / (255 * np.array(std, np.float32)[:, None])

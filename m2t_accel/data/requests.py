@@ -1,4 +1,4 @@
-"""The samples that each process asks for, and the reading of streamed images ahead of their use."""
+"""The samples that each process requests from its workers, and reading ahead of streamed images."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from datasets import Dataset
 
 from m2t_accel.config.data import TrainingSettings
 from m2t_accel.data.order import Pool, PooledOrder, Segment, ShuffledOrder, num_steps_per_epoch
-from m2t_accel.data.shards import HELD, Reader, Shards
+from m2t_accel.data.shards import MAX_HELD_BYTES, Reader, Shards
 
 MAX_READERS = 16  # threads of a process that read pieces ahead; each waits for a disk or a network
 
 
 class Request(NamedTuple):
-    """What a worker is asked for: the views of some samples in an epoch."""
+    """A batch that a worker has to make: the views of some samples in an epoch."""
 
     epoch: int
     samples: np.ndarray  # (N,) int64
-    images: list[Mapping[str, object]] | None  # N undecoded images, where the main process has read them
-    buffer: int | None = None  # the number of a buffer for their pixels; without one, new memory is taken
+    images: list[Mapping[str, object]] | None  # N undecoded images, if the main process has read them
+    buffer: int | None = None  # number of the buffer for the pixels; None: allocate new memory
 
 
 class DeviceBatches:
-    """The requests of one process, from an optimizer step of the run to its end, one for each sub-batch.
+    """The requests of one process from an optimizer step to the end of the run, one for each sub-batch.
 
-    Global batch k of an epoch has a sub-batch for each virtual device; the processes take them in turn. So
-    what a global batch holds, and what each BatchNorm sees, does not depend on the number of processes, and
-    `first_step` is all that a resumed run needs to know.
+    Global batch k of an epoch has a sub-batch for each virtual device, and the processes take these in turn. So the
+    content of a global batch, and the images that each BatchNorm sees, do not depend on the number of processes. A
+    resumed run needs to know nothing but `first_step`.
     """
 
     def __init__(
@@ -55,89 +55,89 @@ class DeviceBatches:
     def __iter__(self) -> Iterator[Request]:
         return self.read_ahead() if isinstance(self.images, Shards) else self.shuffled()
 
-    def places(self) -> Iterator[tuple[int, int]]:
-        """(epoch, step of the epoch) of each step to come."""
+    def remaining_steps(self) -> Iterator[tuple[int, int]]:
+        """Yield (epoch, step within the epoch) of each step from `first_step` on."""
         for step in range(self.first_step, self.config.epochs * self.steps_per_epoch):
             yield divmod(step, self.steps_per_epoch)
 
     def shuffled(self) -> Iterator[Request]:
+        """Yield requests without images, for sources with random access."""
         order = ShuffledOrder(len(self.images), self.config)
-        for epoch, step in self.places():
+        for epoch, step in self.remaining_steps():
             for device in self.devices:
                 yield Request(epoch, order.sub_batch(epoch, step * self.config.num_virtual_devices + device), None)
 
     def read_ahead(self) -> Iterator[Request]:
-        """The requests with their images, read pool by pool; while one is used the next is read."""
+        """Yield requests with their images, and read the next pools while the current ones are used."""
         order, size = PooledOrder(self.images.piece_sizes, self.config), self.config.device_batch_size
-        readers = ThreadPoolExecutor(min(MAX_READERS, 2 * len(self.devices) + 2), thread_name_prefix="reader")
-        coming: deque[list[PoolInReading]] = deque()
+        threads = ThreadPoolExecutor(min(MAX_READERS, 2 * len(self.devices) + 2), thread_name_prefix="reader")
+        pending: deque[list[PendingPool]] = deque()
         try:
-            pools = self.pools(order, readers)
-            coming.extend(next(pools, None) for _ in range(2))
-            now = None
-            for epoch, step in self.places():
-                place = step % order.pool_batches
-                if now is None or place == 0:
-                    now = samples = images = None  # free the old pools before the new ones are put together
-                    now = [pool.result() for pool in coming.popleft()]
-                    coming.append(next(pools, None))
-                for samples, images in now:
-                    chosen = slice(place * size, (place + 1) * size)
+            pools = self.pending_pools(order, threads)
+            pending.extend(next(pools, None) for _ in range(2))
+            current = None
+            for epoch, step in self.remaining_steps():
+                batch = step % order.pool_batches
+                if current is None or batch == 0:
+                    current = samples = images = None  # free the old pools before the new ones are assembled
+                    current = [pool.result() for pool in pending.popleft()]
+                    pending.append(next(pools, None))
+                for samples, images in current:
+                    chosen = slice(batch * size, (batch + 1) * size)
                     yield Request(epoch, samples[chosen], images[chosen])
         finally:
-            readers.shutdown(wait=False, cancel_futures=True)
+            threads.shutdown(wait=False, cancel_futures=True)
 
-    def pools(self, order: PooledOrder, readers: ThreadPoolExecutor) -> Iterator[list[PoolInReading]]:
-        """For each stretch of steps to come the pools of this process's virtual devices, their reading begun."""
-        may_hold = HELD // len(self.devices)
-        done, stretches = None, {device: Stretch(self.images, readers, may_hold) for device in self.devices}
-        for epoch, step in self.places():
+    def pending_pools(self, order: PooledOrder, threads: ThreadPoolExecutor) -> Iterator[list[PendingPool]]:
+        """Yield the next pool of each virtual device of this process, as often as they change, and start reading it."""
+        max_held_bytes = MAX_HELD_BYTES // len(self.devices)
+        readers = {device: DeviceReader(self.images, threads, max_held_bytes) for device in self.devices}
+        previous = None
+        for epoch, step in self.remaining_steps():
             index = step // order.pool_batches
-            if (epoch, index) != done:
-                done = (epoch, index)
-                yield [
-                    PoolInReading(order.pool(epoch, device, index), stretch) for device, stretch in stretches.items()
-                ]
+            if (epoch, index) != previous:
+                previous = (epoch, index)
+                yield [PendingPool(order.pool(epoch, device, index), reader) for device, reader in readers.items()]
 
 
-class Stretch:
-    """What the pools of a virtual device read, one after the other: a piece that two of them share is read once."""
+class DeviceReader:
+    """Reads the pools of one virtual device one after the other; a piece that two of them share is opened once."""
 
-    def __init__(self, shards: Shards, readers: ThreadPoolExecutor, may_hold: int) -> None:
+    def __init__(self, shards: Shards, threads: ThreadPoolExecutor, max_held_bytes: int) -> None:
         self.shards = shards
-        self.readers = readers
-        self.may_hold = may_hold  # bytes, between two pools
+        self.threads = threads
+        self.max_held_bytes = max_held_bytes  # bytes that the open piece may hold between two pools
         self.read: Reader | None = None
-        self.last: Future | None = None  # of this reader, which is asked by one thread at a time
-        self.end: tuple[int, int] | None = None  # the piece and the row that it has come to
+        self.last: Future | None = None  # the last read of the open piece, which only one thread at a time may read
+        self.end: tuple[int, int] | None = None  # the open piece, and the row after the last one requested
 
     def submit(self, segment: Segment) -> Future:
-        """Begin to read a segment: its samples (n,) and their undecoded images."""
+        """Start reading a segment. Return the future of its samples (n,) and their undecoded images."""
         if self.end != (segment.piece, segment.first):
-            self.read, self.last = self.shards.open(segment.piece, self.may_hold), None
-        self.last = self.readers.submit(read_after, self.last, self.read, segment.first, segment.stop)
+            self.read, self.last = self.shards.open(segment.piece, self.max_held_bytes), None
+        self.last = self.threads.submit(read_after, self.last, self.read, segment.first, segment.stop)
         self.end = (segment.piece, segment.stop)
         return self.last
 
 
-def read_after(before: Future | None, read: Reader, first: int, stop: int) -> tuple[np.ndarray, list]:
-    """Read a segment when the one before it has been: it was begun earlier, so no thread waits for one to come."""
-    if before is not None:
-        # Not wait(), which never ends for one that is cancelled at the end of a run while this one begins.
+def read_after(previous: Future | None, read: Reader, first: int, stop: int) -> tuple[np.ndarray, list]:
+    """Read a segment once the previous one is done. That one was submitted earlier, so the threads cannot deadlock."""
+    if previous is not None:
+        # Unlike wait(), this returns for a future that is cancelled when a run ends.
         with contextlib.suppress(CancelledError):
-            before.exception()
+            previous.exception()
     return read(first, stop)
 
 
-class PoolInReading:
+class PendingPool:
     """A pool whose segments are being read."""
 
-    def __init__(self, pool: Pool, stretch: Stretch) -> None:
+    def __init__(self, pool: Pool, reader: DeviceReader) -> None:
         self.shuffle = pool.shuffle
-        self.parts = [stretch.submit(segment) for segment in pool.segments]
+        self.parts = [reader.submit(segment) for segment in pool.segments]
 
     def result(self) -> tuple[np.ndarray, list[Mapping[str, object]]]:
-        """Wait for it: the samples (n,) and their undecoded images, in the pool's order."""
+        """Wait for the segments. Return the samples (n,) and their undecoded images in the order of the pool."""
         parts = [part.result() for part in self.parts]
         samples = np.concatenate([samples for samples, _ in parts])
         images = [image for _, images in parts for image in images]

@@ -34,8 +34,6 @@ def as_float(crops):
     return crops.permute(0, 3, 1, 2).float() / 255
 
 
-# --- photometry: each operation against torchvision's, on the same parameters
-
 OPERATIONS = [
     ("brightness", 0, 1.3, reference.adjust_brightness),
     ("brightness", 0, 0.6, reference.adjust_brightness),
@@ -52,18 +50,18 @@ IMPLEMENTATIONS = [photometry.photometry_batched, photometry.photometry_one_by_o
 
 
 def unnormalised(function, crops, parameters, config):
-    """Views in [0, 1] as one of the two implementations makes them."""
+    """Return the views of one implementation without the normalisation, in [0, 1]."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.image_mean, config.image_std))
     return function(crops, parameters, config) * std + mean
 
 
 @pytest.mark.parametrize("function", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("name", "index", "factor", "torchvisions"), OPERATIONS)
-def test_each_jitter_operation_equals_torchvisions(function, name, index, factor, torchvisions):
+@pytest.mark.parametrize(("name", "index", "factor", "theirs"), OPERATIONS)
+def test_each_jitter_operation_equals_torchvision(function, name, index, factor, theirs):
     factors = identity(6).factors
     factors[:, index] = factor
     ours = unnormalised(function, images(), identity(6)._replace(factors=factors), imagenet())
-    torch.testing.assert_close(ours, torchvisions(as_float(images()), factor), rtol=0, atol=2e-3)
+    torch.testing.assert_close(ours, theirs(as_float(images()), factor), rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("function", IMPLEMENTATIONS)
@@ -88,19 +86,19 @@ def test_jitter_in_every_order_equals_torchvision_one_image_at_a_time(function):
 
 @pytest.mark.parametrize("function", IMPLEMENTATIONS)
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
-def test_blur_equals_torchvisions_and_sigma_0_changes_nothing(function, sigma):
+def test_blur_equals_torchvision_and_sigma_0_changes_nothing(function, sigma):
     sigmas = torch.tensor([sigma, 0.0, sigma, 0.0, sigma, sigma])
     inputs = as_float(images())
     ours = unnormalised(function, images(), identity(6)._replace(sigma=sigmas), imagenet())
     expected = reference.gaussian_blur(inputs, kernel_size=13, sigma=sigma)
-    # In OpenCV's operations the kernel ends at three sigma.
+    # With OpenCV the kernel ends at three sigma.
     tolerance = 1e-5 if function is photometry.photometry_batched else 1 / 255
     torch.testing.assert_close(ours[sigmas > 0], expected[sigmas > 0], rtol=0, atol=tolerance)
     torch.testing.assert_close(ours[sigmas == 0], inputs[sigmas == 0], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("function", IMPLEMENTATIONS)
-def test_grayscale_flip_solarize_and_normalise_equal_torchvisions(function):
+def test_grayscale_flip_solarize_and_normalise_equal_torchvision(function):
     crops, config = images(), imagenet()
     inputs = as_float(crops)
     on = torch.tensor([True, False] * 3)
@@ -109,9 +107,9 @@ def test_grayscale_flip_solarize_and_normalise_equal_torchvisions(function):
         "flip": reference.horizontal_flip,
         "solarize": lambda x: reference.solarize(x, 128 / 255),
     }
-    for name, torchvisions in cases.items():
+    for name, theirs in cases.items():
         ours = function(crops, identity(6)._replace(**{name: on}), config)
-        expected = torch.where(on.view(-1, 1, 1, 1), torchvisions(inputs), inputs)
+        expected = torch.where(on.view(-1, 1, 1, 1), theirs(inputs), inputs)
         expected = reference.normalize(expected, config.image_mean, config.image_std)
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -128,7 +126,7 @@ def test_the_two_implementations_agree():
     one, two = (unnormalised(function, crops, sharp, config) for function in IMPLEMENTATIONS)
     torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
     one, two = (unnormalised(function, crops, parameters, config) for function in IMPLEMENTATIONS)
-    torch.testing.assert_close(one, two, rtol=0, atol=0.01)  # the blur's tails, at the edges of this noisy image
+    torch.testing.assert_close(one, two, rtol=0, atol=0.01)  # they truncate the blur differently
     assert (one - two).abs().mean() < 2e-4
 
 
@@ -143,7 +141,7 @@ def test_the_two_implementations_agree_without_hue():
 
 @pytest.mark.parametrize("function", IMPLEMENTATIONS)
 def test_photometry_does_not_depend_on_the_batch(function):
-    """A view is the same alone and among others: what exact resume and any number of processes rest on."""
+    """A view is the same alone and in a batch; exact resume and any number of processes rely on that."""
     config = imagenet(image_size=32)
     crops, parameters = images(8), random_parameters(8, config)
     together = function(crops, parameters, config)
@@ -168,7 +166,7 @@ def test_photometry_compiles_to_one_graph_for_all_parameters():
 
 
 @pytest.mark.parametrize("function", IMPLEMENTATIONS)
-def test_views_are_channels_last_and_operations_that_are_off_change_nothing(function):
+def test_views_are_channels_last_and_disabled_operations_change_nothing(function):
     config = imagenet(
         jitter_probability=0,
         flip_probability=0,
