@@ -1,31 +1,32 @@
-"""Measure how fast your images reach the device on this machine, beside the usual pipeline.
+"""Measure how fast your images reach the device on this machine, compared with the usual pipeline.
 
 python scripts/benchmark.py data --dataset FOLDER
 
-The views are those of recipe 8x2080Ti-b256-100ep unless another is given; no accelerate launch is needed.
+The views are those of recipe 8x2080Ti-b256-100ep unless you give another one. Run it without accelerate launch.
 """
 
 import argparse
 
 from m2t_accel.config.command_line import errors_in_one_line, parse_with_options
-from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.fields import check_limits
 from m2t_accel.config.pretrain import check_inputs
 
 
 def main() -> None:
     options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("what", choices=["data"], metavar="data", help="what is measured")
-    options.add_argument("--json", metavar="FILE", help="write the figures to this file, too")
-    options.add_argument("--images", type=int, default=240, metavar="N", help="images measured (default: 240)")
+    options.add_argument("what", choices=["data"], metavar="data", help="the data path is measured")
+    options.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    options.add_argument("--images", type=int, default=240, metavar="N", help="images to measure (default: 240)")
     options.add_argument("--repeats", type=int, default=7, metavar="N", help="interleaved repeats (default: 7)")
     options.add_argument(
-        "--seconds", type=float, default=5.0, metavar="X", help="for each number of workers (default: 5)"
+        "--seconds", type=float, default=5.0, metavar="X", help="duration for each number of workers (default: 5)"
     )
     with errors_in_one_line():
         config, given = parse_with_options(__doc__, options, "8x2080Ti-b256-100ep")
         check_inputs(config)
-        if given.images < 16 or given.repeats < 1 or given.seconds <= 0:
-            raise ConfigurationError("--images must be at least 16, --repeats at least 1 and --seconds more than 0")
+        check_limits("images", given.images, {"at_least": 16})
+        check_limits("repeats", given.repeats, {"at_least": 1})
+        check_limits("seconds", given.seconds, {"above": 0})
         from m2t_accel.data import benchmark  # late: torch and torchvision take seconds to import
 
         if given.json:

@@ -1,8 +1,8 @@
-"""Draw a dozen of your images with the two views that the model will see of each, and what was done to them.
+"""Draw a dozen of your images with the two views that the model will see of each, and the parameters of the views.
 
 python scripts/preview.py --dataset FOLDER
 
-The views are those of recipe 8x2080Ti-b256-100ep unless another is given; no accelerate launch is needed.
+The views are those of recipe 8x2080Ti-b256-100ep unless you give another one. Run it without accelerate launch.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from m2t_accel.config.pretrain import check_inputs
 
 def main() -> None:
     options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--output", metavar="FILE", default="preview.png", help="the picture (default: preview.png)")
+    options.add_argument("--output", metavar="FILE", default="preview.png", help="picture (default: preview.png)")
     with errors_in_one_line():
         config, given = parse_with_options(__doc__, options, "8x2080Ti-b256-100ep")
         check_inputs(config)

@@ -1,7 +1,8 @@
-"""How fast images reach the device: each stage of the data path beside the usual pipeline, in one interleaved run."""
+"""Benchmark of the data path: each stage, interleaved with the usual pipeline of PIL and torchvision."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -24,25 +25,27 @@ from m2t_accel.config.data import check_enough_images
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.data.crops import draw_uniforms
-from m2t_accel.data.decode import DecodeError, decode_image, read_bytes
+from m2t_accel.data.decode import DecodeError, decode_bytes, read_bytes
 from m2t_accel.data.loader import create_loader, default_num_workers, read
 from m2t_accel.data.photometry import photometry
 from m2t_accel.data.requests import DeviceBatches, Request
 from m2t_accel.data.shards import Shards
 from m2t_accel.data.sources import load_images
-from m2t_accel.data.views import TwoViews, decode_for_crops, read_rows
+from m2t_accel.data.views import TwoViews, ViewBatch, decode_for_crops, read_rows
 
-BATCH_SIZE = 16  # two views of more images in float32 leave the allocator of a CPU, and every page of theirs is new
-TARGETS = (500, 1000, 2000, 4000, 8000)  # images/s; ResNet-50 in bf16 takes about 1000 on one A100 of two views each
+BATCH_SIZE = 16  # malloc does not reuse the memory of more float32 views, so every page would be new
+TARGETS = (500, 1000, 2000, 4000, 8000)  # images/s; a ResNet-50 in bf16 on an A100 takes 1000 (two views)
+
+WARM_UP = 1.0  # seconds until all workers have started and the batches made before are used up
 
 
 def benchmark_data(config: PretrainConfig, num_images: int, repeats: int, seconds: float) -> dict[str, object]:
-    """Measure the data path of a dataset: medians of interleaved repeats on one core, then workers together.
+    """Measure the data path of a dataset: medians of interleaved repeats on one core, then several workers together.
 
-    ms: of an image for each stage (read: of streamed ones by the main process, in pieces; decode: the part that its
-    crops need), and for the usual pipeline: PIL and torchvision's transforms, one image after the other, two views, as
-    the published code and most others do it.
-    images_per_second: `decode alone` is of whole images.
+    Returns:
+        Among others, `ms`: milliseconds per image for each stage and for the usual pipeline, which is PIL and
+        torchvision's transforms, image by image, as in the published code. The main process reads streamed images, in
+        pieces. `decode` covers the part that the crops need, `decode alone` in `images_per_second` whole images.
     """
     config = dataclasses.replace(
         config, batch_size=BATCH_SIZE, device_batch_size=BATCH_SIZE, epochs=10**6, evaluate_every=0
@@ -60,22 +63,23 @@ def benchmark_data(config: PretrainConfig, num_images: int, repeats: int, second
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    requests = some_requests(images, num_images)
-    loader = create_loader(views, requests, dataclasses.replace(config, num_workers=0))  # does what a worker does
+    requests = choose_requests(images, num_images)
+    loader = create_loader(views, requests, dataclasses.replace(config, num_workers=0))  # works as a worker does
     view_batches = [views.__getitems__(request) for request in requests]
     bad = [image for batch in view_batches for image in batch.bad]
     if len(bad) == len(requests) * BATCH_SIZE:
-        raise ConfigurationError(f"none of the images can be decoded, the first {bad[0].path} ({bad[0].reason})")
+        first = f"{bad[0].path} ({bad[0].reason})"
+        raise ConfigurationError(f"--dataset {config.dataset}: none of the images can be decoded, the first is {first}")
     stages = {
         "read": lambda: [read_all(images, request) for request in requests],
         "whole": lambda: [decode_all(read_all(images, request)) for request in requests],
         "decode": lambda: [decode_parts(images, request, config) for request in requests],
         "crop": lambda: deque(loader, maxlen=0),
         "usual": lambda: [usual_pipeline(read_all(images, request), config) for request in requests],
-        "photometry": lambda: [color(batch, config, device) for batch in view_batches],
+        "photometry": lambda: [run_photometry(batch, config, device) for batch in view_batches],
     }
-    pieces = some_pieces(images, len(requests) * BATCH_SIZE) if isinstance(images, Shards) else []
-    if pieces:  # the requests bring their images: of them nothing is left to be read
+    pieces = choose_pieces(images, len(requests) * BATCH_SIZE) if isinstance(images, Shards) else []
+    if pieces:  # the requests already hold their images, so reading is a stage of its own
         stages["pieces"] = lambda: read_pieces(images, pieces)
     times = interleaved(stages, repeats)
     per_image = {name: 1000 * value / (len(requests) * BATCH_SIZE) for name, value in times.items()}
@@ -111,8 +115,8 @@ def benchmark_data(config: PretrainConfig, num_images: int, repeats: int, second
     }
 
 
-def some_pieces(images: Shards, num_images: int) -> list[tuple[int, int]]:
-    """Pieces at random with so many images, or all that there are: of each its number, and how many."""
+def choose_pieces(images: Shards, num_images: int) -> list[tuple[int, int]]:
+    """Choose random pieces with `num_images` images in all, or every piece: (piece, number of its images) of each."""
     chosen = []
     for piece in np.random.default_rng(0).permutation(len(images.piece_sizes)).tolist():
         number = min(int(images.piece_sizes[piece]), num_images)
@@ -123,25 +127,23 @@ def some_pieces(images: Shards, num_images: int) -> list[tuple[int, int]]:
 
 
 def read_pieces(images: Shards, pieces: list[tuple[int, int]]) -> tuple[np.ndarray, list]:
-    """The samples of some pieces and their undecoded images."""
+    """Return the samples of some pieces and their undecoded images."""
     parts = [images.open(piece)(0, number) for piece, number in pieces]
     return np.concatenate([samples for samples, _ in parts]), [row for _, rows in parts for row in rows]
 
 
-def some_requests(images: object, num_images: int) -> list[Request]:
-    """Requests for evenly spread images, streamed ones read already."""
+def choose_requests(images: object, num_images: int) -> list[Request]:
+    """Return requests for images spread evenly over the dataset; streamed images are already read."""
     if isinstance(images, Shards):
-        samples, rows = read_pieces(images, some_pieces(images, num_images))
+        samples, rows = read_pieces(images, choose_pieces(images, num_images))
     else:
         samples, rows = np.linspace(0, len(images) - 1, min(num_images, len(images))).astype(np.int64), None
     starts = range(0, len(samples) - BATCH_SIZE + 1, BATCH_SIZE)
-    return [
-        Request(0, samples[at : at + BATCH_SIZE], None if rows is None else rows[at : at + BATCH_SIZE]) for at in starts
-    ]
+    return [Request(0, samples[i : i + BATCH_SIZE], None if rows is None else rows[i : i + BATCH_SIZE]) for i in starts]
 
 
 def interleaved(stages: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The median seconds of each stage, all run in turn; a first turn warms up and does not count."""
+    """Run all stages in turn, and return the median seconds of each. The first turn is a warm-up and not counted."""
     seconds = {name: [] for name in stages}
     for repeat in range(repeats + 1):
         for name, stage in stages.items():
@@ -152,31 +154,33 @@ def interleaved(stages: dict[str, Callable[[], object]], repeats: int) -> dict[s
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def undecoded(images: object, request: Request) -> list[dict[str, object]]:
+    """Return the undecoded images of a request."""
+    return read_rows(images, request.samples) if request.images is None else request.images
+
+
 def read_all(images: object, request: Request) -> list[bytes]:
-    rows = read_rows(images, request.samples) if request.images is None else request.images
-    return [read_bytes(row) for row in rows]
+    """Return the image files of a request."""
+    return [read_bytes(row) for row in undecoded(images, request)]
 
 
 def decode_all(contents: Sequence[bytes]) -> None:
+    """Decode whole images, and skip broken ones."""
     for content in contents:
-        try:
-            decode_image({"bytes": content, "path": None})
-        except DecodeError:
-            continue
+        with contextlib.suppress(DecodeError):
+            decode_bytes(content)
 
 
 def decode_parts(images: object, request: Request, config: PretrainConfig) -> None:
-    """Decode what the crops need, as workers do."""
-    rows = read_rows(images, request.samples) if request.images is None else request.images
+    """Decode the part of each image that its crops need, as workers do."""
     uniforms = np.stack([draw_uniforms(config.seed, request.epoch, request.samples, view) for view in range(2)])
-    for i, row in enumerate(rows):
-        try:
+    for i, row in enumerate(undecoded(images, request)):
+        with contextlib.suppress(DecodeError):
             decode_for_crops(row, uniforms[:, i], config)
-        except DecodeError:
-            continue
 
 
-def color(batch, config: PretrainConfig, device: torch.device) -> None:
+def run_photometry(batch: ViewBatch, config: PretrainConfig, device: torch.device) -> None:
+    """Compute the photometry of a batch on the device, including the copy to it."""
     parameters = type(batch.photometry)(*(values.to(device) for values in batch.photometry))
     photometry(batch.crops.to(device), parameters, config)
     if device.type == "cuda":
@@ -184,7 +188,7 @@ def color(batch, config: PretrainConfig, device: torch.device) -> None:
 
 
 def usual_pipeline(contents: Sequence[bytes], config: PretrainConfig) -> None:
-    """What is usually done: PIL, torchvision's transforms for each view of each image, and the batch collated."""
+    """Run the usual pipeline: PIL, torchvision's transforms for each view of each image, and a collated batch."""
     view_transforms = [usual_transform(config, view) for view in range(2)]
     pairs = []
     for content in contents:
@@ -198,7 +202,7 @@ def usual_pipeline(contents: Sequence[bytes], config: PretrainConfig) -> None:
 
 
 def usual_transform(config: PretrainConfig, view: int) -> Callable:
-    """A view as BYOL's authors and those after them make it."""
+    """Return the transform of a view as in BYOL and its successors."""
 
     def blur(image: Image.Image) -> Image.Image:
         return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(*config.blur_sigma)))
@@ -219,6 +223,7 @@ def usual_transform(config: PretrainConfig, view: int) -> Callable:
 
 
 def worker_counts(config: PretrainConfig) -> list[int]:
+    """Return the numbers of workers to measure: powers of two up to the configured number, and that number."""
     most = default_num_workers() + 1 if config.num_workers is None else config.num_workers
     return sorted({1, *(2**i for i in range(1, 8) if 2**i < most), most} - {0})
 
@@ -226,7 +231,7 @@ def worker_counts(config: PretrainConfig) -> list[int]:
 def loader_rate(
     views: TwoViews, batches: DeviceBatches, config: PretrainConfig, num_workers: int, seconds: float
 ) -> float:
-    """Images/s that so many workers hand to the main process, which does nothing else; after a first second."""
+    """Return the images/s that workers deliver to an otherwise idle main process, after a warm-up."""
     loader = create_loader(views, batches, dataclasses.replace(config, num_workers=num_workers))
     count, started = 0, None
     first = time.perf_counter()
@@ -236,13 +241,13 @@ def loader_rate(
             count += len(batch.samples)
             if now - started > seconds:
                 break
-        elif now - first > 1:  # those that were made ahead while the others started are gone
+        elif now - first > WARM_UP:
             started = now
     return count / (now - started)
 
 
 def table(result: dict[str, object]) -> str:
-    """The result as text."""
+    """Format the result as text."""
     ms, rates, ratios = result["ms"], result["images_per_second"], result["ratios"]
     lines = [
         f"{result['dataset']}: {result['images']:,} images, views of {result['image_size']} pixels",
@@ -268,10 +273,10 @@ def table(result: dict[str, object]) -> str:
 
 
 def check_json(path: str) -> None:
-    """Check, before minutes of measuring, that the figures can be written.
+    """Check that the figures can be written, before minutes of measuring.
 
     Raises:
-        ConfigurationError: they cannot.
+        ConfigurationError: the file cannot be written.
     """
     file = Path(path)
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
@@ -279,4 +284,5 @@ def check_json(path: str) -> None:
 
 
 def write_json(result: dict[str, object], path: str) -> None:
+    """Write the result to a JSON file."""
     Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
