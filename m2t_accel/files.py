@@ -11,19 +11,19 @@ from pathlib import Path
 
 
 class JsonLines:
-    """A file of JSON lines, to which lines are added whole.
+    """A file of JSON lines that grows by whole lines.
 
-    A line that cannot be written, of a full disk, waits for the next time; what a killed process has left of one is
-    not read, and overwritten.
+    Lines that do not fit on a full disk wait in memory, and the next call of `add` writes them. A line that a killed
+    process left unfinished is not read, and `add` overwrites it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.waiting: list[str] = []
-        self.length: int | None = None  # bytes of whole lines; None: not yet known
+        self.waiting: list[str] = []  # lines that could not be written yet
+        self.length: int | None = None  # bytes of whole lines in the file; None: not known yet
 
     def read(self) -> Iterator[dict[str, object]]:
-        """The whole lines of the file, and those that wait to be written."""
+        """Yield the whole lines of the file, then the lines that wait to be written."""
         with contextlib.suppress(FileNotFoundError), self.path.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 if line.endswith("\n"):
@@ -32,9 +32,9 @@ class JsonLines:
         for line in self.waiting:
             yield json.loads(line)
 
-    def keep(self, wanted: Callable[[dict[str, object]], bool]) -> None:
-        """Leave only the lines that are wanted; without any there is no file."""
-        rows = [row for row in self.read() if wanted(row)]
+    def filter(self, keep: Callable[[dict[str, object]], bool]) -> None:
+        """Remove all lines but those for which `keep` is true; remove the file if no line is left."""
+        rows = [row for row in self.read() if keep(row)]
         self.waiting, self.length = [], None
         if rows:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -42,10 +42,10 @@ class JsonLines:
             self.path.unlink(missing_ok=True)
 
     def add(self, rows: Sequence[Mapping[str, object]]) -> None:
-        """Write lines at the end.
+        """Append lines.
 
         Raises:
-            OSError: they cannot be written now; the next call will try again.
+            OSError: they cannot be written now; the next call tries again.
         """
         self.waiting += [json.dumps(row) + "\n" for row in rows]
         if not self.waiting:
@@ -66,9 +66,9 @@ class JsonLines:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` and with its ending; rename it to `path` when the block has ended.
+    """Yield a temporary path in the folder of `path`, with the same suffix; rename it to `path` after the block.
 
-    The block writes a file or a folder. If it raises, the temporary path is removed and `path` stays as it was.
+    The block writes a file or a folder. If it raises, the temporary path is removed and `path` stays unchanged.
 
     Raises:
         OSError: the rename failed.
@@ -88,7 +88,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a file whole or not at all.
+    """Write a file atomically: no reader sees half of it, and if it cannot be written the older one stays.
 
     Raises:
         OSError: it cannot be written.
@@ -98,19 +98,19 @@ def write_text(path: Path, content: str) -> None:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, float]]:
-    """The whole lines of a metrics.jsonl."""
+    """Yield the whole lines of a metrics.jsonl."""
     return JsonLines(path).read()
 
 
 def let_others_read(path: Path) -> None:
-    """Let others read a file of safetensors, which makes it for its owner alone, as they may read its folder."""
+    """Give a file the read and write permissions of its folder; safetensors creates files for their owner alone."""
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Give a folder the name `target`, which another may have had; both are in the same folder.
+    """Rename a complete folder to `target`, in place of a folder of that name; both have the same parent.
 
-    Killed in the middle, the old one may bear another name, but nothing half-written bears `target`.
+    If the process is killed in between, the old folder may be left as `.NAME.old`; `target` is never half-written.
     """
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -122,7 +122,7 @@ def replace_folder(source: Path, target: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until the content of a file, or the list of names in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

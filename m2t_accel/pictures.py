@@ -1,4 +1,4 @@
-"""What the pictures that people look at share: words as they are, and small images."""
+"""Helpers of the pictures that the tools draw, and the curves of a run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from m2t_accel.files import read_metrics
 
 @contextlib.contextmanager
 def plain_words() -> Iterator[None]:
-    """While a picture is drawn: a name with two $ is no formula, and letters that the font has not are no warning."""
-    from matplotlib import rc_context  # late: a second of import
+    """Draw text as it is: a name with two $ is no formula, and a letter that the font lacks causes no warning.
+
+    A context manager, and a decorator.
+    """
+    from matplotlib import rc_context  # late: importing matplotlib takes about 1 s
 
     with rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
@@ -24,7 +27,7 @@ def plain_words() -> Iterator[None]:
 
 
 def thumbnail(pixels: np.ndarray, side: int) -> np.ndarray:
-    """An image (H, W, 3), its longer side of so many pixels."""
+    """Return an image (H, W, 3) resized so that its longer side has `side` pixels."""
     scale = side / max(pixels.shape[:2])
     size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
     return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
@@ -32,8 +35,8 @@ def thumbnail(pixels: np.ndarray, side: int) -> np.ndarray:
 
 @plain_words()
 def draw_curves(metrics: Path, picture: Path, title: str) -> None:
-    """Draw what metrics.jsonl holds as one picture: loss, kNN, spread of the embeddings, and the schedules."""
-    from matplotlib.figure import Figure  # late: a second of import that only the end of a run needs
+    """Draw loss, kNN accuracy, spread of the embeddings and schedules of a metrics.jsonl as one picture."""
+    from matplotlib.figure import Figure  # late: importing matplotlib takes about 1 s
 
     rows = list(read_metrics(metrics))
 

@@ -1,4 +1,4 @@
-"""The bar that tells how far a loop has come."""
+"""Progress bars, and durations in words."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from collections.abc import Iterable
 
 from tqdm import tqdm
 
-INTERVAL, LOG_INTERVAL = 0.5, 30.0  # seconds
-PATIENCE = 5.0  # seconds, after which a bar comes where mostly there is no need of one
+INTERVAL, LOG_INTERVAL = 0.5, 30.0  # seconds between updates, on a terminal and in a log file
+PATIENCE = 5.0  # seconds before a late bar appears
 
 
 def progress_bar(unit: str, total: int | None = None, **options: object) -> tqdm:
-    """A bar on stderr, with tqdm's options: on a terminal one that moves, in a log file a line every half minute."""
+    """Return a bar on stderr that moves on a terminal; in a log file it adds a line every 30 s.
+
+    Args:
+        unit: one of the things that are counted, such as "step".
+        total: how many there will be, if known.
+        options: as for tqdm.
+    """
     if sys.stderr is None or sys.stderr.closed:
         options["disable"] = True
     interval = LOG_INTERVAL if options.get("disable") or not sys.stderr.isatty() else INTERVAL
@@ -20,12 +26,12 @@ def progress_bar(unit: str, total: int | None = None, **options: object) -> tqdm
 
 
 def late_progress_bar(doing: str, unit: str, items: Iterable | None = None, total: int | None = None) -> tqdm:
-    """A bar that comes after some seconds, and leaves nothing behind; around the items, if they are given."""
+    """Return a bar that appears after 5 s and disappears at the end; it iterates over `items` if they are given."""
     return progress_bar(unit, total, iterable=items, desc=doing, delay=PATIENCE, leave=False, unit_scale=True)
 
 
 def duration(seconds: float) -> str:
-    """Such as 45 s, 12 min 3 s, 5 h 12 min."""
+    """Return a duration in words: "45 s", "12 min 3 s", "5 h 12 min"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -1,4 +1,4 @@
-"""The folder of a run: held by one run at a time, its files whole, and where a run in it goes on."""
+"""The folder of a run: its lock, its files, and the checkpoint that a run resumes from."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from m2t_accel.run.checkpoint import (
 )
 from m2t_accel.run.output_dir import check_same_settings
 
-COMPLETE = "training.json"  # written last of all: where it is, the run is complete
+COMPLETE = "training.json"  # written last, so a run that has it is complete
 
 
 class Start(NamedTuple):
-    """Where a run begins."""
+    """The start of a run: at step 0, from a checkpoint, or not at all because it is complete."""
 
     checkpoint: Checkpoint | None = None  # None: at step 0
-    remarks: tuple[str, ...] = ()  # for people: what is damaged
-    complete: bool = False  # there is nothing left to train
+    remarks: tuple[str, ...] = ()  # lines for the user: the damaged checkpoints
+    complete: bool = False  # nothing is left to train
 
 
 class RunFolder:
-    """The folder of a run, as its first process sees it."""
+    """The folder of a run; only process 0 writes to it."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -44,13 +44,13 @@ class RunFolder:
         self.metrics = JsonLines(self.path / "metrics.jsonl")
         self.bad_images = JsonLines(self.path / "bad_images.jsonl")
         self.lock_file = self.path / ".lock"
-        self.lock: int | None = None
+        self.lock: int | None = None  # the descriptor of the lock file, while it is locked
 
     def find_start(self, config: PretrainConfig) -> Start:
-        """Where the run goes on, by `--resume`; nothing is written.
+        """Return where the run starts, by `config.resume`; write nothing.
 
         Raises:
-            ConfigurationError: the checkpoint is of another run or damaged, or all checkpoints are damaged.
+            ConfigurationError: the checkpoint is damaged or of another run, or all checkpoints are damaged.
         """
         if config.resume == "never":
             return Start()
@@ -61,7 +61,8 @@ class RunFolder:
             except DamagedCheckpointError as error:
                 others = ", ".join(map(str, list_checkpoints(path.parent))) or "none"
                 raise ConfigurationError(
-                    f"--resume {path}: not a whole checkpoint ({error}); those beside it: {others}; or --resume auto"
+                    f"--resume {path} is not a complete checkpoint ({error}): give another of that folder ({others}), "
+                    "or --resume auto"
                 ) from None
         else:
             if (self.path / COMPLETE).exists():
@@ -71,21 +72,21 @@ class RunFolder:
             start = start._replace(remarks=tuple(f"damaged, not used: {path} ({why})" for path, why in damaged))
             if damaged and start.checkpoint is None:
                 raise ConfigurationError(
-                    f"--output_dir {self.path}: no checkpoint is whole ({'; '.join(start.remarks)}): repair one, or "
-                    "remove the folder checkpoints/ to begin anew"
+                    f"--output_dir {self.path}: all checkpoints are damaged ({'; '.join(start.remarks)}): repair one, "
+                    "or remove the folder checkpoints/ to start over"
                 )
         if start.checkpoint is not None:
-            where = str(start.checkpoint.path)
-            check_same_settings(config, start.checkpoint.manifest["config"], where, grown=config.resume != "auto")
+            path = str(start.checkpoint.path)
+            check_same_settings(config, start.checkpoint.manifest["config"], path, more_epochs=config.resume != "auto")
         return start
 
-    def hold(self) -> None:
-        """Make the folder where it is missing, and let no other run write to it while this process lives.
+    def acquire_lock(self) -> None:
+        """Create the folder if it is missing, and lock it for as long as this process lives.
 
-        To be called again now and then: the folder may have been deleted meanwhile.
+        Call it before each save: the folder may have been deleted since the last call.
 
         Raises:
-            ConfigurationError: another run holds it.
+            ConfigurationError: another run has locked it.
             OSError: it cannot be written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
@@ -96,53 +97,58 @@ class RunFolder:
             self.close()
         lock = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            # Of the process alone: after a kill the workers that it forked, which live on for seconds, hold nothing.
+            # lockf locks for this process alone: forked workers, which survive a kill for seconds, hold no lock.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # either, says POSIX
+        except (BlockingIOError, PermissionError):  # POSIX allows either
             holder = os.read(lock, 200).decode(errors="replace").strip()
             os.close(lock)
             raise ConfigurationError(
                 f"--output_dir {self.path}: another run is writing to it ({holder}): wait, or give another folder"
             ) from None
         except OSError:
-            pass  # a network's disk without locks: nothing is worse than before
+            pass  # some network disks have no locks; the run goes on without one
         os.ftruncate(lock, 0)
         os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
         self.lock = lock
 
     def close(self) -> None:
-        """Let others have the folder."""
+        """Release the lock."""
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None
 
     def prepare(self, start: Start, config_text: str) -> list[str]:
-        """Make the folder what it was at the start's step; what was done comes back in words. It must be held.
+        """Bring the folder to the state it had at the step of the start, and write config.yaml.
+
+        Call `acquire_lock` first. Metrics of later steps are removed, and checkpoints of later steps are set aside.
+
+        Returns:
+            A line for the user about each checkpoint set aside.
 
         Raises:
-            ConfigurationError: another run has begun there since `find_start`.
+            ConfigurationError: another run has started in it since `find_start`.
             OSError: it cannot be written.
         """
-        told = []
+        lines = []
         remove_leftovers(self.checkpoints)
         if start.checkpoint is None:
             if list_checkpoints(self.checkpoints):
-                raise ConfigurationError(f"--output_dir {self.path}: another run has just begun there")
-            self.metrics.keep(lambda row: False)
-            self.bad_images.keep(lambda row: False)
+                raise ConfigurationError(f"--output_dir {self.path}: another run has just started in it")
+            self.metrics.filter(lambda row: False)
+            self.bad_images.filter(lambda row: False)
         else:
             step, origin = start.checkpoint.manifest["step"], start.checkpoint.path.parent.parent
-            # Not that of the step itself where its evaluation was still to come.
+            # This step has no line yet if the run was stopped before its evaluation.
             reported = start.checkpoint.manifest["progress"]["reported"]
             if origin.resolve() != self.path.resolve():
-                for mine, name in ((self.metrics, "metrics.jsonl"), (self.bad_images, "bad_images.jsonl")):
-                    if (origin / name).exists() and not mine.path.exists():
-                        shutil.copyfile(origin / name, mine.path)
-            self.metrics.keep(lambda row: row["step"] <= reported)
-            self.bad_images.keep(lambda row: True)
+                for path in (self.metrics.path, self.bad_images.path):
+                    if (origin / path.name).exists() and not path.exists():
+                        shutil.copyfile(origin / path.name, path)
+            self.metrics.filter(lambda row: row["step"] <= reported)
+            self.bad_images.filter(lambda row: True)
             for path in list_checkpoints(self.checkpoints):
                 if int(path.name.removeprefix("step-")) > step:
-                    told.append(f"{path} is set aside as {set_aside(path).name}; remove it when you like")
+                    lines.append(f"{path} is set aside as {set_aside(path).name}; you may remove it")
         (self.path / COMPLETE).unlink(missing_ok=True)
         write_text(self.path / "config.yaml", config_text)
-        return told
+        return lines
