@@ -1,8 +1,8 @@
-"""Checkpoints as files: written whole or not at all, verified before they are read, kept or removed.
+"""Checkpoints on the disk: write, verify, read, prune.
 
-A checkpoint is a folder `step-N` of safetensors files and a manifest.json, which holds the size and the SHA-256 of each
-file. It is written under another name, flushed to the disk and renamed; what bears the name `step-N` was whole once,
-and `verify` tells whether it still is.
+A checkpoint is a folder `step-N` with safetensors files and a manifest.json, which records the size and the SHA-256 of
+each file. It is written under a temporary name, flushed to the disk and renamed. So a folder `step-N` was complete when
+it was written, and `verify` checks that it still is.
 """
 
 from __future__ import annotations
@@ -26,33 +26,35 @@ from torch import Tensor
 from m2t_accel.files import flush, let_others_read, replace_folder
 
 MANIFEST = "manifest.json"
-FORMAT = 1  # of the manifest and the names of tensors; a reader refuses another
+FORMAT = 1  # of the manifest and the names of the tensors; `verify` refuses any other
 Manifest = Mapping[str, object]
 
 
 class DamagedCheckpointError(Exception):
-    """A checkpoint is not what was written; the message says which file, and how."""
+    """A checkpoint has changed since it was written; the message names the file and the damage."""
 
 
 class NotFiniteError(Exception):
-    """A tensor that was to be saved holds values that are not finite."""
+    """A tensor to be saved holds values that are not finite."""
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that was verified."""
+    """A verified checkpoint."""
 
     path: Path
     manifest: Manifest
 
 
 def write_checkpoint(folder: Path, files: Mapping[str, Mapping[str, Tensor]], manifest: Manifest) -> Path:
-    """Write `folder/step-N` with a file of tensors for each name in `files`; its path out.
+    """Write the checkpoint `folder/step-N`, in place of one of that name. Return its path.
 
-    manifest: what to know beside the tensors, in JSON's types, with `step` among it.
+    Args:
+        files: tensors by name, for each file.
+        manifest: what else the checkpoint records, as JSON types; `step` gives the N.
 
     Raises:
-        OSError: it cannot be written; nothing is left of it.
-        NotFiniteError: a tensor is not finite; nothing is left of it.
+        OSError: it cannot be written; its partial files are removed.
+        NotFiniteError: a tensor is not finite; the partial files are removed.
     """
     target = folder / f"step-{manifest['step']}"
     temporary = folder / f".{target.name}.partial"
@@ -66,12 +68,12 @@ def write_checkpoint(folder: Path, files: Mapping[str, Mapping[str, Tensor]], ma
             path = temporary / f"{name}.safetensors"
             try:
                 save_file(dict(tensors), path)
-            except SafetensorError as error:  # its way to say that the disk is full
+            except SafetensorError as error:  # raised for a full disk
                 raise OSError(None, str(error), str(path)) from None
             let_others_read(path)
             described[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
             flush(path)
-        text = serialised({**manifest, "format": FORMAT, "files": described})
+        text = serialize({**manifest, "format": FORMAT, "files": described})
         (temporary / MANIFEST).write_text(text, encoding="utf-8")
         flush(temporary / MANIFEST)
         flush(temporary)
@@ -82,7 +84,9 @@ def write_checkpoint(folder: Path, files: Mapping[str, Mapping[str, Tensor]], ma
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Check that all values are finite, in one pass over each tensor and without a mask of its size.
+    """Check that all values are finite.
+
+    It takes one pass over each tensor and no mask of its size: minimum and maximum are NaN if any value is.
 
     Raises:
         NotFiniteError: some are not.
@@ -97,14 +101,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def serialised(content: Manifest) -> str:
-    """The text of a manifest: JSON, with a hash of its own."""
+def serialize(content: Manifest) -> str:
+    """Return the text of a manifest.json: the content and its own hash."""
     text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
     return json.dumps({"manifest": content, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1) + "\n"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, whole or not, the newest (by its step, whatever the clock said) first."""
+    """Return the checkpoints in a folder, damaged or not, the one with the highest step first."""
     try:
         names = os.listdir(folder)
     except OSError:
@@ -114,15 +118,15 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def verify(path: Path) -> Checkpoint:
-    """The checkpoint in a folder `step-N`, every byte of it checked.
+    """Check every byte of a checkpoint. Return it with its manifest.
 
     Raises:
-        DamagedCheckpointError: a file is missing, cut or changed, or of another version's format.
+        DamagedCheckpointError: a file is missing, cut or changed, or the format is that of another version.
     """
     try:
         text = (path / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)["manifest"]
-        if serialised(manifest) != text:
+        if serialize(manifest) != text:
             raise DamagedCheckpointError(f"{MANIFEST} is not what was written")
         if manifest["format"] != FORMAT:
             raise DamagedCheckpointError(
@@ -142,7 +146,11 @@ def verify(path: Path) -> Checkpoint:
 
 
 def good_checkpoints(folder: Path, damaged: list[tuple[Path, str]]) -> Iterator[Checkpoint]:
-    """Those that verify, the newest first; the others are added to `damaged`, with the reason."""
+    """Yield the checkpoints of a folder that are intact, the newest first; append the others to `damaged`.
+
+    Args:
+        damaged: receives path and reason of each damaged checkpoint that was met.
+    """
     for path in list_checkpoints(folder):
         try:
             yield verify(path)
@@ -151,15 +159,19 @@ def good_checkpoints(folder: Path, damaged: list[tuple[Path, str]]) -> Iterator[
 
 
 def read_tensors(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each file, in the main memory."""
+    """Return the tensors of each file, in main memory."""
     names = sorted(checkpoint.manifest["files"])
     return {name.removesuffix(".safetensors"): load_file(checkpoint.path / name) for name in names}
 
 
 def prune(folder: Path, keep_last: int, keep_every: int) -> None:
-    """Remove all checkpoints but the last `keep_last` and those whose number is a multiple of `keep_every`, if not 0.
+    """Remove old checkpoints.
 
-    A folder that is in the way, such as one without a manifest, stays.
+    A folder `step-N` without a readable manifest stays.
+
+    Args:
+        keep_last: how many of the newest stay.
+        keep_every: also keep each checkpoint whose number is a multiple of this; 0: none.
     """
     for path in list_checkpoints(folder)[keep_last:]:
         try:
@@ -167,36 +179,36 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> None:
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if not keep_every or number % keep_every:
-            # First another name: what is half removed must not look like a checkpoint.
+            # Renamed first, so that a half-removed folder does not look like a checkpoint.
             doomed = path.with_name(f".{path.name}.pruned")
             shutil.rmtree(doomed, ignore_errors=True)
-            with contextlib.suppress(OSError):  # what cannot be removed costs room, and no more
+            with contextlib.suppress(OSError):  # a checkpoint that cannot be removed only takes space
                 os.rename(path, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a writer that was killed has left. No other may be at work."""
+    """Remove the temporary folders of a killed writer; no writer may be running."""
     for path in folder.glob(".step-*"):
         whole = path.with_name(path.name[1:].removesuffix(".old"))
         if path.suffix == ".old" and not whole.exists():
-            os.rename(path, whole)  # killed between two renames; whether it is good, `verify` will say
+            os.rename(path, whole)  # killed between the two renames of replace_folder
         else:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(path: Path) -> Path:
-    """Give a checkpoint a name under which no run takes it up, and nothing removes it; its new path out."""
+    """Rename a checkpoint so that resume and pruning ignore it. Return the new path."""
     for attempt in range(1000):
-        other = path.with_name(f"set-aside-{path.name}" + (f"-{attempt}" if attempt else ""))
-        if not other.exists():
-            os.rename(path, other)
-            return other
+        renamed = path.with_name(f"set-aside-{path.name}" + (f"-{attempt}" if attempt else ""))
+        if not renamed.exists():
+            os.rename(path, renamed)
+            return renamed
     raise OSError(None, "too many checkpoints were set aside", str(path))
 
 
 class CheckpointWriter:
-    """Writes checkpoints beside training, one at a time, in a thread of its own."""
+    """Writes checkpoints one at a time, in a background thread."""
 
     def __init__(self, folder: Path, keep_last: int, keep_every: int) -> None:
         self.folder = folder
@@ -206,7 +218,10 @@ class CheckpointWriter:
         self.pending: Future | None = None
 
     def submit(self, files: Mapping[str, Mapping[str, Tensor]], manifest: Manifest) -> None:
-        """Begin to write; the tensors must not change until `finished`. The writer before must be finished."""
+        """Start to write a checkpoint, after the last one has been collected by `result`.
+
+        The tensors must not change until `result` returns.
+        """
         self.pending = self.thread.submit(self.write, files, manifest)
 
     def write(self, files: Mapping[str, Mapping[str, Tensor]], manifest: Manifest) -> Path:
@@ -214,12 +229,15 @@ class CheckpointWriter:
         prune(self.folder, self.keep_last, self.keep_every)
         return path
 
-    def finished(self, wait: bool = True) -> Path | None:
-        """The checkpoint that has been written since the last call, or None if there is none (yet).
+    def result(self, wait: bool = True) -> Path | None:
+        """Return the checkpoint that has been written since the last call; None if there is none.
+
+        Args:
+            wait: for a write that is in progress.
 
         Raises:
-            OSError: it could not be written.
-            NotFiniteError: it was not, because its values are not finite.
+            OSError: the checkpoint could not be written.
+            NotFiniteError: its values are not finite.
         """
         if self.pending is None or not (wait or self.pending.done()):
             return None
@@ -227,5 +245,5 @@ class CheckpointWriter:
         return pending.result()
 
     def close(self) -> None:
-        """Let a write that has begun come to its end."""
+        """Wait for a write that is in progress, and end the thread."""
         self.thread.shutdown(wait=True)

@@ -1,4 +1,4 @@
-"""What a complete run leaves: the encoder and its card, the curves and, last of all, training.json."""
+"""Finish a run: write the encoder and its card, the curves and, last, training.json."""
 
 from __future__ import annotations
 
@@ -35,7 +35,15 @@ def finish(
     parts: Sequence[Mapping[str, object]],
     seconds: float,
 ) -> None:
-    """Write the encoder, its card, the curves and, last of all, training.json; say where they are."""
+    """Write the encoder and its card, the curves and, last, training.json. Print where they are.
+
+    Args:
+        parts: step, command, hardware and versions of each start of the run.
+        seconds: that the run has taken in all its parts.
+
+    Raises:
+        OSError, SafetensorError: one of them cannot be written.
+    """
     folder = Path(config.output_dir)
     rows = list(read_metrics(folder / "metrics.jsonl"))
     accuracies = [row["knn_top1"] for row in rows if "knn_top1" in row]
@@ -90,7 +98,7 @@ def finish(
 
 
 def weights_card(config: PretrainConfig) -> str:
-    """Return the README.md of the weights of an encoder that is no transformers model."""
+    """Return the README.md for the weights of an encoder that is not a transformers model."""
     return (
         f"# {config.encoder}\n\nWeights pretrained without labels by Momentum² Teacher (arXiv 2101.07525) with "
         "m2t_accel. The module is your own:\n\n```python\nfrom safetensors.torch import load_model\n\n"

@@ -1,4 +1,4 @@
-"""The decision, once a step and the same on every process, to go on, to save, to stop or to fail."""
+"""The decision after each step to go on, save, stop or fail; the same on every process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.data.shards import Shards
-from m2t_accel.data.views import describe, read_rows
-from m2t_accel.distributed.interruption import Agreement, StopRequestedError, StopSignals, Trouble
+from m2t_accel.data.views import describe_image, read_rows
+from m2t_accel.distributed.interruption import StopRequestedError, StopSignals, Trouble, reach_agreement
 from m2t_accel.distributed.processes import gather_to_all
 from m2t_accel.files import write_text
 from m2t_accel.run.folder import RunFolder
@@ -46,7 +46,7 @@ class Guard:
         self.saver = saver
         self.signals = signals
         self.steps_per_epoch = steps_per_epoch
-        self.agreement = Agreement(timedelta(minutes=config.collective_timeout))
+        self.timeout = timedelta(minutes=config.collective_timeout)
 
     def agree(
         self, step: int, now: Schedule, results: Sequence[SubBatchResult], samples: Sequence[Tensor]
@@ -67,11 +67,11 @@ class Guard:
         losses = [result.loss_on_host.item() for result in results]
         if not all(map(math.isfinite, losses)):
             trouble = Trouble.LOSS_NOT_FINITE
-        trouble, stop, save = self.agreement.reach(trouble, self.signals.received, self.saver.is_time())
+        trouble, stop, save = reach_agreement(self.timeout, trouble, self.signals.received, self.saver.is_time())
         if trouble is Trouble.LOSS_NOT_FINITE:
             self.fail(step, now, losses, samples)
         if trouble is Trouble.STATE_NOT_FINITE:
-            self.saver.finish()
+            self.saver.wait()
         return stop, save
 
     def stop_if_asked(self) -> None:
@@ -80,12 +80,12 @@ class Guard:
         Raises:
             StopRequestedError: on every process.
         """
-        _, stop, _ = self.agreement.reach(signal=self.signals.received)
+        _, stop, _ = reach_agreement(self.timeout, stop_signal=self.signals.received)
         if stop:
             raise StopRequestedError(stop)
 
     def fail(self, step: int, now: Schedule, losses: Sequence[float], samples: Sequence[Tensor]) -> NoReturn:
-        """End the run for a loss that is not finite; write what replays the step. A collective call.
+        """End the run for a loss that is not finite; record the samples of the step. A collective call.
 
         Raises:
             ConfigurationError: always, and on every process.
@@ -99,7 +99,7 @@ class Guard:
             if not math.isfinite(loss)
         ]
         bad = [part for parts in gather_to_all(mine) for part in parts]
-        saved = self.saver.finish()
+        last_good = self.saver.wait()
         file = self.folder.path / "not_finite.json"
         content = {"step": step + 1, "epoch": epoch, "step_of_epoch": step_of_epoch, "seed": self.config.seed}
         content |= {**dataclasses.asdict(now), "sub_batches": bad}
@@ -112,8 +112,9 @@ class Guard:
         processes = ", ".join(map(str, sorted({part["process"] for part in bad})))
         raise ConfigurationError(
             f"the loss is {bad[0]['loss']} in step {step + 1} on process {processes}, at learning rate "
-            f"{now.learning_rate:.4g}; the step is not taken, and {recorded}. {saved}. Try a --learning_rate_per_256 "
-            f"below {self.config.learning_rate_per_256:g} or more --warmup_epochs, in another --output_dir"
+            f"{now.learning_rate:.4g}; the step is not taken, and {recorded}. {last_good}. Try a "
+            f"--learning_rate_per_256 below {self.config.learning_rate_per_256:g} or more --warmup_epochs, in another "
+            "--output_dir"
         )
 
 
@@ -122,4 +123,4 @@ def image_paths(images: Dataset | Shards, samples: Tensor) -> list[str] | None:
     if not isinstance(images, Dataset):
         return None
     rows = read_rows(images, samples.tolist())
-    return [describe(row, sample) for row, sample in zip(rows, samples.tolist(), strict=True)]
+    return [describe_image(row, sample) for row, sample in zip(rows, samples.tolist(), strict=True)]

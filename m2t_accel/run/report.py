@@ -1,4 +1,4 @@
-"""How a run is doing, measured and told as it goes: kNN of the teacher, spread of its embeddings, report, curves."""
+"""The report of a run in progress: metrics, kNN accuracy of the teacher, bad images, collapse."""
 
 from __future__ import annotations
 
@@ -23,53 +23,48 @@ from m2t_accel.progress import progress_bar
 from m2t_accel.run.folder import RunFolder
 from m2t_accel.run.resume import Progress
 
-# kNN during training is a sign of health, not a result: on large sets an even sample is enough for it.
+# kNN during training shows whether the run is healthy; for that, an evenly spaced sample of a large dataset is enough.
 MAX_KNN_BANK = 50_000
 MAX_KNN_QUERIES = 10_000
-MIN_BAD_ALLOWED = 10  # undecodable images, whatever their share
-COLLAPSED = 0.01  # spread of embeddings (1 at most) that differ by rounding and little more
-MAX_BAD_TOLD = 10  # of them on the screen; all are in bad_images.jsonl
+MIN_BAD_ALLOWED = 10  # undecodable images are allowed in every run, whatever their share
+COLLAPSED = 0.01  # embedding_std (1 at most) below which embeddings differ by little more than rounding
+MAX_BAD_PRINTED = 10  # bad images are printed one by one; bad_images.jsonl lists all
 
 
 class KnnMonitor:
-    """kNN accuracy of an encoder on the held-out images."""
+    """Measures the kNN accuracy of an encoder on the held-out images."""
 
     def __init__(self, data: ImageData, config: PretrainConfig, accelerator: Accelerator) -> None:
         self.config = config
         self.accelerator = accelerator
         self.num_classes = len(data.class_names)
-        self.told = False
+        self.broken_reported = False
         self.bank, self.queries = (
             images.select(np.linspace(0, len(images) - 1, limit).astype(int)) if len(images) > limit else images
             for images, limit in ((data.bank, MAX_KNN_BANK), (data.validation, MAX_KNN_QUERIES))
         )
 
     def measure(self, encoder: nn.Module, after_batch: Callable[[], None]) -> float:
-        """Top-1 accuracy in evaluation mode, from 0 to 1, of what can be decoded; the same on every process.
+        """Return the top-1 accuracy for k = 20 on the images that can be decoded, from 0 to 1. A collective call.
 
-        `after_batch` may end it by an exception, if it does so on every process.
+        Args:
+            after_batch: called after each batch; it may raise, on every process.
         """
         result = measure_knn(
-            encoder,
-            self.bank,
-            self.queries,
-            self.num_classes,
-            self.config,
-            self.accelerator,
-            after_batch=after_batch,
+            encoder, self.bank, self.queries, self.num_classes, self.config, self.accelerator, after_batch=after_batch
         )
-        if result.num_broken and not self.told:
-            self.told = True
+        if result.num_broken and not self.broken_reported:
+            self.broken_reported = True
             self.accelerator.print(f"kNN is measured without {result.num_broken} images that cannot be decoded")
         return result.accuracies[20]
 
 
 class TooManyBadImagesError(ConfigurationError):
-    """More images cannot be decoded than are allowed; what was trained so far is sound."""
+    """More images cannot be decoded than are allowed; the state of the run is sound."""
 
 
 class BadImages:
-    """The images of a run that cannot be decoded: each is told of once and written to bad_images.jsonl."""
+    """The images of a run that cannot be decoded, each of which is reported once."""
 
     def __init__(self, config: PretrainConfig, num_images: int, known: Iterable[BadImage] = ()) -> None:
         self.config = config
@@ -77,14 +72,14 @@ class BadImages:
         self.known: dict[int, BadImage] = {image.sample: image for image in known}
 
     def add(self, images: Sequence[BadImage]) -> list[BadImage]:
-        """Take in what all processes have met; what is new comes back, in the order of the samples."""
+        """Add images that any process has met. Return the new ones in the order of the samples."""
         new = {image.sample: image for image in images if image.sample not in self.known}
         self.known |= new
         return [new[sample] for sample in sorted(new)]
 
-    def told(self, new: Sequence[BadImage]) -> Iterator[str]:
-        """A line for people about each of the first ten, and about the others together."""
-        number = max(0, MAX_BAD_TOLD - (len(self.known) - len(new)))
+    def describe(self, new: Sequence[BadImage]) -> Iterator[str]:
+        """Yield a line about each of the first ten bad images of the run, and one about the others together."""
+        number = max(0, MAX_BAD_PRINTED - (len(self.known) - len(new)))
         for image in new[:number]:
             yield f"cannot be decoded, another image is shown instead: {image.path} ({image.reason})"
         if new[number:]:
@@ -94,7 +89,7 @@ class BadImages:
             )
 
     def check(self) -> None:
-        """Stop where there are too many.
+        """Check that there are not too many.
 
         Raises:
             TooManyBadImagesError: there are more than --max_bad_fraction allows.
@@ -103,9 +98,9 @@ class BadImages:
         if len(self.known) > allowed:
             raise TooManyBadImagesError(
                 f"{len(self.known)} of {self.num_images:,} images cannot be decoded, more than the {allowed} that "
-                f"--max_bad_fraction {self.config.max_bad_fraction:g} allows (ten always are): they are listed in "
-                f"{self.config.output_dir}/bad_images.jsonl; repair them and remove that file, or give a larger "
-                "--max_bad_fraction"
+                f"--max_bad_fraction {self.config.max_bad_fraction:g} allows (10 always are): "
+                f"{self.config.output_dir}/bad_images.jsonl lists them; repair them and remove that file, or give a "
+                "larger --max_bad_fraction"
             )
 
 
@@ -179,7 +174,7 @@ class Report:
         self.progress.reported = step
 
     def add(self, loss: Tensor, spread: Tensor, bad: Sequence[BadImage]) -> None:
-        """Take in a sub-batch."""
+        """Record a sub-batch."""
         self.rows.append(torch.stack([loss, spread]))
         self.bad += bad
 
@@ -190,7 +185,7 @@ class Report:
             self.bar.update()
 
     def averages(self) -> dict[str, float]:
-        """Loss and spread averaged over all sub-batches of all processes since the last line, and the speed.
+        """Return loss and spread averaged over all sub-batches since the last line, and the speed. A collective call.
 
         Raises:
             TooManyBadImagesError: on every process.
@@ -207,70 +202,67 @@ class Report:
         return {"loss": loss, "embedding_std": spread} | ({"images_per_second": speed} if self.num_steps else {})
 
     def report_bad_images(self) -> None:
-        """Write down the images that processes could not decode since the last call, and tell of them.
-
-        A collective call.
-        """
+        """Print and write the images that any process could not decode since the last call. A collective call."""
         new = self.bad_images.add([image for images in gather_to_all(self.bad) for image in images])
         self.bad.clear()
         if self.accelerator.is_main_process:
             self.write_lines(self.folder.bad_images, [image._asdict() for image in new])
-            for line in self.bad_images.told(new):
-                self.say(line)
+            for line in self.bad_images.describe(new):
+                self.print_line(line)
 
     def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
-        """Write one line of metrics; the clock of the speed starts again, so evaluations do not count."""
+        """Write one line of metrics, and restart the clock of the speed, so that evaluations do not count."""
         self.rows.clear()
         self.num_steps = 0
         if self.accelerator.is_main_process:
             line = {"step": step, "epoch": round(epoch, 6), **values, "seconds": round(self.seconds(), 3)}
             self.write_lines(self.folder.metrics, [line])
             if "knn_top1" in values:
-                self.say(f"epoch {epoch:g}: teacher kNN top-1 {100 * values['knn_top1']:.2f} %")
+                self.print_line(f"epoch {epoch:g}: teacher kNN top-1 {100 * values['knn_top1']:.2f} %")
         if self.config.tracker != "none":
             self.accelerator.log({"epoch": epoch, **values}, step=step)
         self.last = time.perf_counter()
 
     def check_collapse(self, step: int, spread: float) -> None:
-        """Warn of embeddings that have fallen into one point, or end the run for it.
+        """Warn once, or end the run, if the teacher's embeddings have collapsed.
 
         Raises:
-            ConfigurationError: they have, and --stop_on_collapse is given; the same on every process.
+            ConfigurationError: they have, and --stop_on_collapse is given; on every process.
         """
         collapsed = spread < COLLAPSED
         reported, self.collapse_reported = self.collapse_reported, collapsed
         if not collapsed or reported:
             return
         message = (
-            f"step {step}: the teacher's embeddings have collapsed (embedding_std {spread:.4f}; 1 is spread evenly, "
-            f"below {COLLAPSED} is one point)"
+            f"step {step}: the teacher's embeddings have collapsed (embedding_std {spread:.4f}; 1 is an even spread, "
+            f"below {COLLAPSED} all are alike)"
         )
         if self.config.stop_on_collapse:
             raise ConfigurationError(
                 f"{message}, and --stop_on_collapse ends the run: try a smaller --learning_rate_per_256 or a "
                 f"--weight_momentum nearer to 1, in another --output_dir"
             )
-        self.say(f"warning: {message}; --stop_on_collapse would end the run here")
+        self.print_line(f"warning: {message}; --stop_on_collapse would end the run")
 
     def write_lines(self, file: JsonLines, rows: Sequence[dict[str, object]]) -> None:
         try:
             file.add(rows)
         except OSError as error:
-            self.say(f"warning: {file.path} cannot be written ({error.strerror}); its lines wait for the next time")
+            self.print_line(f"warning: {file.path} cannot be written ({error.strerror}); the next write adds its lines")
 
-    def say(self, line: str) -> None:
-        """Print a line above the bar, by the first process."""
+    def print_line(self, line: str) -> None:
+        """Print a line above the progress bar, on process 0."""
         if self.bar is not None:
             self.bar.write(line)
         elif self.accelerator.is_main_process:
             print(line, flush=True)
 
     def seconds(self) -> float:
-        """Seconds that the run has taken, in all its parts."""
+        """Return the seconds that the run has taken, in all its parts."""
         return time.perf_counter() - self.started
 
     def close(self) -> None:
-        """End the bar and the tracker, whether the run ended well or not."""
+        """Close the progress bar and the tracker."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -280,7 +272,7 @@ class Report:
 
 
 def is_due(step: int, steps_per_epoch: int, config: PretrainConfig) -> bool:
-    """Return whether kNN is measured after so many steps: at 0, every `evaluate_every` epochs, and at the end."""
+    """Return whether kNN is measured after so many steps: at step 0, every `evaluate_every` epochs, and at the end."""
     epochs, rest = divmod(step, steps_per_epoch)
     return rest == 0 and (epochs % config.evaluate_every == 0 or epochs == config.epochs)
 
@@ -288,7 +280,7 @@ def is_due(step: int, steps_per_epoch: int, config: PretrainConfig) -> bool:
 def introduction(
     config: PretrainConfig, data: ImageData, encoder: nn.Module, total_steps: int, accelerator: Accelerator
 ) -> str:
-    """Return some lines that say what will be trained, on what and where."""
+    """Return lines that describe the images, the encoder, the length of the run and the hardware."""
     size = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
     lines = [
         data.note,

@@ -1,4 +1,4 @@
-"""Resuming a run: the state of a checkpoint put back, and what differs from the run that wrote it."""
+"""Resume a run: restore the state of a checkpoint, check the images, and list what has changed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from m2t_accel.run.state import RunState
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """The position of a run: steps done, and what has been reported and saved."""
 
     step: int = 0  # optimizer steps done
-    reported: int = -1  # the last of them that has a line in metrics.jsonl
+    reported: int = -1  # the last step that has a line in metrics.jsonl
     seconds: float = 0.0  # of training before this start
     num_saved: int = 0  # checkpoints written so far
     parts: list[dict[str, object]] = field(default_factory=list)  # for each start: step, command, hardware, versions
 
 
 def restore_progress(manifest: Mapping[str, object] | None) -> Progress:
-    """Return the progress that a checkpoint's manifest records; a new one without a checkpoint."""
+    """Return the progress that the manifest of a checkpoint records; that of a new run for None."""
     if manifest is None:
         return Progress()
     saved = manifest["progress"]
@@ -37,7 +37,7 @@ def restore_progress(manifest: Mapping[str, object] | None) -> Progress:
 
 
 def restore_state(state: RunState, checkpoint: Checkpoint, accelerator: Accelerator) -> list[Tensor]:
-    """Put the state of a checkpoint back on every process; process 0 reads it. A collective call.
+    """Restore the state of a checkpoint on every process; process 0 reads it. A collective call.
 
     Returns:
         (2,) loss and spread of each sub-batch of this process since the last line of metrics.
@@ -48,7 +48,7 @@ def restore_state(state: RunState, checkpoint: Checkpoint, accelerator: Accelera
     files = read_tensors(checkpoint) if accelerator.is_main_process else None
     try:
         return state.restore(files, checkpoint.manifest)
-    except ValueError as error:  # an encoder of the same name may differ between versions of transformers
+    except ValueError as error:  # an encoder may differ between versions of transformers
         raise ConfigurationError(f"{checkpoint.path} does not fit: {error}") from None
 
 
@@ -96,10 +96,10 @@ def open_folder(folder: RunFolder, start: Start, config_text: str) -> list[str]:
     """Lock the run's folder and prepare it for this start. Return a line for each checkpoint set aside.
 
     Raises:
-        ConfigurationError: it cannot be written, or another run holds it.
+        ConfigurationError: it cannot be written, or another run has locked it.
     """
     try:
-        folder.hold()
+        folder.acquire_lock()
         return folder.prepare(start, config_text)
     except OSError as error:
         raise ConfigurationError(f"--output_dir {folder.path} cannot be written ({error.strerror})") from None

@@ -1,4 +1,4 @@
-"""When a run's state is saved, and what is done where it cannot be: the loop's side of checkpoints."""
+"""Decide when a run is saved, save it while training goes on, and handle failed writes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from m2t_accel.run.state import RunState
 
 
 class Saver:
-    """Saves a run's state by steps, epochs and minutes, beside training: the loop waits for a copy in memory only.
+    """Saves the state of a run every so many steps, epochs or minutes.
 
-    What cannot be written (a full disk) is told, and tried again at the next time; the run goes on.
+    The training loop waits only for a copy in memory; a thread writes it. If a write fails, for example on a full disk,
+    a warning is printed and the next save tries again.
     """
 
     def __init__(
@@ -46,26 +47,26 @@ class Saver:
         self.report = report
         self.data = data
         self.steps_per_epoch = steps_per_epoch
-        self.last_good: Path | None = None  # the last whole checkpoint that the run can go on from
-        every = config.saves_every
+        self.last_good: Path | None = None  # the newest checkpoint that the run can go on from
+        every = config.checkpoint_intervals
         self.every_steps = int(every.get("step", 0)) or None
         self.every_epochs = every.get("epoch", 0) * steps_per_epoch or None
         self.every_seconds = every.get("minute", 0) * 60 or None
-        self.saved_at = time.monotonic()  # not the wall clock, which may be set back
+        self.saved_at = time.monotonic()  # the wall clock may be set back
         self.last_saved = (progress.step, progress.reported)
         self.reason: str | None = None  # why the last checkpoint could not be written
-        self.not_finite = False
+        self.not_finite = False  # whether the reason is a value that is not finite
         self.writer = CheckpointWriter(folder.checkpoints, *config.keep)
 
     def is_due(self, step: int) -> bool:
-        """Whether the state after so many steps is to be saved, by steps or epochs."""
+        """Return whether to save after so many steps, by the intervals in steps and epochs."""
         by_steps = self.every_steps is not None and step % self.every_steps == 0
-        # The first step at or after each multiple, which need not be whole.
+        # The first step at or after each multiple; multiples need not be whole steps.
         by_epochs = self.every_epochs is not None and step // self.every_epochs > (step - 1) // self.every_epochs
         return by_steps or by_epochs
 
     def is_time(self) -> bool:
-        """Whether it is time to save, by minutes; the first process decides for all."""
+        """Return whether to save now, by the interval in minutes; False on all processes but process 0."""
         return (
             self.accelerator.is_main_process
             and self.every_seconds is not None
@@ -73,34 +74,39 @@ class Saver:
         )
 
     def begin(self) -> None:
-        """Copy the run's state, and start to write it while the run goes on. A collective call."""
+        """Copy the state of the run, and start to write it. A collective call."""
         self.report.report_bad_images()  # a run that goes on from here does not see them again
         self.last_saved = (self.progress.step, self.progress.reported)
-        self.collect(wait=True)  # the copy of the last state is about to be overwritten
+        self.collect(wait=True)  # the last write reads the memory that the new copy overwrites
         files = self.state.copy(self.report.rows)
         self.saved_at = time.monotonic()
         if files is None:  # not process 0
             return
         try:
-            self.folder.hold()  # again: the folder may have been deleted
+            self.folder.acquire_lock()  # again, because the folder may have been deleted
         except OSError as error:
-            self.reason = self.failed(error)
+            self.record_failure(error)
             return
         self.progress.num_saved += 1
         self.writer.submit(files, self.manifest())
 
     def save_now(self) -> str:
-        """Save the run's state if it is not saved yet, and wait. Return what there is to go on from. A collective call.
+        """Save the state of the run unless that is done, and wait for the write. A collective call.
+
+        Returns:
+            In words, the checkpoint that the run can go on from.
 
         Raises:
             ConfigurationError: the state is not finite.
         """
-        if self.last_saved != (self.progress.step, self.progress.reported) or self.failing():
+        self.collect(wait=True)
+        has_failed = broadcast_object(self.reason) is not None
+        if has_failed or self.last_saved != (self.progress.step, self.progress.reported):
             self.begin()
-        return self.finish()
+        return self.wait()
 
     def manifest(self) -> dict[str, object]:
-        """Return what a checkpoint says of the run, in JSON's types."""
+        """Return what a checkpoint records besides tensors, as JSON types."""
         epoch, step_of_epoch = divmod(self.progress.step, self.steps_per_epoch)
         config = dataclasses.replace(self.config, resume="auto")
         return {
@@ -122,47 +128,47 @@ class Saver:
         }
 
     def collect(self, wait: bool = False) -> None:
-        """Take note of a checkpoint that has been written, or of why it could not be."""
+        """Record which checkpoint has been written, or why it could not be."""
         try:
-            written = self.writer.finished(wait)
+            written = self.writer.result(wait)
         except OSError as error:
-            self.reason = self.failed(error)
+            self.record_failure(error)
         except NotFiniteError as error:
             self.reason, self.not_finite = str(error), True
         else:
             if written is not None:
                 self.last_good, self.reason = written, None
 
-    def failed(self, error: OSError) -> str:
-        reason = error.strerror or str(error)
-        self.report.say(f"warning: a checkpoint could not be written ({reason}); the run goes on. {self.whats_left()}")
-        return reason
+    def record_failure(self, error: OSError) -> None:
+        """Print a warning about a checkpoint that could not be written."""
+        self.reason = error.strerror or str(error)
+        self.report.print_line(
+            f"warning: a checkpoint could not be written ({self.reason}); the run goes on. {self.describe_last_good()}"
+        )
 
-    def finish(self) -> str:
-        """Wait until the last checkpoint is written; what is there in words, on every process. A collective call.
+    def wait(self) -> str:
+        """Wait until the last checkpoint is written. A collective call.
+
+        Returns:
+            In words, on every process, the checkpoint that the run can go on from.
 
         Raises:
-            ConfigurationError: it holds numbers that are not finite.
+            ConfigurationError: the state to be saved is not finite.
         """
         self.collect(wait=True)
-        reason, not_finite, left = broadcast_object((self.reason, self.not_finite, self.whats_left()))
+        reason, not_finite, last_good = broadcast_object((self.reason, self.not_finite, self.describe_last_good()))
         if not_finite:
-            raise ConfigurationError(f"{reason}, and no checkpoint is made of it. {left}")
-        return left if reason is None else f"but it could not be saved ({reason}). {left}"
+            raise ConfigurationError(f"{reason}, so this state is not saved. {last_good}")
+        return last_good if reason is None else f"but it could not be saved ({reason}). {last_good}"
 
-    def failing(self) -> bool:
-        """Whether the last checkpoint could not be written; the same on every process. A collective call."""
-        self.collect(wait=True)
-        return broadcast_object(self.reason) is not None
-
-    def whats_left(self) -> str:
-        """The last good checkpoint, in words."""
+    def describe_last_good(self) -> str:
+        """Return a sentence about the checkpoint that the run can go on from."""
         if self.last_good is None:
             return "There is no checkpoint yet"
         return f"The last good checkpoint is {self.last_good}"
 
     def close(self) -> None:
-        """Let a write that has begun come to its end, whatever it is."""
+        """Wait for a write that is in progress, and ignore its errors."""
         with contextlib.suppress(OSError, NotFiniteError):
-            self.writer.finished()
+            self.writer.result()
         self.writer.close()

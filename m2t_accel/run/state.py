@@ -1,7 +1,7 @@
-"""The state of a run between two steps, as named tensors: gathered, put back, on this or another number of processes.
+"""The state of a run between two steps as named tensors: copy it, and restore it on any number of processes.
 
-Student, teacher and optimizer are the same on every process. What is not (buffers of the student, random numbers) is
-kept of each.
+Student, teacher and optimizer are the same on every process, so they are saved once. The buffers of the student and the
+state of the random generators differ, so they are saved for each process.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from torch.optim import Optimizer
 
 from m2t_accel.distributed.processes import broadcast_from_main, gather_to_main
 
-Files = dict[str, dict[str, Tensor]]  # of each file, its tensors by name
+Files = dict[str, dict[str, Tensor]]  # tensors by name, for each file
 
 
 class RunState:
-    """What a checkpoint holds of a run.
+    """The tensors of a run that a checkpoint holds.
 
-    student and teacher: as unwrapped; rows: the (loss, spread) of the sub-batches since the last line of metrics.
+    Args:
+        student, teacher: unwrapped.
+        optimizer: as Accelerate has wrapped it, or not.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> None:
@@ -31,61 +33,65 @@ class RunState:
         self.teacher = teacher
         self.optimizer = optimizer
         self.accelerator = accelerator
-        self.host: Files = {}  # copies in the main memory, used again for each checkpoint
+        self.host: Files = {}  # copies in main memory, reused by each checkpoint
 
     def copy(self, rows: Sequence[Tensor]) -> Files | None:
-        """The state in the main memory, on the first process; on the others None. A collective call.
+        """Return a copy of the state in main memory on process 0, None on the others. A collective call.
 
-        The tensors are overwritten by the next call. `rows`: (2,) for each sub-batch of this process.
+        The next call overwrites the tensors.
+
+        Args:
+            rows: (2,) loss and spread of each sub-batch of this process since the last line of metrics.
         """
-        mine = {**self.buffers(), **random_state(), "rows": stacked(rows)}
-        # Copies also where this is the main memory: the loop goes on while they are written.
-        own = gather_to_main({name: tensor.detach().to("cpu", copy=True) for name, tensor in mine.items()})
-        if own is None:
+        mine = {**self.buffers(), **get_random_state(), "rows": torch.stack(list(rows)) if rows else torch.empty(0, 2)}
+        # copy=True also on a CPU: training changes the tensors while the copies are written.
+        gathered = gather_to_main({name: tensor.detach().to("cpu", copy=True) for name, tensor in mine.items()})
+        if gathered is None:
             return None
-        devices = {"student": self.parameters(), "teacher": self.teacher.state_dict(), "optimizer": self.momentum()}
-        for file, tensors in devices.items():
-            self.host[file] = self.copied(tensors, self.host.get(file, {}))
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize(self.accelerator.device)
-        processes = {f"{rank}.{name}": tensor for rank, of_one in enumerate(own) for name, tensor in of_one.items()}
-        rows_of_all = [processes.pop(f"{rank}.rows") for rank in range(len(own))]
-        return {**self.host, "processes": {**processes, "rows": in_device_order(rows_of_all)}}
-
-    def copied(self, tensors: Mapping[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Contiguous copies in the main memory, on their way there until the device is synchronised."""
         on_gpu = self.accelerator.device.type == "cuda"
-        for name, tensor in tensors.items():
-            if name not in into:
-                into[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
-            into[name].copy_(tensor.detach(), non_blocking=True)
-        return into
+        shared = {"student": self.parameters(), "teacher": self.teacher.state_dict(), "optimizer": self.momentum()}
+        for file, tensors in shared.items():
+            copies = self.host.setdefault(file, {})
+            for name, tensor in tensors.items():
+                if name not in copies:
+                    copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+                copies[name].copy_(tensor.detach(), non_blocking=True)
+        if on_gpu:
+            torch.cuda.synchronize(self.accelerator.device)
+        rows_by_process = [tensors.pop("rows") for tensors in gathered]
+        processes = {f"{rank}.{name}": tensor for rank, own in enumerate(gathered) for name, tensor in own.items()}
+        return {**self.host, "processes": {**processes, "rows": in_device_order(rows_by_process)}}
 
     def restore(self, files: Files | None, manifest: Mapping[str, object]) -> list[Tensor]:
-        """Put a checkpoint's state in place, whatever the number of processes that saved it. A collective call.
+        """Restore the state of a checkpoint that any number of processes has saved. A collective call.
 
-        files: as they were saved, on the first process; the others get them from there, so that machines need not
-        share a disk. The rows of this process come back.
+        Args:
+            files: the tensors of the checkpoint on process 0, which sends them to the others, so that machines need
+                not share a disk.
+            manifest: of the checkpoint.
+
+        Returns:
+            (2,) loss and spread of each sub-batch of this process since the last line of metrics.
 
         Raises:
-            ValueError: the tensors are not those of this network and optimizer.
+            ValueError: the tensors are those of another network.
         """
         files = broadcast_from_main(files)
-        fill(self.teacher.state_dict(), files["teacher"])
+        copy_tensors(files["teacher"], self.teacher.state_dict())
         rank, saved = self.accelerator.process_index, manifest["num_processes"]
         prefix = f"{rank % saved}."
         own = {
             name.removeprefix(prefix): tensor for name, tensor in files["processes"].items() if name.startswith(prefix)
         }
-        fill(self.parameters(), files["student"])
-        fill(self.buffers(), {name: tensor for name, tensor in own.items() if name.startswith("buffer.")})
+        copy_tensors(files["student"], self.parameters())
+        copy_tensors({name: tensor for name, tensor in own.items() if name.startswith("buffer.")}, self.buffers())
         inner = inner_optimizer(self.optimizer)
         inner.state.clear()
         parameters = dict(self.student.named_parameters())
         for name, tensor in files["optimizer"].items():
             key, _, parameter_name = name.partition(".")
             parameter = parameters[parameter_name]
-            # As the optimizer makes it: on the device, in the memory format of the parameter.
+            # The optimizer creates it on the device, in the memory format of the parameter.
             inner.state[parameter][key] = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
         scaler = self.accelerator.scaler
         if scaler is not None and manifest.get("gradient_scaler"):
@@ -95,14 +101,15 @@ class RunState:
         return list(files["processes"]["rows"][rank :: self.accelerator.num_processes].to(self.accelerator.device))
 
     def parameters(self) -> dict[str, Tensor]:
+        """Return the student's parameters."""
         return dict(self.student.named_parameters())
 
     def buffers(self) -> dict[str, Tensor]:
-        """Those of the student: each process's running statistics are its own, and serve nothing."""
+        """Return the student's buffers: running statistics, which differ between processes and are never used."""
         return {f"buffer.{name}": buffer for name, buffer in self.student.named_buffers()}
 
     def momentum(self) -> dict[str, Tensor]:
-        """What the optimizer keeps of each parameter, by `KEY.PARAMETER`."""
+        """Return the tensors that the optimizer keeps for each parameter, by `KEY.PARAMETER`."""
         state = inner_optimizer(self.optimizer).state
         return {
             f"{key}.{name}": value
@@ -112,45 +119,42 @@ class RunState:
         }
 
     def gradient_scaler(self) -> dict[str, object] | None:
-        """The state of float16's gradient scaler, where there is one."""
+        """Return the state of the gradient scaler; None without one, that is, without float16."""
         return None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
 
 
 def inner_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that Accelerate has wrapped."""
+    """Return the optimizer that Accelerate has wrapped."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def stacked(rows: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(rows)) if rows else torch.empty(0, 2)
-
-
 def in_device_order(rows: Sequence[Tensor]) -> Tensor:
-    """Of each process (steps · turns, 2), as one, in the order of the steps and their virtual devices.
+    """Merge the rows of all processes, each (steps · turns, 2), in the order of steps and virtual devices.
 
-    Processes take the virtual devices in turn, so every W-th row is of one of W processes, for any W.
+    Processes take the virtual devices in turn, so the rows of process r of W are r, r + W, r + 2 W, ..., for any W.
     """
     return torch.stack(list(rows), dim=1).flatten(0, 1)
 
 
 @torch.no_grad()
-def fill(places: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into those of the same names.
+def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Copy each tensor of `source` into the tensor of that name in `target`.
 
     Raises:
         ValueError: names or shapes differ.
     """
-    other = sorted(places.keys() ^ tensors.keys())
-    other += [name for name in places.keys() & tensors.keys() if places[name].shape != tensors[name].shape]
-    if other:
-        raise ValueError(f"{len(other)} tensors are of another network, the first of them {other[0]}")
-    for name, place in places.items():
-        place.copy_(tensors[name])
+    differing = sorted(target.keys() ^ source.keys())
+    differing += [name for name in target.keys() & source.keys() if target[name].shape != source[name].shape]
+    if differing:
+        raise ValueError(f"{len(differing)} tensors are of another network, the first of them {differing[0]}")
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
 
 
-def random_state() -> dict[str, Tensor]:
-    """Where the global generators of this process are. Nothing of ours draws from them in training, but an encoder may
-    (dropout, stochastic depth).
+def get_random_state() -> dict[str, Tensor]:
+    """Return the state of this process's global random generators.
+
+    Training itself does not draw from them, but an encoder with dropout or stochastic depth does.
     """
     _, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
@@ -168,7 +172,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(state: Mapping[str, Tensor]) -> None:
-    """Put the global generators where they were."""
+    """Restore the state of this process's global random generators."""
     torch.set_rng_state(state["random.torch"])
     gauss = state["random.python_gauss"].tolist()
     random.setstate((3, tuple(state["random.python"].tolist()), gauss[0] if gauss else None))

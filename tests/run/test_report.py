@@ -1,45 +1,42 @@
-import json
+"""Tests of the report of a run: bad images, collapse."""
 
 import pytest
 import torch
 from torch.nn import functional
 
-from m2t_accel import model, pictures
 from m2t_accel.config.recipes import build_config
 from m2t_accel.data.views import BadImage
-from m2t_accel.run import report
+from m2t_accel.model import embedding_std
+from m2t_accel.run.report import COLLAPSED, BadImages, TooManyBadImagesError
 
 
-@pytest.mark.parametrize(("spread", "low", "high"), [(0.0, 0.0, 0.0), (1e-3, 0.0, 0.01), (1e3, 0.97, 1.01)])
-def test_embedding_std_tells_collapse_from_spread(spread, low, high):
+@pytest.mark.parametrize(("spread", "collapsed"), [(0.0, True), (1e-3, True), (1e3, False)])
+def test_embedding_std_distinguishes_collapse_from_spread(spread, collapsed):
     torch.manual_seed(0)
     embeddings = functional.normalize(torch.ones(512, 64) + spread * torch.randn(512, 64), dim=1)
-    assert low <= model.embedding_std(embeddings).item() <= high
-
-
-@pytest.mark.parametrize("with_knn", [True, False])
-def test_curves_are_drawn(tmp_path, with_knn):
-    rows = [{"step": 0, "epoch": 0.0, "knn_top1": 0.5}] if with_knn else []
-    for step in range(1, 6):
-        row = {"step": step, "epoch": step / 5, "loss": 4 - step, "embedding_std": 0.5, "learning_rate": 0.1}
-        row |= {"weight_momentum": 0.99, "statistics_momentum": 1 - step / 5}
-        rows.append(row | ({"knn_top1": 0.9} if with_knn and step == 5 else {}))
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pictures.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", "title")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    value = embedding_std(embeddings).item()
+    assert value < COLLAPSED if collapsed else value == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize(
     ("num_images", "fraction", "allowed"), [(100, 0.001, 10), (100, 0.5, 50), (1_000_000, 0.0001, 100), (50_000, 0, 10)]
 )
-def test_how_many_bad_images_are_allowed(num_images, fraction, allowed):
-    config = build_config({"recipe": "digits", "max_bad_fraction": fraction})
-    bad = report.BadImages(config, num_images)
+def test_number_of_bad_images_that_is_allowed(num_images, fraction, allowed):
+    bad = BadImages(build_config({"recipe": "digits", "max_bad_fraction": fraction}), num_images)
     bad.add([BadImage(sample, "a.jpg", "cut") for sample in range(allowed)])
     assert bad.add([BadImage(0, "a.jpg", "cut")]) == []
     bad.check()
     assert len(bad.add([BadImage(allowed, "b.jpg", "cut")])) == 1
-    with pytest.raises(
-        report.TooManyBadImagesError, match=rf"{allowed + 1} of {num_images:,} .*more than the {allowed}"
-    ):
+    with pytest.raises(TooManyBadImagesError, match=rf"{allowed + 1} of {num_images:,} .*{allowed} .*--max_bad"):
         bad.check()
+
+
+def test_ten_bad_images_are_described_one_by_one_and_the_others_together():
+    bad = BadImages(build_config({"recipe": "digits"}), 1000)
+    batches = [[BadImage(sample, f"{sample}.jpg", "cut") for sample in range(first, first + 8)] for first in (0, 8)]
+    first, second = (list(bad.describe(bad.add(batch))) for batch in batches)
+    assert len(first) == 8
+    assert len(second) == 3
+    assert "9.jpg" in second[1]
+    assert "6 more" in second[2]
+    assert "bad_images.jsonl" in second[2]

@@ -1,9 +1,10 @@
-"""When a run's state is saved, and what becomes of a run whose disk is full, gone or read-only."""
+"""Tests of when a run is saved, and of full, deleted and read-only disks."""
 
 import os
 import shutil
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,29 +12,45 @@ from accelerate import Accelerator
 
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.config.recipes import build_config
+from m2t_accel.run import checkpoint
 from m2t_accel.run.checkpoint import list_checkpoints, verify
 from m2t_accel.run.folder import RunFolder
+from m2t_accel.run.resume import Progress
 from m2t_accel.run.saving import Saver
 
 
-class State:
-    """Stands for a run's."""
+class SavedRun:
+    """A saver, and stand-ins for the state, report and data of its run."""
 
-    def __init__(self, values=1000):
-        self.value = torch.ones(values)
+    def __init__(self, folder, num_values=1000, **settings):
+        self.value = torch.ones(num_values)
+        self.lines = []
+        state = SimpleNamespace(copy=lambda rows: {"weights": {"value": self.value}}, gradient_scaler=lambda: None)
+        report = SimpleNamespace(
+            rows=[], print_line=self.lines.append, report_bad_images=lambda: None, seconds=lambda: 1.0
+        )
+        data = SimpleNamespace(note="", train=[], fingerprint="")
+        self.progress = Progress()
+        config = build_config({"output_dir": str(folder), **settings})
+        self.saver = Saver(state, RunFolder(folder), config, Accelerator(), self.progress, report, data, 10)
 
-    def copy(self, rows):
-        return {"weights": {"value": self.value}}
+    def save(self, step):
+        self.progress.step = step
+        self.saver.begin()
 
 
-def saver_of(folder, state=None, **settings):
-    config = build_config({"output_dir": str(folder), **settings})
-    said = []
-    return Saver(state or State(), RunFolder(folder), config, Accelerator(), 10, said.append), said
+@pytest.fixture
+def create(tmp_path):
+    """Create runs, and close their savers at the end."""
+    runs = []
 
+    def create_run(folder=tmp_path, *arguments, **settings):
+        runs.append(SavedRun(folder, *arguments, **settings))
+        return runs[-1]
 
-def manifest(step):
-    return {"step": step, "config": {}}
+    yield create_run
+    for run in runs:
+        run.saver.close()
 
 
 @pytest.mark.parametrize(
@@ -47,116 +64,119 @@ def manifest(step):
         (("never",), []),
     ],
 )
-def test_when_it_is_due(tmp_path, every, due):
-    saver, _ = saver_of(tmp_path, checkpoint_every=every)
+def test_steps_and_epochs_at_which_a_run_is_saved(create, every, due):
+    saver = create(checkpoint_every=every).saver
     assert [step for step in range(1, 21) if saver.is_due(step)] == due
 
 
-def test_by_minutes_whatever_the_clock_says(tmp_path, monkeypatch):
+def test_minutes_are_counted_whatever_the_wall_clock_says(create, monkeypatch):
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now)
     monkeypatch.setattr(time, "time", lambda: 0.0)  # set back by fifty years
-    saver, _ = saver_of(tmp_path, checkpoint_every=("2min",))
-    seen = []
+    run = create(checkpoint_every=("2min",))
+    is_time = []
     for _ in range(9):
         now += 30
-        seen.append(saver.is_time())
-        if seen[-1]:
-            saver.save(manifest(1), [])
-            saver.finish()
-    assert seen == [False, False, False, True] * 2 + [False]
+        is_time.append(run.saver.is_time())
+        if is_time[-1]:
+            run.save(1)
+            run.saver.wait()
+    assert is_time == [False, False, False, True] * 2 + [False]
 
 
-def test_what_is_saved_and_told(tmp_path):
-    saver, said = saver_of(tmp_path, keep=(2, 0))
-    assert saver.finish() == "There is no checkpoint yet"
+def test_checkpoints_are_written_numbered_and_pruned(create, tmp_path):
+    run = create(keep=(2, 0))
+    assert run.saver.wait() == "There is no checkpoint yet"
     for step in (1, 2, 3):
-        saver.save(manifest(step), [])
-    assert saver.finish() == f"The last good checkpoint is {tmp_path}/checkpoints/step-3"
+        run.save(step)
+    assert run.saver.wait().endswith(f"{tmp_path}/checkpoints/step-3")
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-3", "step-2"]
     assert verify(tmp_path / "checkpoints" / "step-3").manifest["number"] == 3
-    assert said == []
-    saver.close()
+    assert run.lines == []
 
 
-def test_numbers_that_are_not_finite_end_the_run(tmp_path):
-    saver, _ = saver_of(tmp_path, state := State())
-    saver.save(manifest(1), [])
-    saver.finish()
-    state.value = torch.tensor([1.0, float("nan")])
-    saver.save(manifest(2), [])
-    with pytest.raises(
-        ConfigurationError, match=r"value holds values .* not finite, and no .* is .*/checkpoints/step-1"
-    ):
-        saver.finish()
+def test_a_state_is_saved_once_unless_the_write_failed(create, tmp_path, monkeypatch):
+    run = create()
+    run.progress.step = 4
+    for failing in (False, False, True, False):  # a run's last save is often due at its last step
+        if failing:
+            run.progress.step = 5
+            monkeypatch.setattr(checkpoint, "save_file", lambda *arguments: (_ for _ in ()).throw(OSError(28, "full")))
+        assert ("could not be saved (full)" in run.saver.save_now()) == failing
+        monkeypatch.undo()
+    assert run.progress.num_saved == 3
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-5", "step-4"]
+
+
+def test_values_that_are_not_finite_end_the_run(create, tmp_path):
+    run = create()
+    run.save(1)
+    run.saver.wait()
+    run.value = torch.tensor([1.0, float("nan")])
+    run.save(2)
+    with pytest.raises(ConfigurationError, match=r"not finite.*/step-1"):
+        run.saver.wait()
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-1"]
-    saver.close()
 
 
-def test_a_deleted_folder_is_made_again(tmp_path):
-    saver, said = saver_of(tmp_path / "run")
-    saver.save(manifest(1), [])
-    saver.finish()
+def test_a_deleted_folder_is_created_again(create, tmp_path):
+    run = create(tmp_path / "run")
+    run.save(1)
+    run.saver.wait()
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    saver.save(manifest(2), [])
-    saver.finish()
+    run.save(2)
+    run.saver.wait()
     shutil.rmtree(tmp_path / "run")
-    saver.save(manifest(3), [])
-    assert saver.finish().endswith("step-3")
+    run.save(3)
+    assert run.saver.wait().endswith("step-3")
     verify(tmp_path / "run" / "checkpoints" / "step-3")
-    assert said == []
-    saver.close()
+    assert run.lines == []
 
 
-def test_folders_deleted_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    saver, said = saver_of(tmp_path / "run")
-    save_file = __import__("m2t_accel.checkpoint").checkpoint.save_file
+def test_a_folder_deleted_during_a_write_costs_that_checkpoint_alone(create, tmp_path, monkeypatch):
+    run = create(tmp_path / "run")
+    save_file = checkpoint.save_file
 
     def delete_then_save(tensors, path):
         shutil.rmtree(tmp_path / "run")
         save_file(tensors, path)
 
-    monkeypatch.setattr("m2t_accel.run.checkpoint.save_file", delete_then_save)
-    saver.save(manifest(1), [])
-    assert "but it could not be saved" in saver.finish()
+    monkeypatch.setattr(checkpoint, "save_file", delete_then_save)
+    run.save(1)
+    assert "could not be saved" in run.saver.wait()
     monkeypatch.undo()
-    assert "the run goes on" in said[0]
-    saver.save(manifest(2), [])
-    assert saver.finish().endswith("step-2")
-    saver.close()
+    assert "the run goes on" in run.lines[0]
+    run.save(2)
+    assert run.saver.wait().endswith("step-2")
 
 
-def test_a_full_disk_is_told_and_the_next_time_is_tried_again(small_disk):
+def test_a_full_disk_prints_a_warning_and_the_next_save_tries_again(create, small_disk):
     disk = small_disk(kilobytes=3072)
-    saver, said = saver_of(disk / "run", State(350_000), keep=(5, 0))  # 1.4 MB each
+    run = create(disk / "run", 350_000, keep=(5, 0))  # 1.4 MB each
     for step in (1, 2, 3):
-        saver.save(manifest(step), [])
-    told = saver.finish()
-    assert "but it could not be saved (" in told
-    assert "space" in told.lower()
-    assert told.endswith(f"The last good checkpoint is {disk}/run/checkpoints/step-2")
-    assert len(said) == 1
-    assert "the run goes on" in said[0]
-    assert saver.failing()
+        run.save(step)
+    found = run.saver.wait()
+    assert "could not be saved (" in found
+    assert "space" in found.lower()
+    assert found.endswith(f"{disk}/run/checkpoints/step-2")
+    assert len(run.lines) == 1
+    assert "the run goes on" in run.lines[0]
     assert sorted(os.listdir(disk / "run" / "checkpoints")) == ["step-1", "step-2"]
     shutil.rmtree(disk / "run" / "checkpoints" / "step-1")
-    saver.save(manifest(4), [])
-    assert saver.finish().endswith("step-4")
-    assert not saver.failing()
-    saver.close()
+    run.save(4)
+    assert run.saver.wait().endswith("step-4")
 
 
-def test_a_disk_that_becomes_read_only(small_disk):
+def test_a_disk_that_becomes_read_only(create, small_disk):
     disk = small_disk(kilobytes=3072)
     (disk.parent / "checkpoints").symlink_to(disk)
-    saver, said = saver_of(disk.parent)
-    saver.save(manifest(1), [])
-    saver.finish()
+    run = create(disk.parent)
+    run.save(1)
+    run.saver.wait()
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    saver.save(manifest(2), [])
-    assert "(Read-only file system). The last good checkpoint is" in saver.finish()
-    assert len(said) == 1
+    run.save(2)
+    assert "(Read-only file system)" in run.saver.wait()
+    assert len(run.lines) == 1
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-    saver.save(manifest(3), [])
-    assert saver.finish().endswith("step-3")
-    saver.close()
+    run.save(3)
+    assert run.saver.wait().endswith("step-3")
