@@ -1,6 +1,6 @@
-"""scripts/pretrain.py, with a record of the samples of each step: `… tests/pretrain_recorded.py FOLDER [--float64] …`.
+"""Run scripts/pretrain.py and record the samples of each step: `… tests/pretrain_recorded.py FOLDER [--float64] …`.
 
-Each process appends lines [step, virtual device, samples] to a file of its own in FOLDER, before the step is taken.
+Each process appends lines [step, virtual device, samples] to its own file in FOLDER, before the weights change.
 """
 
 import json

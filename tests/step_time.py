@@ -1,6 +1,6 @@
-"""Seconds of an optimizer step of ResNet-50, and the bytes that go over the loopback for it.
+"""Measure the seconds of an optimizer step of ResNet-50, and the bytes that it sends over the loopback device.
 
-`accelerate launch --config_file accelerate_configs/cpu2.yaml tests/step_time.py`, or cpu.yaml.
+`accelerate launch --config_file accelerate_configs/cpu2.yaml tests/step_time.py`, or with cpu.yaml.
 """
 
 import os
@@ -24,7 +24,7 @@ from m2t_accel.momentum_norm import momentum_layers
 from m2t_accel.pretrain import Run, create_step
 from m2t_accel.run.folder import RunFolder, Start
 
-IMAGES_A_PROCESS, STEPS = 4, 6
+IMAGES_PER_PROCESS, STEPS = 4, 6
 
 num_processes = int(os.environ.get("WORLD_SIZE", "1"))
 with tempfile.TemporaryDirectory() as folder:
@@ -32,8 +32,8 @@ with tempfile.TemporaryDirectory() as folder:
         {
             "recipe": "8x2080Ti-b256-100ep",
             "dataset": "digits",
-            "batch_size": IMAGES_A_PROCESS * num_processes,
-            "device_batch_size": IMAGES_A_PROCESS,
+            "batch_size": IMAGES_PER_PROCESS * num_processes,
+            "device_batch_size": IMAGES_PER_PROCESS,
             "num_workers": 0,
             "evaluate_every": 0,
             "output_dir": folder,
@@ -59,19 +59,19 @@ with tempfile.TemporaryDirectory() as folder:
     seconds, sent = [], []
     for _ in range(STEPS):
         accelerator.wait_for_everyone()
-        before, began = psutil.net_io_counters(pernic=True)["lo"].bytes_sent, time.perf_counter()
+        before, start = psutil.net_io_counters(pernic=True)["lo"].bytes_sent, time.perf_counter()
         step()
         accelerator.wait_for_everyone()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
         sent.append(psutil.net_io_counters(pernic=True)["lo"].bytes_sent - before)
     gradients = sum(p.numel() * p.element_size() for p in training.student.parameters())
     statistics_bytes = sum(p.collected.nbytes for p in momentum_layers(training.teacher))
     run.report.bar = None
     run.close()
     run.folder.close()
-    accelerator.print(f"median {statistics.median(seconds):.3f} s a step")
+    accelerator.print(f"median {statistics.median(seconds):.3f} s per step")
     accelerator.print(
-        f"{statistics.median(sent) / 1e6:.1f} MB sent by all processes; a process has {gradients / 1e6:.1f} MB "
+        f"{statistics.median(sent) / 1e6:.1f} MB sent by all processes; each has {gradients / 1e6:.1f} MB "
         f"of gradients and {statistics_bytes / 1e6:.2f} MB of statistics"
     )
     destroy_process_group()

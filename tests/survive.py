@@ -1,6 +1,6 @@
-"""What a run survives, measured: `python tests/survive.py kills`, `processes`, `truncation`, `cost` or `scaling`.
+"""Measure what a run survives: `python tests/survive.py kills`, `processes`, `truncation`, `cost` or `scaling`.
 
-Every line that is printed was seen in that very call; the README's table of figures is made of them.
+Each printed figure was measured by that call. The documentation quotes them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ("--recipe", "digits", "--warmup_epochs", "2", "--device_batch_size", "32", "--num_workers", "1")
-
-
-# --- runs in processes of their own
+TRAINS = r"goes on from step|epoch 0: "  # in the first line that a run prints after its set-up
 
 
 def command(record: Path, output_dir: Path, num_processes: int, arguments: Sequence[object]) -> list[str]:
-    """A recorded run on one or two processes."""
+    """Return the command of a recorded run on one or two processes."""
     launch = ["-m", "accelerate.commands.launch", "--quiet", "--config_file", "accelerate_configs/cpu2.yaml"]
     words = [sys.executable, *(launch if num_processes == 2 else [])]
     words += ["tests/pretrain_recorded.py", str(record), *map(str, arguments), "--output_dir", str(output_dir)]
@@ -37,8 +35,9 @@ def command(record: Path, output_dir: Path, num_processes: int, arguments: Seque
 
 
 def start(words: Sequence[str]) -> subprocess.Popen:
+    """Start a command in the repository's root, with one thread per process and in a process group of its own."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_", "LOCAL_", "WORLD_"))}
-    # Two processes on two cores: one thread each, so that they do not fight. Rounding depends on the threads.
+    # Rounding depends on the number of threads, and two processes on two cores have one each.
     return subprocess.Popen(
         list(words),
         cwd=ROOT,
@@ -51,7 +50,7 @@ def start(words: Sequence[str]) -> subprocess.Popen:
 
 
 def run(words: Sequence[str]) -> str:
-    """Run to the end; what it printed."""
+    """Run a command to its end. Return what it printed."""
     process = start(words)
     printed, _ = process.communicate(timeout=600)
     if process.returncode:
@@ -59,19 +58,24 @@ def run(words: Sequence[str]) -> str:
     return printed
 
 
-def wait_until_it_trains(process: subprocess.Popen) -> None:
+def read_until(process: subprocess.Popen, pattern: str) -> str:
+    """Read the output of a process up to a line that contains the pattern. Return it."""
     printed = ""
     for line in process.stdout:
         printed += line
-        if re.search(r"goes on from step|epoch 0: ", line):
-            return
-    raise RuntimeError(f"it ended before it trained:\n{printed[-3000:]}")
+        if re.search(pattern, line):
+            return printed
+    raise RuntimeError(f"the process ended without a line {pattern}:\n{printed[-3000:]}")
 
 
 def kill_at_random(
     process: subprocess.Popen, output_dir: Path, rng: random.Random, in_a_save: bool
 ) -> tuple[str, bool]:
-    """Kill -9 the run, or one of its processes, at a random moment; who was killed, and whether in a save."""
+    """Kill -9 the run, or one of its processes, at a random moment.
+
+    Returns:
+        The process that was killed ("all" or its number), and whether a checkpoint was being written.
+    """
     time.sleep(rng.uniform(0.05, 1.6))
     checkpoints = output_dir / "checkpoints"
     deadline = time.monotonic() + 5
@@ -89,6 +93,7 @@ def kill_at_random(
 
 
 def descendants(pid: int) -> Iterator[int]:
+    """Yield a process and all processes below it."""
     yield pid
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -99,24 +104,20 @@ def descendants(pid: int) -> Iterator[int]:
 
 
 def is_trainer(pid: int) -> bool:
-    """Whether a process trains, and is no launcher and no worker of a loader (a fork of its parent)."""
+    """Return whether a process trains: it is no launcher, and no loader's worker, which is a fork of its parent."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-        of_parent = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+        parent_words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    trains = (
-        any(word.endswith(b"pretrain_recorded.py") for word in words) and b"accelerate.commands.launch" not in words
-    )
-    return trains and words != of_parent
-
-
-# --- what is compared
+    scripts = (b"pretrain_recorded.py", b"scripts/pretrain.py")
+    trains = any(word.endswith(scripts) for word in words) and b"accelerate.commands.launch" not in words
+    return trains and words != parent_words
 
 
 def last_tensors(output_dir: Path) -> dict[str, object]:
-    """All tensors of the last checkpoint and of the encoder."""
+    """Return all tensors of the last checkpoint and of the encoder."""
     from safetensors.torch import load_file
 
     from m2t_accel.run.checkpoint import list_checkpoints, read_tensors, verify
@@ -127,13 +128,13 @@ def last_tensors(output_dir: Path) -> dict[str, object]:
 
 
 def different(one: dict[str, object], other: dict[str, object]) -> list[str]:
-    """The names of tensors that are not the same bit for bit."""
+    """Return the names of the tensors that are not the same bit for bit."""
     names = sorted(one.keys() ^ other.keys())
     return names + [name for name in one.keys() & other.keys() if not one[name].equal(other[name])]
 
 
 def samples_of(record: Path) -> dict[tuple[int, int], list[list[int]]]:
-    """By (step, virtual device), the samples that were shown, each time that the step was computed."""
+    """Return the samples of each computation of a step, by (step, virtual device)."""
     shown: dict[tuple[int, int], list[list[int]]] = {}
     for file in record.iterdir():
         for line in file.read_text().splitlines(keepends=True):
@@ -144,32 +145,32 @@ def samples_of(record: Path) -> dict[tuple[int, int], list[list[int]]]:
 
 
 def lost_and_repeated(record: Path, reference: Path) -> tuple[int, int]:
-    """Samples that a run never showed where the reference did, and that it showed where the reference did not."""
+    """Count the samples that a run lacks in a sub-batch of the reference, and those that it has in excess."""
     expected, lost, repeated = samples_of(reference), 0, 0
     found = samples_of(record)
     for place in expected.keys() | found.keys():
-        wanted = expected.get(place, [[]])[0]
+        reference_samples = set(expected.get(place, [[]])[0])
         for samples in found.get(place, [[]]):
-            lost += len(set(wanted) - set(samples))
-            repeated += len(samples) - len(set(samples) & set(wanted))
+            lost += len(reference_samples - set(samples))
+            repeated += len(samples) - len(set(samples) & reference_samples)
     return lost, repeated
 
 
 def metrics(output_dir: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl, without what a clock says."""
+    """Return the lines of metrics.jsonl without what a clock has measured."""
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
 
 
 def largest_difference(one: list[dict[str, float]], other: list[dict[str, float]]) -> float:
-    """Of two runs' metrics; infinite where they have other lines."""
+    """Return the largest difference between the metrics of two runs; infinite if their lines differ in kind."""
     if [row.keys() for row in one] != [row.keys() for row in other]:
         return float("inf")
     return max(abs(a[name] - b[name]) for a, b in zip(one, other, strict=True) for name in a)
 
 
 def write_digits(folder: Path) -> Path:
-    """digits as parquet files, in row groups of 48."""
+    """Write digits as parquet files with row groups of 48."""
     from m2t_accel.data.sources import load_digits
 
     folder.mkdir()
@@ -179,14 +180,12 @@ def write_digits(folder: Path) -> Path:
     return folder
 
 
-# --- the figures
-
-
 def kills(work: Path, num_processes: Sequence[int], streamed: bool, epochs: int, seed: int = 0) -> dict[str, object]:
-    """A run that is killed at random moments, beside one that never is.
+    """Compare a run that is killed at random moments with one that is not.
 
-    num_processes: those of each start, the last of which is not killed. Where they change, the run beside it has one
-    process, and what is of single processes is not compared.
+    Args:
+        num_processes: of each start of the run; the last start is not killed. If they differ, the other run has one
+            process, and tensors of single processes are not compared.
     """
     source = ["--dataset", write_digits(work / "set"), "--streaming"] if streamed else []
     arguments = [*DIGITS, *source, "--epochs", epochs, "--checkpoint_every", "7steps", "--log_every", 5]
@@ -197,10 +196,10 @@ def kills(work: Path, num_processes: Sequence[int], streamed: bool, epochs: int,
     killed, in_saves = [], 0
     for number in num_processes[:-1]:
         process = start(command(work / "victim-record", victim, number, arguments))
-        wait_until_it_trains(process)
+        read_until(process, TRAINS)
         who, was_saving = kill_at_random(process, victim, rng, in_a_save=len(killed) % 2 == 0)
         if (victim / "training.json").exists():
-            raise RuntimeError("it was complete before the last kill: give it more epochs")
+            raise RuntimeError("the run was complete before the last kill: give it more epochs")
         killed.append(who)
         in_saves += was_saving
     run(command(work / "victim-record", victim, num_processes[-1], arguments))
@@ -221,7 +220,7 @@ def kills(work: Path, num_processes: Sequence[int], streamed: bool, epochs: int,
 
 
 def stopped_and_moved(work: Path, first: int, second: int, float64: bool, epochs: int = 6) -> dict[str, object]:
-    """A run that begins on `first` processes and ends on `second`, beside one on `first` alone."""
+    """Compare a run that starts on `first` processes and ends on `second` with one on `first` alone."""
     precision = ["--float64"] if float64 else []
     arguments = [*precision, *DIGITS, "--epochs", epochs, "--log_every", 1, "--checkpoint_every", "1epoch"]
     reference, moved = work / "reference", work / "moved"
@@ -229,10 +228,10 @@ def stopped_and_moved(work: Path, first: int, second: int, float64: bool, epochs
     half = (epochs // 2) * 22 + 5
     words = command(work / "moved-record", moved, first, [*arguments, "--checkpoint_every", f"{half}steps"])
     process = start(words)
-    wait_until_it_trains(process)
+    read_until(process, TRAINS)
     while not (moved / "checkpoints" / f"step-{half}").exists():
         if process.poll() is not None:
-            raise RuntimeError("it ended before it was stopped")
+            raise RuntimeError("the run ended before it was stopped")
         time.sleep(0.01)
     for pid in [pid for pid in descendants(process.pid) if is_trainer(pid)]:
         os.kill(pid, signal.SIGKILL)
@@ -254,7 +253,7 @@ def stopped_and_moved(work: Path, first: int, second: int, float64: bool, epochs
 
 
 def truncations(work: Path) -> tuple[int, int]:
-    """Cuts of each file of a run's checkpoint at its start, middle and end: how many, and how many were noticed."""
+    """Cut each file of a checkpoint at its start, middle and end. Return the number of cuts, and of those noticed."""
     from m2t_accel.run.checkpoint import DamagedCheckpointError, list_checkpoints, verify
 
     run(command(work / "record", work / "run", 1, [*DIGITS, "--epochs", 3]))
@@ -276,9 +275,10 @@ def truncations(work: Path) -> tuple[int, int]:
 
 
 def cost_of_a_save(work: Path, repeats: int) -> dict[str, float]:
-    """A ResNet-50's state, saved while it trains: how much longer the steps take that a save overlaps.
+    """Measure how much longer the steps of a ResNet-50 take while its state is saved.
 
-    Of `repeats` pairs of equal stretches of steps, one with a save at its start, in turns; medians.
+    Each of `repeats` pairs has two equal stretches of steps, in alternating order, one with a save at its start. The
+    figures are medians, in seconds.
     """
     import torch
     from accelerate import Accelerator
@@ -315,7 +315,7 @@ def cost_of_a_save(work: Path, repeats: int) -> dict[str, float]:
     copies, writes = [], []
     step()
     saver.begin()
-    saver.finish()
+    saver.wait()
     for i in range(repeats):
         for saves in (False, True) if i % 2 else (True, False):
             finished()
@@ -327,12 +327,12 @@ def cost_of_a_save(work: Path, repeats: int) -> dict[str, float]:
                 step()
             finished()
             seconds[saves].append(time.perf_counter() - began)
-            saver.finish()
+            saver.wait()
     for _ in range(3):
         began = time.perf_counter()
         run.progress.step += 1
         saver.begin()
-        saver.finish()
+        saver.wait()
         writes.append(time.perf_counter() - began)
     size = sum(path.stat().st_size for path in saver.last_good.iterdir())
     without, with_save = (statistics.median(seconds[saves]) for saves in (False, True))
@@ -351,24 +351,24 @@ def cost_of_a_save(work: Path, repeats: int) -> dict[str, float]:
 
 
 def scaling(work: Path, repeats: int) -> dict[str, object]:
-    """Seconds of a step on one process and on two with twice the batch, in turns, each with one thread."""
+    """Measure the seconds of a step on one process, and on two with twice the batch, each with one thread."""
     found: dict[int, list[float]] = {1: [], 2: []}
-    of_two = ""
+    traffic = ""
     for i in range(repeats):
         for number in (1, 2) if i % 2 else (2, 1):
             config = ["--config_file", f"accelerate_configs/cpu{'' if number == 1 else 2}.yaml"]
             launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *config]
             printed = run([*launch, "tests/step_time.py"])
             found[number].append(float(re.search(r"median ([\d.]+) s", printed)[1]))
-            of_two = printed.strip().splitlines()[-1] if number == 2 else of_two
+            traffic = printed.strip().splitlines()[-1] if number == 2 else traffic
     one, two = (statistics.median(found[number]) for number in (1, 2))
-    return {"one": one, "two": two, "efficiency": one / two, "of two": of_two}
+    return {"one": one, "two": two, "efficiency": one / two, "traffic of two": traffic}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("kills", "processes", "truncation", "cost", "scaling"))
-    parser.add_argument("--kills", type=int, default=20, help="of a one-process run; of two processes 6")
+    parser.add_argument("--kills", type=int, default=20, help="of a run on one process; a run on two is killed 6 times")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--num_processes", type=int, nargs="+", default=(1, 2), choices=(1, 2))
     options = parser.parse_args()
@@ -406,7 +406,7 @@ def main() -> None:
     else:
         with folder() as work:
             for name, value in scaling(Path(work), options.repeats).items():
-                print(f"{name:<12} {value}")
+                print(f"{name:<14} {value}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train in float64 and save the teacher: `accelerate launch … tests/train_in_float64.py CONFIG.json …`.
 
-One launch trains all the configurations that it is given, one after the other, to save starts.
+One launch trains all configurations one after the other, because a start takes seconds.
 """
 
 import json
