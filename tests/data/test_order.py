@@ -28,7 +28,7 @@ def test_each_position_is_permuted_independently_of_the_others():
 
 def test_permutations_look_random():
     """Over many keys, each of 12 positions goes to each of 12 equally often; and neighbours end up unrelated."""
-    number, size = 6000, 12
+    number, size = 3000, 12
     drawn = np.stack([permute(np.arange(size), size, (0, seed, 0)) for seed in range(number)])
     counts = np.stack([np.bincount(drawn[:, i], minlength=size) for i in range(size)])
     chi_square = ((counts - number / size) ** 2 / (number / size)).sum()
