@@ -104,6 +104,16 @@ def trained_run(tmp_path_factory):
 
 
 @pytest.fixture
+def float64():
+    """Create tensors in float64 during the test."""
+    import torch
+
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """Mount a disk of so many kilobytes, and give its folder."""
     mounted = []
