@@ -20,7 +20,7 @@ def main() -> None:
         num_processes = int(os.environ.get("WORLD_SIZE", "1"))
         check_inputs(config)
         check_num_processes(config, num_processes)
-        if num_processes == 1:  # of several, one may have begun to write before another looks
+        if num_processes == 1:  # among several, one may already have written; pretrain checks in the right order
             check_output_dir(config)
         from m2t_accel.distributed.processes import destroy_process_group
         from m2t_accel.pretrain import pretrain

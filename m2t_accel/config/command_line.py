@@ -1,6 +1,6 @@
-"""What a user types, flags and YAML, as a configuration; what was wrong with it, as one line.
+"""Parse flags and YAML files into settings, and print a user's errors in one line.
 
-This module imports no torch, so that `--help`, `--recipe list` and a wrong flag answer at once.
+This module imports no torch, so that `--help`, `--recipe list` and a wrong flag are answered at once.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ Settings = TypeVar("Settings")
 
 
 def read_yaml(path: str) -> dict[str, object]:
-    """The settings in a YAML file.
+    """Read the settings in a YAML file.
 
     Raises:
-        ConfigurationError: there is no such file, or it does not hold `name: value` lines.
+        ConfigurationError: the file cannot be read, or does not consist of `name: value` lines.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"--config {path}: cannot be read ({error})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that does not exist, endless brackets
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # e.g. an impossible date, thousands of brackets
         raise ConfigurationError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigurationError(f"--config {path}: needs lines `name: value`, with the names of --help")
@@ -45,9 +45,10 @@ def read_yaml(path: str) -> dict[str, object]:
 
 
 def parse_command_line(description: str, arguments: Sequence[str] | None = None) -> PretrainConfig:
-    """The configuration of a pretraining run that the command line asks for.
+    """Parse the command line of a pretraining run; `--recipe list` prints the recipes and exits.
 
-    `--recipe list` prints and exits; else as parse_settings.
+    Raises:
+        ConfigurationError: a flag, key or recipe is unknown, or a value is not allowed.
     """
     return parse_with_options(description, argparse.ArgumentParser(add_help=False), "digits", arguments)[0]
 
@@ -55,17 +56,24 @@ def parse_command_line(description: str, arguments: Sequence[str] | None = None)
 def parse_with_options(
     description: str, options: argparse.ArgumentParser, recipe: str, arguments: Sequence[str] | None = None
 ) -> tuple[PretrainConfig, argparse.Namespace]:
-    """As parse_command_line, of a script with options of its own, which come back beside the configuration.
+    """Parse the settings of a pretraining run beside a script's own options, and return both.
 
-    `recipe` is the one where none is given.
+    Args:
+        description: text at the top of `--help`.
+        options: the script's own options.
+        recipe: the default recipe.
+        arguments: words of the command line (default: those of the process).
+
+    Raises:
+        ConfigurationError: a flag, key or recipe is unknown, or a value is not allowed.
     """
-    own = " ".join(
+    usage = [
         f"[{action.option_strings[0]} {action.metavar}]" if action.option_strings else action.metavar
         for action in options._actions
-    )
+    ]
     return parse_settings(
         description,
-        f"{own} [--recipe NAME] [--dataset SOURCE] [--output_dir DIR]".strip(),
+        " ".join([*usage, "[--recipe NAME] [--dataset SOURCE] [--output_dir DIR]"]),
         PretrainConfig,
         build_config,
         preset="recipe",
@@ -87,14 +95,23 @@ def parse_settings(
     arguments: Sequence[str] | None = None,
     defaults: Mapping[str, object] = types.MappingProxyType({}),
 ) -> tuple[Settings, argparse.Namespace]:
-    """Settings of the dataclass `kind` that the command line asks for, and the script's own options beside them.
+    """Parse the settings of a script, and its own options; return both.
 
-    Of a preset (a recipe, a protocol), then of the `--config` file, then of flags; later wins. `preset` is the
-    setting that names it, where there are any; `--PRESET list` prints the table of all and exits, and so does `--help`.
-    `defaults` are a script's own.
+    A flag overrides the `--config` file, which overrides the preset. `--help` prints and exits.
+
+    Args:
+        description: text at the top of `--help`.
+        usage: the most important flags, for the usage line.
+        kind: dataclass of the settings.
+        build: makes it from the given settings, and applies the preset.
+        preset: name of the setting that selects a preset (recipe or protocol), if there is one.
+        table: returns the table of all presets, which `--PRESET list` prints before it exits.
+        options: the script's own options.
+        arguments: words of the command line (default: those of the process).
+        defaults: the script's own defaults of settings.
 
     Raises:
-        ConfigurationError: an unknown flag, key or preset, or a value that is not allowed.
+        ConfigurationError: a flag, key or preset is unknown, or a value is not allowed.
     """
     parser = OneLineParser(
         parents=[options] if options else [],
@@ -102,10 +119,10 @@ def parse_settings(
         description=description,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
-        epilog="Every setting may also stand in the --config file, as `name: value`; flags win."
-        + (f"\nThe defaults shown are those for ImageNet; a {preset} sets its own." if preset else ""),
+        epilog="The --config file may hold any setting, as `name: value`; flags override it."
+        + (f"\nThe defaults shown are those for ImageNet; a {preset} has its own." if preset else ""),
     )
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings from a file, such as a run's config.yaml")
+    parser.add_argument("--config", metavar="FILE.yaml", help="file with settings, such as the config.yaml of a run")
     hints = typing.get_type_hints(kind)
     for heading, fields in fields_by_heading(kind).items():
         group = parser.add_argument_group(heading)
@@ -120,45 +137,46 @@ def parse_settings(
     if table is not None and flags.get(preset) == "list":
         print(table())
         raise SystemExit(0)
-    settings = {item.name for item in dataclasses.fields(kind)}
-    given = argparse.Namespace(**{name: flags.pop(name) for name in flags.keys() - settings - {"config"}})
     path = flags.pop("config")
+    own_options = argparse.Namespace(**{name: flags.pop(name) for name in flags.keys() - hints.keys()})
     from_file = {} if path is None else read_yaml(path)
     if {preset} <= flags.keys() & from_file.keys() and flags[preset] != from_file[preset]:
         raise ConfigurationError(
-            f"--{preset} {flags[preset]} meets `{preset}: {from_file[preset]}` of {path}: give one of them"
+            f"--{preset} {flags[preset]} contradicts `{preset}: {from_file[preset]}` in {path}: give one of them"
         )
-    return build({**defaults, **from_file, **flags}), given
+    return build({**defaults, **from_file, **flags}), own_options
 
 
 def add_flag(group: argparse._ArgumentGroup, item: dataclasses.Field, hint: object, default: object) -> None:
-    """The flag of a setting; its text is converted with that of YAML, not here."""
+    """Add the flag of one setting; the value stays text, which `convert` reads like a YAML value."""
     if typing.get_origin(hint) is types.UnionType:  # `something | None`
         hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
-    items = typing.get_args(hint)  # of a tuple
+    items = typing.get_args(hint)  # empty unless the setting is a tuple
     if isinstance(default, tuple):
         default = " ".join(n if isinstance(n, str) else f"{n:.3g}" for n in default)
+    elif isinstance(default, bool):
+        default = str(default).lower()
     shown = "" if default is None else f" (default: {default})"
     letter = {int: "N", float: "X", str: "NAME", bool: "true|false"}[items[0] if items else hint]
     count = {"nargs": len(items), "metavar": (letter,) * len(items)} if items else {"metavar": letter}
-    if ... in items:  # as many as one likes
+    if ... in items:  # any number of values
         count = {"nargs": "+", "metavar": letter}
     if hint is bool:
-        count |= {"nargs": "?", "const": True}  # the flag alone
+        count |= {"nargs": "?", "const": True}  # the flag without a value
     group.add_argument(
         f"--{item.name}", default=argparse.SUPPRESS, help=(item.metadata["help"] + shown).replace("%", "%%"), **count
     )
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, its complaints as our one line instead of a page of usage."""
+    """Argument parser that raises its errors as a ConfigurationError instead of printing the usage."""
 
     def error(self, message: str) -> typing.NoReturn:
         raise ConfigurationError(f"{message}; --help lists all flags")
 
 
 def recipe_table() -> str:
-    """The recipes as a table of text, with the published hardware, hours and result."""
+    """Return the recipes as a text table, with the published hardware, hours and accuracy."""
     rows = [("recipe", "batch", "per device", "optimizer", "lr/256", "epochs", "hardware", "hours", "top-1 %")]
     for name, recipe in RECIPES.items():
         config = build_config({"recipe": name, "dataset": recipe.settings.get("dataset", "digits")})
@@ -177,42 +195,41 @@ def recipe_table() -> str:
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    note = "Hardware, hours and linear top-1 are those published for ImageNet, ResNet-50 (arXiv 2101.07525)."
+    note = "Hardware, hours and linear top-1 are the published ones of ResNet-50 on ImageNet (arXiv 2101.07525)."
     return "\n".join([*lines, "", note])
 
 
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Print a ConfigurationError as one line and exit with status 2 (a run that was stopped: 75; Ctrl-C: 130).
+    """Print a user's error in one line and exit: status 2 for a ConfigurationError, 75 or 130 for a stopped run.
 
-    Other errors keep their traceback.
-
-    Of several processes on a machine, the first speaks at once. The others wait: if the mistake is theirs too, their
-    launcher ends them meanwhile; if it is not the first one's, they speak.
+    Other errors keep their traceback. With several processes on a machine, the first one prints at once and the others
+    wait 3 s: the launcher ends them meanwhile if the first one failed as well, so that the error is printed once.
     """
-    kept = signal.getsignal(signal.SIGINT)
-    if kept is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupt)
+    name = Path(sys.argv[0]).name
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is signal.default_int_handler:
+        signal.signal(signal.SIGINT, handle_ctrl_c)
     try:
         yield
     except (ConfigurationError, Interrupted) as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(3)
-        line = " ".join(str(error).split())  # a value that was given may hold line breaks
+        line = " ".join(str(error).split())  # the given value may contain line breaks
         kind, status = ("error: ", 2) if isinstance(error, ConfigurationError) else ("", error.status)
-        print(f"{Path(sys.argv[0]).name}: {kind}{line}", file=sys.stderr, flush=True)
+        print(f"{name}: {kind}{line}", file=sys.stderr, flush=True)
         raise SystemExit(status) from None
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+        print(f"{name}: interrupted", file=sys.stderr, flush=True)
         raise SystemExit(STATUS_CTRL_C) from None
     finally:
-        signal.signal(signal.SIGINT, kept)
+        signal.signal(signal.SIGINT, previous)
 
 
-def interrupt(number: int, frame: types.FrameType | None) -> None:
-    """Ctrl-C: as Python takes it, but at once and in one line while a library is imported.
+def handle_ctrl_c(number: int, frame: types.FrameType | None) -> None:
+    """Raise KeyboardInterrupt, or end the process at once, with one line, while a library is being imported.
 
-    Libraries catch it then, or make something else of it: a RecursionError, an abort in C++.
+    During an import, libraries catch the exception or turn it into something else: a RecursionError, a C++ abort.
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):

@@ -1,6 +1,6 @@
-"""What a setting is: a typed field with limits and a line of help, read alike from a flag and from YAML.
+"""Typed settings with limits and a line of help, read alike from flags and from YAML, and the errors of a user.
 
-This module imports no torch, and nothing of the house: every room may raise its ConfigurationError.
+This module imports no torch and no other module of the package.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import operator
 import os
 import re
 import textwrap
@@ -17,33 +18,44 @@ import typing
 from collections.abc import Mapping
 from dataclasses import field
 
-STATUS_GO_ON = 75  # a run was stopped, and the same command goes on; EX_TEMPFAIL of sysexits.h
+STATUS_RESUMABLE = 75  # the run was stopped, and the same command resumes it; EX_TEMPFAIL of sysexits.h
 STATUS_CTRL_C = 130
 
 
 class ConfigurationError(ValueError):
-    """What a user gave cannot be run. Its message is one line: what was given, what is allowed, what to type."""
+    """A setting or an input is wrong. The message is one line: the value given, the values allowed, what to type."""
 
 
-class Interrupted(Exception):  # noqa: N818 (no error of anybody)
-    """A run ends before its time, and the same command goes on. Its message is one line; `status` is the exit's."""
+class Interrupted(Exception):  # noqa: N818 (not an error)
+    """A run ended early, and the same command resumes it. The message is one line; `status` is the exit status."""
 
-    def __init__(self, message: str, status: int = STATUS_GO_ON) -> None:
+    def __init__(self, message: str, status: int = STATUS_RESUMABLE) -> None:
         super().__init__(message)
         self.status = status
 
 
 def setting(default: object, help: str, **limits: object):
-    """A field of a dataclass of settings: its default, its line in `--help`, and its limits.
+    """Return a dataclass field for a setting.
 
-    limits: `at_least`, `at_most`, `above`, `below` (numbers; of a tuple, each item) and `choices`. A `heading`
-    begins a group in `--help`.
+    Args:
+        default: default value.
+        help: text shown in `--help`.
+        limits: `at_least`, `at_most`, `above`, `below` (numbers; in a tuple they apply to each item), `choices`, and
+            `heading`, which starts a new group in `--help`.
     """
     return field(default=default, metadata={"help": help, **limits})
 
 
+LIMITS = {
+    "at_least": (operator.ge, "at least"),
+    "at_most": (operator.le, "at most"),
+    "above": (operator.gt, "more than"),
+    "below": (operator.lt, "less than"),
+}
+
+
 def check_all_limits(config: object) -> None:
-    """Check every field of a dataclass of settings.
+    """Check every field of a dataclass of settings against its limits.
 
     Raises:
         ConfigurationError: a value is out of its limits.
@@ -53,6 +65,11 @@ def check_all_limits(config: object) -> None:
 
 
 def check_limits(name: str, value: object, limits: Mapping[str, object]) -> None:
+    """Check one value against the limits of its setting; None always passes.
+
+    Raises:
+        ConfigurationError: the value is out of its limits.
+    """
     if value is None:
         return
     if "choices" in limits and value not in limits["choices"]:
@@ -62,72 +79,76 @@ def check_limits(name: str, value: object, limits: Mapping[str, object]) -> None
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, float) and not math.isfinite(number):
             raise ConfigurationError(f"--{name} {number}: not a finite number")
-        for limit, holds, words in (
-            ("at_least", lambda a, b: a >= b, "at least"),
-            ("at_most", lambda a, b: a <= b, "at most"),
-            ("above", lambda a, b: a > b, "more than"),
-            ("below", lambda a, b: a < b, "less than"),
-        ):
+        for limit, (holds, words) in LIMITS.items():
             if limit in limits and not holds(number, limits[limit]):
                 raise ConfigurationError(f"--{name} {number:g} is out of range: {words} {limits[limit]:g} is allowed")
 
 
 def convert(name: str, kind: object, value: object) -> object:
-    """A flag's text or a YAML value as the type of the setting `name`; one path, so that both read alike.
+    """Convert the text of a flag, or a YAML value, to the type of the setting.
+
+    Flags and YAML share this function, so that both are read alike.
+
+    Args:
+        name: name of the setting, for the message.
+        kind: type of its field: int, float, str, bool, a tuple of them, or one of these `| None`.
 
     Raises:
-        ConfigurationError: the value is not of that type.
+        ConfigurationError: the value cannot be converted.
     """
-    if isinstance(kind, types.UnionType):  # the only unions here are `something | None`
+    if isinstance(kind, types.UnionType):  # the only unions are `type | None`
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
             return None
         kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)
-        if ... in kinds:  # as many as one likes, written one after the other or with commas
-            items = value if isinstance(value, list | tuple) else [value]
+        items = value if isinstance(value, list | tuple) else [value]
+        if ... in kinds:  # any number of items, separated by spaces or commas
             items = [part for item in items for part in (item.split(",") if isinstance(item, str) else [item])]
             if not items:
                 raise ConfigurationError(f"--{name} is empty: leave it out, or give it a value")
-            return tuple(convert(name, kinds[0], item) for item in items)
-        if not isinstance(value, list | tuple) or len(value) != len(kinds):
-            shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
-            raise ConfigurationError(f"--{name} {shown}: {len(kinds)} numbers are needed")
-        return tuple(convert(name, k, v) for k, v in zip(kinds, value, strict=True))
+            kinds = kinds[:1] * len(items)
+        if len(items) != len(kinds):
+            raise ConfigurationError(f"--{name} {plain_text(value)}: {len(kinds)} numbers are needed")
+        return tuple(convert(name, k, v) for k, v in zip(kinds, items, strict=True))
     words = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}[kind]
+    needed = ConfigurationError(f"--{name} {value}: {words} is needed")
     if not isinstance(value, str | int | float):
-        raise ConfigurationError(f"--{name} {value}: {words} is needed")
-    if kind is str and (not str(value) or "\0" in str(value)):
-        raise ConfigurationError(f"--{name} is empty: leave it out, or give it a value")
+        raise needed
+    text = str(value)  # first of all: int(1.5) and int(True) would pass silently
     if kind is bool:
-        if str(value).lower() not in ("true", "false"):
-            raise ConfigurationError(f"--{name} {value}: {words} is needed")
-        return str(value).lower() == "true"
-    if kind is str and str(value).startswith("~"):  # a shell leaves it in --flag=~/folder, and so does YAML
-        return os.path.expanduser(str(value))
+        if text.lower() not in ("true", "false"):
+            raise needed
+        return text.lower() == "true"
+    if kind is str:
+        if not text or "\0" in text:
+            raise ConfigurationError(f"--{name} is empty: leave it out, or give it a value")
+        # Neither a shell, in --flag=~/folder, nor YAML expands the tilde.
+        return os.path.expanduser(text) if text.startswith("~") else text
     try:
-        return kind(str(value))  # str first: int(1.5) and int(True) would pass in silence
+        return kind(text)
     except ValueError:
-        raise ConfigurationError(f"--{name} {value}: {words} is needed") from None
+        raise needed from None
 
 
 def convert_all(kind: type, given: Mapping[str, object]) -> dict[str, object]:
-    """The settings that were given, each as the type of its field in the dataclass `kind`.
+    """Convert the given settings to the types of their fields in the dataclass `kind`.
 
     Raises:
-        ConfigurationError: there is no such field, or a value is not of its type.
+        ConfigurationError: a name is unknown, or a value cannot be converted.
     """
     hints = typing.get_type_hints(kind)
+    names = [item.name for item in dataclasses.fields(kind)]  # the hints name class variables, too
     for name in given:
-        if name not in hints:
-            raise ConfigurationError(f"unknown setting {name}{did_you_mean(name, hints)}; --help lists them all")
+        if name not in names:
+            raise ConfigurationError(f"unknown setting {name}{did_you_mean(name, names)}; --help lists them all")
     return {name: convert(name, hints[name], value) for name, value in given.items()}
 
 
 def fields_by_heading(kind: type) -> dict[str, list[dataclasses.Field]]:
-    """The fields of a dataclass of settings in groups, a class's own before those that it inherits.
+    """Return the fields of a dataclass of settings, grouped by heading.
 
-    The group `the run` comes first.
+    Fields of the class itself precede inherited ones. The group "the run" comes first.
     """
     fields = {item.name: item for item in dataclasses.fields(kind)}
     groups: dict[str, list[dataclasses.Field]] = {"the run": []}
@@ -141,17 +162,22 @@ def fields_by_heading(kind: type) -> dict[str, list[dataclasses.Field]]:
 
 
 def did_you_mean(word: object, words: typing.Iterable[str]) -> str:
-    """`, did you mean NEAREST?`, or nothing where no word is near."""
+    """Return `, did you mean NEAREST?` for the word most like the given one, or an empty text if none is close."""
     by_lower = {w.lower(): w for w in words}
     near = difflib.get_close_matches(str(word).lower(), by_lower, n=1, cutoff=0.5)
     return f", did you mean {by_lower[near[0]]}?" if near else ""
 
 
 def one_line(error: Exception) -> str:
-    """A library's error as part of a line: its type and the beginning of what it says."""
+    """Return the type and message of a library's error as one line of at most 240 characters."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" …").rstrip(".")
 
 
+def plain_text(value: object) -> str:
+    """Return a value as a user types it: the items of a list or tuple are separated by spaces."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def is_hub_id(text: str) -> bool:
-    """Whether the text has the form of a Hub id, USER/NAME."""
+    """Return whether the text has the form of a Hub id, USER/NAME."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None

@@ -1,4 +1,4 @@
-"""What a run is: its settings, checked, and the published recipes. This module imports no torch."""
+"""The settings of a pretraining run, with their limits and help. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from m2t_accel.config.data import TrainingSettings, check_dataset, check_ordered
 from m2t_accel.config.fields import ConfigurationError, did_you_mean, is_hub_id, setting
 from m2t_accel.schedules import Schedule, schedule
 
-# Encoders by name: arguments of transformers.ResNetConfig. All but the last are the standard ResNets.
+# Arguments of transformers.ResNetConfig, by encoder name. All but the last are the standard ResNets.
 ENCODERS: Mapping[str, Mapping[str, object]] = {
     "resnet18": {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"},
     "resnet34": {"depths": [3, 4, 6, 3], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"},
@@ -38,82 +38,86 @@ ENCODERS: Mapping[str, Mapping[str, object]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainingSettings):
-    """All settings of a pretraining run, checked. The defaults are the ImageNet ones.
+    """All settings of a pretraining run, checked when they are created. The defaults are those for ImageNet.
 
     Raises:
-        ConfigurationError: a value out of range, or values that do not fit one another.
+        ConfigurationError: a value is out of range, or two values contradict each other.
     """
 
-    recipe: str = setting("digits", "name of a recipe; `list` prints them all", heading="the run")
-    output_dir: str | None = setting(None, "folder of the run (default: runs/RECIPE)")
+    recipe: str = setting("digits", "name of a recipe; `list` prints all recipes", heading="the run")
+    output_dir: str | None = setting(None, "folder that the run writes to (default: runs/RECIPE)")
     resume: str = setting(
         "auto",
-        "auto: go on from the newest whole checkpoint in output_dir, if there is one; never; or a checkpoint's folder",
+        "auto: resume from the newest complete checkpoint in output_dir, if any; never: start from scratch; or the "
+        "folder of a checkpoint",
     )
 
     encoder: str = setting(
         "resnet50",
-        f"{', '.join(ENCODERS)}, a transformers config folder or a Hub id (weights start random)",
+        f"{', '.join(ENCODERS)}, a folder with a transformers config.json, or a Hub id; the weights start random",
         heading="student and teacher",
     )
-    hidden_size: int = setting(4096, "hidden width of projector and predictor", at_least=2)
-    projection_size: int = setting(256, "output width of projector and predictor", at_least=2)
+    hidden_size: int = setting(4096, "hidden width of the projector and the predictor", at_least=2)
+    projection_size: int = setting(256, "output width of the projector and the predictor", at_least=2)
     weight_momentum: float = setting(
-        0.99, "the teacher's weight momentum at step 0; rises to 1 by a cosine", at_least=0, at_most=1
+        0.99, "weight momentum of the teacher at step 0; it rises to 1 along a cosine", at_least=0, at_most=1
     )
 
     optimizer: str = setting("sgd", "sgd or lars", choices=("sgd", "lars"), heading="training")
-    learning_rate_per_256: float = setting(0.05, "peak learning rate for each 256 images of batch_size", above=0)
-    warmup_epochs: float = setting(10.0, "epochs of linear warmup from 1e-6, then cosine to 0", at_least=0)
-    weight_decay: float = setting(1e-4, "weight decay", at_least=0)
-    optimizer_momentum: float = setting(0.9, "momentum of SGD or LARS", at_least=0, below=1)
+    learning_rate_per_256: float = setting(0.05, "peak learning rate per 256 images of batch_size", above=0)
+    warmup_epochs: float = setting(10.0, "epochs of linear warmup from 1e-6; a cosine to 0 follows", at_least=0)
+    weight_decay: float = setting(1e-4, "weight decay of the optimizer", at_least=0)
+    optimizer_momentum: float = setting(0.9, "momentum of the optimizer", at_least=0, below=1)
 
-    jitter_probability: float = setting(0.8, "chance of colour jitter", at_least=0, at_most=1, heading="views")
-    brightness: float = setting(0.4, "strength of jitter: factor 1 ± this", at_least=0, at_most=1)
-    contrast: float = setting(0.4, "strength of jitter: factor 1 ± this", at_least=0, at_most=1)
-    saturation: float = setting(0.2, "strength of jitter: factor 1 ± this", at_least=0, at_most=1)
-    hue: float = setting(0.1, "strength of jitter: ± this share of the circle", at_least=0, at_most=0.5)
-    grayscale_probability: float = setting(0.2, "chance of losing all colour", at_least=0, at_most=1)
+    jitter_probability: float = setting(0.8, "probability of colour jitter", at_least=0, at_most=1, heading="views")
+    brightness: float = setting(0.4, "brightness jitter: a factor of 1 ± this", at_least=0, at_most=1)
+    contrast: float = setting(0.4, "contrast jitter: a factor of 1 ± this", at_least=0, at_most=1)
+    saturation: float = setting(0.2, "saturation jitter: a factor of 1 ± this", at_least=0, at_most=1)
+    hue: float = setting(0.1, "hue jitter: ± this fraction of the colour circle", at_least=0, at_most=0.5)
+    grayscale_probability: float = setting(0.2, "probability of conversion to grayscale", at_least=0, at_most=1)
     blur_probability: tuple[float, float] = setting(
-        (1.0, 0.1), "chance of Gaussian blur, view 1 and view 2", at_least=0, at_most=1
+        (1.0, 0.1), "probability of Gaussian blur, for view 1 and view 2", at_least=0, at_most=1
     )
-    blur_sigma: tuple[float, float] = setting((0.1, 2.0), "range of the blur's sigma, in pixels", above=0)
+    blur_sigma: tuple[float, float] = setting((0.1, 2.0), "smallest and largest sigma of the blur, in pixels", above=0)
     solarize_probability: tuple[float, float] = setting(
-        (0.0, 0.2), "chance of solarization, view 1 and view 2", at_least=0, at_most=1
+        (0.0, 0.2), "probability of solarization, for view 1 and view 2", at_least=0, at_most=1
     )
 
     streaming: bool = setting(
-        False, "read parquet files and tars piece by piece from where they are, without a copy", heading="data"
+        False, "read parquet files and tars in place while training, without copying them first", heading="data"
     )
     max_bad_fraction: float = setting(
-        0.001, "share of images that may be undecodable before the run stops; ten always may", at_least=0, at_most=1
+        0.001,
+        "stop the run when more than this fraction of the images cannot be decoded; ten are always allowed",
+        at_least=0,
+        at_most=1,
     )
 
     checkpoint_every: tuple[str, ...] = setting(
         ("15min",),
-        "when to save: such as 500steps, 1epoch or 15min, several if you like; or never, that is, only at the end and "
-        "when the run is stopped",
+        "interval between checkpoints: 500steps, 1epoch, 15min, or several of them; or never, to save only at the end "
+        "and when the run is stopped",
         heading="checkpoints",
     )
     keep: tuple[int, int] = setting(
-        (3, 0), "checkpoints that are kept: the last N, and for good every Mth (0: none)", at_least=0
+        (3, 0), "checkpoints to keep: the last N, and every Mth for ever (0: only the last N)", at_least=0
     )
     stop_on_collapse: bool = setting(
-        False, "end the run where the teacher's embeddings fall into one point, instead of a warning"
+        False, "stop the run when the teacher's embeddings collapse to one point, instead of printing a warning"
     )
     collective_timeout: float = setting(
-        10.0, "minutes that a process waits for the others in a step, before it takes them for lost", above=0
+        10.0, "minutes that a process waits for the others in a step before it reports them as lost", above=0
     )
 
     log_every: int = setting(10, "steps between lines of metrics.jsonl", at_least=1, heading="reports")
     evaluate_every: int | None = setting(
         None,
-        "epochs between kNN evaluations, 0 for never, and nothing is held out (default: about ten in a run, where "
-        "labels are)",
+        "epochs between kNN evaluations; 0: never, and no images are held out (default: about ten evaluations per run "
+        "if the images have labels)",
         at_least=0,
     )
-    push_to_hub: str | None = setting(None, "where on the Hub the run is published when it ends: USER/NAME")
-    tracker: str = setting("none", "none or tensorboard", choices=("none", "tensorboard"))
+    push_to_hub: str | None = setting(None, "publish the finished run to this Hub repository: USER/NAME")
+    tracker: str = setting("none", "also log the metrics to: none or tensorboard", choices=("none", "tensorboard"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,21 +129,22 @@ class PretrainConfig(TrainingSettings):
             )
         if self.keep[0] < 1:
             raise ConfigurationError(f"--keep {self.keep[0]} {self.keep[1]}: at least the last one must be kept")
-        read_triggers(self.checkpoint_every)
+        read_intervals(self.checkpoint_every)
         object.__setattr__(self, "output_dir", self.output_dir or f"runs/{self.recipe}")
 
     @property
     def evaluates(self) -> bool:
+        """Whether kNN evaluations run during training."""
         return self.evaluate_every != 0
 
     @property
-    def saves_every(self) -> Mapping[str, float]:
-        """Steps, epochs and minutes between checkpoints, by unit, where they are given."""
-        return read_triggers(self.checkpoint_every)
+    def checkpoint_intervals(self) -> Mapping[str, float]:
+        """Intervals between checkpoints by unit (`step`, `epoch`, `minute`); only the given units."""
+        return read_intervals(self.checkpoint_every)
 
     @property
     def learning_rate(self) -> float:
-        """Peak learning rate of the whole batch."""
+        """Peak learning rate for the whole batch."""
         return self.learning_rate_per_256 * self.batch_size / 256
 
     def schedule(self, step: int, steps_per_epoch: int) -> Schedule:
@@ -154,13 +159,14 @@ class PretrainConfig(TrainingSettings):
 
 
 def check_inputs(config: PretrainConfig, check_images: bool = True, check_encoder: bool = True) -> None:
-    """Check that data set, encoder and tracker can be found, and that the Hub knows who publishes.
+    """Check that the dataset, the encoder and the tracker exist, and that a Hub login exists if the run is pushed.
 
     Args:
-        check_images, check_encoder: False if objects are given in their place.
+        check_images: False if the caller passes a dataset object.
+        check_encoder: False if the caller passes an encoder object.
 
     Raises:
-        ConfigurationError: one of them cannot.
+        ConfigurationError: one of them is missing.
     """
     if check_images:
         check_dataset(config.dataset)
@@ -171,27 +177,27 @@ def check_inputs(config: PretrainConfig, check_images: bool = True, check_encode
             f"{', '.join(ENCODERS)}, a folder with a transformers config.json, or a Hub id USER/NAME"
         )
     check_push(config.push_to_hub)
-    # Accelerate leaves out a tracker that is not installed, in silence.
+    # Accelerate silently ignores a tracker that is not installed.
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
         raise ConfigurationError(
             f"--tracker {config.tracker} is not installed: type `pip install {config.tracker}`, or leave the flag out"
         )
 
 
-def read_triggers(words: Sequence[str]) -> dict[str, float]:
-    """Numbers by unit, of words such as `500steps`, `1epoch`, `15min`.
+def read_intervals(words: Sequence[str]) -> dict[str, float]:
+    """Read words such as `500steps`, `1epoch`, `15min`, and return the numbers by unit.
 
     Raises:
-        ConfigurationError: a word is none of them, or two have the same unit.
+        ConfigurationError: a word is not an interval, or two words have the same unit.
     """
-    triggers: dict[str, float] = {}
+    intervals: dict[str, float] = {}
     for word in words if tuple(words) != ("never",) else ():
         match = re.fullmatch(r"(\d+(?:\.\d+)?)(step|epoch|min(?:ute)?)s?", word)
         unit = {"min": "minute"}.get(match[2], match[2]) if match else ""
-        if not match or unit in triggers or not float(match[1]) or (unit == "step" and "." in match[1]):
+        if not match or unit in intervals or not float(match[1]) or (unit == "step" and "." in match[1]):
             raise ConfigurationError(
                 f"--checkpoint_every {' '.join(words)}: a number of steps, epochs or minutes is needed, such as "
                 "500steps, 1epoch, 15min or several of them; or never"
             )
-        triggers[unit] = float(match[1])
-    return triggers
+        intervals[unit] = float(match[1])
+    return intervals

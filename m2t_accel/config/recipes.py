@@ -1,4 +1,4 @@
-"""The published recipes, and the configuration of a run from a recipe and the settings given."""
+"""The published recipes, and how a recipe and the given settings make the configuration of a run."""
 
 from __future__ import annotations
 
@@ -11,67 +11,75 @@ from m2t_accel.config.pretrain import PretrainConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named set of settings, and what it gave where it was published."""
+    """A named set of settings, with the hardware, time and accuracy that were published for it."""
 
     settings: Mapping[str, object]
     hardware: str
-    hours: float | None = None  # of the published run
-    top1: float | None = None  # published linear evaluation on ImageNet, in per cent
+    hours: float | None = None  # training time of the published run
+    top1: float | None = None  # published accuracy of the linear probe on ImageNet, in per cent
 
 
-def published(hardware: str, epochs: int, hours: float, top1: float, **settings: object) -> Recipe:
-    return Recipe({"epochs": epochs, "weight_decay": 1e-4, **settings}, hardware, hours, top1)
+def published(
+    hardware: str,
+    rates: tuple[float, float, float],
+    hours: tuple[float, float, float],
+    top1: tuple[float, float, float],
+    **settings: object,
+) -> dict[str, Recipe]:
+    """Return the recipes of 100, 200 and 300 epochs that were published for one kind of hardware."""
+    name = f"{hardware.replace(' ', 'x', 1).replace(' ', '')}-b{settings['batch_size']}"
+    return {
+        f"{name}-{epochs}ep": Recipe({"epochs": epochs, "learning_rate_per_256": rate, **settings}, hardware, *figures)
+        for epochs, rate, *figures in zip((100, 200, 300), rates, hours, top1, strict=True)
+    }
 
 
-LARGE_BATCH = {"batch_size": 4096, "optimizer": "lars", "weight_decay": 1e-6}
+SGD = {"weight_decay": 1e-4}
+LARS = {"batch_size": 4096, "optimizer": "lars", "weight_decay": 1e-6}
 
-# Source: arXiv 2101.07525, its tables, and its published code. Days there are hours here.
+# Source: the tables and the published code of arXiv 2101.07525; its days are converted to hours.
 RECIPES: Mapping[str, Recipe] = {
-    **{
-        f"8xV100-b1024-{epochs}ep": published(
-            "8 V100", epochs, hours, top1, batch_size=1024, device_batch_size=128, learning_rate_per_256=0.05
-        )
-        for epochs, hours, top1 in ((100, 43.2, 70.7), (200, 86.4, 72.7), (300, 132.0, 73.8))
-    },
-    **{
-        f"8x2080Ti-b256-{epochs}ep": published(
-            "8 2080 Ti", epochs, hours, top1, batch_size=256, device_batch_size=32, learning_rate_per_256=0.05
-        )
-        for epochs, hours, top1 in ((100, 60.0, 70.4), (200, 120.0, 72.3), (300, 180.0, 72.9))
-    },
-    **{
-        f"32xV100-b4096-{epochs}ep": published(
-            "32 V100", epochs, hours, top1, device_batch_size=128, learning_rate_per_256=rate, **LARGE_BATCH
-        )
-        for epochs, hours, top1, rate in (
-            (100, 11.0, 70.3, 0.45),
-            (200, 22.0, 72.5, 0.45),
-            (300, 33.0, 73.7, 0.3),
-        )
-    },
-    **{
-        f"128x2080Ti-b4096-{epochs}ep": published(
-            "128 2080 Ti",
-            epochs,
-            hours,
-            top1,
-            device_batch_size=32,
-            learning_rate_per_256=rate,
-            **LARGE_BATCH,
-        )
-        for epochs, hours, top1, rate in (
-            (100, 5.0, 69.0, 0.45),
-            (200, 10.0, 71.5, 0.45),
-            (300, 15.0, 72.3, 0.3),
-        )
-    },
+    **published(
+        "8 V100",
+        rates=(0.05, 0.05, 0.05),
+        hours=(43.2, 86.4, 132.0),
+        top1=(70.7, 72.7, 73.8),
+        **SGD,
+        batch_size=1024,
+        device_batch_size=128,
+    ),
+    **published(
+        "8 2080 Ti",
+        rates=(0.05, 0.05, 0.05),
+        hours=(60.0, 120.0, 180.0),
+        top1=(70.4, 72.3, 72.9),
+        **SGD,
+        batch_size=256,
+        device_batch_size=32,
+    ),
+    **published(
+        "32 V100",
+        rates=(0.45, 0.45, 0.3),
+        hours=(11.0, 22.0, 33.0),
+        top1=(70.3, 72.5, 73.7),
+        **LARS,
+        device_batch_size=128,
+    ),
+    **published(
+        "128 2080 Ti",
+        rates=(0.45, 0.45, 0.3),
+        hours=(5.0, 10.0, 15.0),
+        top1=(69.0, 71.5, 72.3),
+        **LARS,
+        device_batch_size=32,
+    ),
     "digits": Recipe(
         {
             "dataset": "digits",
             "encoder": "resnet10-quarter",
             "hidden_size": 512,
             "projection_size": 128,
-            "weight_momentum": 0.95,  # 1760 steps are few: 0.99 follows too slowly for them
+            "weight_momentum": 0.95,  # in only 1760 steps, 0.99 would follow the student too slowly
             "epochs": 80,
             "batch_size": 64,
             "learning_rate_per_256": 0.4,
@@ -100,7 +108,8 @@ RECIPES: Mapping[str, Recipe] = {
             "batch_size": 256,
             "learning_rate_per_256": 0.2,
             "weight_decay": 5e-4,
-            # 7x7 stride 2 and a max-pool leave 16x16 of 64 pixels: enlarged crops stand in for a 3x3 stem.
+            # The stem (7x7, stride 2, then a max-pool) reduces 64 pixels to 16, so crops are enlarged
+            # instead of changing the stem to 3x3.
             "image_size": 64,
             "crop_scale": (0.2, 1.0),
             "blur_probability": (0.0, 0.0),
@@ -114,10 +123,10 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 def build_config(given: Mapping[str, object]) -> PretrainConfig:
-    """The configuration of the settings given over those of the recipe they name.
+    """Return the configuration of a run: the settings of the named recipe, overridden by the given settings.
 
     Raises:
-        ConfigurationError: an unknown recipe or setting, or a value that is not allowed.
+        ConfigurationError: a recipe or setting is unknown, or a value is not allowed.
     """
     converted = convert_all(PretrainConfig, given)
     recipe = converted.get("recipe", "digits")

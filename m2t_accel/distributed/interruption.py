@@ -1,4 +1,4 @@
-"""How a run ends before its time: a signal, a machine that is lost, numbers that are not finite, told by all to all."""
+"""Ends of a run that every process must agree on: a signal, a lost process, a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -18,56 +18,63 @@ import torch
 import torch.distributed
 from accelerate import Accelerator
 
-from m2t_accel.config.fields import STATUS_CTRL_C, STATUS_GO_ON, Interrupted, one_line
+from m2t_accel.config.fields import STATUS_CTRL_C, STATUS_RESUMABLE, Interrupted, one_line
 from m2t_accel.distributed.launch import launcher_arguments
 from m2t_accel.distributed.processes import control_group, groups
 
-# SLURM and other schedulers send one of them before they end a job; Ctrl-C is SIGINT.
+# SLURM and other schedulers send one of the first two before they end a job; SIGINT is Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
-ROLL_CALL = timedelta(seconds=10)  # for an answer, after a collective call has failed
+PR_SET_PDEATHSIG = 1  # option of Linux's prctl
+RESPONSE_TIMEOUT = timedelta(seconds=10)  # for each process to respond after a collective call has failed
 
 
 class StopSignals:
-    """Takes note of the signals that ask a run to end, so that it ends between two steps. A context manager.
+    """Context manager that records a signal which asks the run to end, so that it ends between two steps.
 
-    After a Ctrl-C the next one is not caught: it ends the process at once, wherever it is.
+    A second Ctrl-C is not caught: it ends the process immediately.
     """
 
     def __init__(self) -> None:
-        self.received = 0  # the number of the signal, or 0
-        self.before: dict[int, object] = {}
+        self.received = 0  # number of the signal, or 0
+        self.previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
-        with contextlib.suppress(ValueError):  # signals are of the main thread; elsewhere they stay what they are
+        with contextlib.suppress(ValueError):  # only the main thread can set handlers; in others nothing changes
             for number in SIGNALS:
-                self.before[number] = signal.signal(number, self.receive)
+                self.previous[number] = signal.signal(number, self.receive)
             if launcher_arguments() is not None and sys.platform == "linux":
-                # `accelerate launch` hands no signal on to a single process: it dies, and this is how we know.
+                # `accelerate launch` does not forward signals to a single process, so ask the kernel for a SIGTERM
+                # when the launcher dies.
                 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         return self
 
     def receive(self, number: int, frame: FrameType | None) -> None:
+        """Record the first signal, and print that the run will end."""
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if not self.received:
             self.received = number
             again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
-            # Not print: the signal may have come in the middle of one.
+            # os.write, because the signal may interrupt a print.
             os.write(2, f"\n{signal.Signals(number).name}: the run ends after this step and saves{again}\n".encode())
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def interruption(self, number: int, told: str) -> Interrupted:
-        """What to raise for a signal, with what was saved told in words."""
-        status = STATUS_CTRL_C if number == signal.SIGINT else STATUS_GO_ON
-        return Interrupted(f"stopped by {signal.Signals(number).name}, {told}", status)
+    def interruption(self, number: int, saved: str) -> Interrupted:
+        """Return the exception for a run that a signal has stopped.
+
+        Args:
+            number: the signal.
+            saved: which step was saved, and where; part of the message.
+        """
+        status = STATUS_CTRL_C if number == signal.SIGINT else STATUS_RESUMABLE
+        return Interrupted(f"stopped by {signal.Signals(number).name}, {saved}", status)
 
 
 class StopRequestedError(Exception):
-    """A signal asks for the end of the run; raised between two steps, on every process alike."""
+    """A signal asks the run to end. It is raised between two steps, on every process."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -75,39 +82,45 @@ class StopRequestedError(Exception):
 
 
 class Trouble(IntEnum):
-    """What keeps a process from going on; of several the greatest counts."""
+    """Reasons for a process to fail; the processes agree on the greatest."""
 
     NONE = 0
     LOSS_NOT_FINITE = 1
     STATE_NOT_FINITE = 2
 
 
-class Agreement:
-    """The same decision on every process, once a step.
+def reach_agreement(
+    timeout: timedelta, trouble: Trouble = Trouble.NONE, stop_signal: int = 0, save: bool = False
+) -> tuple[Trouble, int, bool]:
+    """Return the maximum of each value over all processes, so that all of them decide alike. A collective call.
 
-    It is a maximum over small numbers in the main memory, over a group of its own: no device is waited for.
+    The values stay in main memory and travel over a gloo group, so that no process waits for its device.
+
+    Args:
+        timeout: limit for the call.
+        trouble: the reason for this process to fail.
+        stop_signal: the number of the signal that this process has received, or 0.
+        save: whether this process wants a checkpoint.
     """
-
-    def __init__(self, timeout: timedelta) -> None:
-        self.timeout = timeout
-
-    def reach(self, trouble: Trouble = Trouble.NONE, signal: int = 0, save: bool = False) -> tuple[Trouble, int, bool]:
-        """The greatest of each over all processes; a collective call."""
-        group = control_group()
-        if group is not None:
-            words = torch.tensor([trouble, signal, save], dtype=torch.int64)
-            work = torch.distributed.all_reduce(words, torch.distributed.ReduceOp.MAX, group=group, async_op=True)
-            work.wait(self.timeout)
-            trouble, signal, save = words.tolist()
-        return Trouble(trouble), signal, bool(save)
+    group = control_group()
+    if group is not None:
+        values = torch.tensor([trouble, stop_signal, save], dtype=torch.int64)
+        work = torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=group, async_op=True)
+        work.wait(timeout)
+        trouble, stop_signal, save = values.tolist()
+    return Trouble(trouble), stop_signal, bool(save)
 
 
 @contextlib.contextmanager
 def report_lost_processes(accelerator: Accelerator, timeout: timedelta) -> Iterator[None]:
-    """Around all that processes do together: a process or machine that is gone, or silent for the timeout.
+    """Turn the error of a collective call into one line that names the missing process.
+
+    Args:
+        accelerator: of this process.
+        timeout: the limit of a collective call, for the message.
 
     Raises:
-        Interrupted: there is one.
+        Interrupted: a process or machine is gone, or did not respond within the timeout.
     """
     try:
         yield
@@ -117,33 +130,29 @@ def report_lost_processes(accelerator: Accelerator, timeout: timedelta) -> Itera
             raise
         raise Interrupted(
             f"process {accelerator.process_index} of {accelerator.num_processes} has lost the others: "
-            f"{who_is_missing(accelerator)} ({one_line(error)}). Processes are waited for {minutes(timeout)} "
-            "(--collective_timeout). The same command goes on from the last checkpoint",
-            STATUS_GO_ON,
+            f"{describe_missing(accelerator)} ({one_line(error)}). The limit for a response is "
+            f"{timeout.total_seconds() / 60:g} minutes (--collective_timeout). The same command goes on from the last "
+            "checkpoint"
         ) from error
 
 
-def who_is_missing(accelerator: Accelerator) -> str:
-    """Which processes do not answer, as far as the first one can tell."""
-    answers: list[str] = []
-    # A group on which no call has failed: gloo closes the connections of a call that timed out.
-    group = None if groups() is None else groups().patient
+def describe_missing(accelerator: Accelerator) -> str:
+    """Return which processes do not respond; only the first process can find out."""
+    errors: list[str] = []
+    # Use a group on which no call has failed, because gloo closes the connections of a call that timed out.
+    group = None if groups() is None else groups().download
 
-    def ask() -> None:
+    def call() -> None:
         try:
-            torch.distributed.monitored_barrier(group, ROLL_CALL, wait_all_ranks=True)
+            torch.distributed.monitored_barrier(group, RESPONSE_TIMEOUT, wait_all_ranks=True)
         except (RuntimeError, ValueError) as error:
-            answers.append(str(error))
+            errors.append(str(error))
 
-    # In a thread, because the others wait for the first one's answer without an end.
-    call = threading.Thread(target=ask, daemon=True)
-    call.start()
-    call.join(ROLL_CALL.total_seconds() + 2)
-    missing = re.search(r"[Rr]anks? ([\d, ]*\d) failed to pass", answers[0]) if answers else None
+    # A thread, because on the other processes the call waits for the first one without a limit.
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(RESPONSE_TIMEOUT.total_seconds() + 2)
+    missing = re.search(r"[Rr]anks? ([\d, ]*\d) failed to pass", errors[0]) if errors else None
     if accelerator.process_index == 0 and missing is not None:
-        return f"no word from process {missing[1]}"
-    return "one of them has ended, hangs or is cut off"
-
-
-def minutes(time: timedelta) -> str:
-    return f"{time.total_seconds() / 60:g} minutes"
+        return f"process {missing[1]} does not respond"
+    return "one of them has ended, hangs or is disconnected"

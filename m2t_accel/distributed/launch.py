@@ -1,4 +1,4 @@
-"""A launch that is what its file promised: every process there, each with a device of its own."""
+"""Start the Accelerator, after checking that the launch started the requested processes on the requested devices."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -23,14 +23,14 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 
 from m2t_accel.config.data import TrainingSettings, check_num_processes
 from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.distributed.processes import PATIENCE, create_groups
+from m2t_accel.distributed.processes import DOWNLOAD_TIMEOUT, create_groups
 
-FILES = (
+CONFIG_FILES = (
     "use accelerate_configs/cpu.yaml (1 process), cpu2.yaml (2), 1gpu.yaml or 8gpu.yaml, with --num_processes N "
     "for another number of GPUs"
 )
 
-# NCCL ends a process at its timeout, without a word of ours: gloo is to find out first that another hangs.
+# NCCL aborts a process at its timeout, before any message can be printed. With this margin, gloo times out first.
 NCCL_GRACE = timedelta(minutes=1)
 
 
@@ -38,17 +38,22 @@ def start_accelerator(
     config: TrainingSettings | None = None,
     tracker: str = "none",
     project_dir: str | None = None,
-    timeout: timedelta = PATIENCE,
+    timeout: timedelta = DOWNLOAD_TIMEOUT,
 ) -> Accelerator:
-    """The Accelerator of this launch; its gradient accumulation is set for the virtual devices where training has them.
+    """Create the Accelerator of this launch, and the groups for collective calls.
 
-    timeout: how long a process waits for the others in a collective call of tensors.
+    Args:
+        config: settings of a training; its virtual devices are divided among the processes, and the rest is gradient
+            accumulation. None: no training.
+        tracker: `none` or a tracker of Accelerate.
+        project_dir: folder of the tracker.
+        timeout: how long a process waits for the others in a collective call of tensors.
 
     Raises:
-        ConfigurationError: the launch is not what its file promises, or the processes cannot share the batch.
+        ConfigurationError: the launch did not start the requested processes, or they cannot share the batch.
     """
     num_devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    check_launch(os.environ, num_devices, read_promise(launcher_arguments()))
+    check_launch(os.environ, num_devices, read_request(launcher_arguments()))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     num_steps = 1
     if config is not None:
@@ -57,10 +62,10 @@ def start_accelerator(
     route_gloo(os.environ)
     accelerator = Accelerator(
         cpu=wants_cpu(os.environ),
-        # As a plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS would override a number.
+        # A plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS would override a number.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=num_steps, sync_with_dataloader=False),
         kwargs_handlers=[
-            # The student's running statistics serve nothing; those of the teacher are averaged on commit.
+            # Nothing reads the student's running statistics; the teacher averages its own when it commits them.
             DistributedDataParallelKwargs(broadcast_buffers=False),
             InitProcessGroupKwargs(timeout=timeout if wants_cpu(os.environ) else timeout + NCCL_GRACE),
         ],
@@ -70,91 +75,98 @@ def start_accelerator(
     if accelerator.num_processes != world_size:
         raise ConfigurationError(
             f"{world_size} processes were launched but Accelerate joined {accelerator.num_processes}, and each would "
-            f"train alone: {FILES}"
+            f"train alone: {CONFIG_FILES}"
         )
     create_groups(timeout)
     return accelerator
 
 
-@dataclass(frozen=True)
-class Promise:
-    """What the command `accelerate launch` and its file promise."""
+class LaunchRequest(NamedTuple):
+    """Processes and devices that `accelerate launch` and its configuration file ask for."""
 
     num_processes: int = 1
     on_gpu: bool = False
 
 
-def read_promise(words: list[str] | None) -> Promise:
-    """What `accelerate launch WORDS` promises; without a launcher, or without a file, one process on any device."""
-    if words is None:
-        return Promise()
+def read_request(arguments: Sequence[str] | None) -> LaunchRequest:
+    """Read the arguments of `accelerate launch`; without a launcher or a file, any device is fine.
+
+    The environment is no substitute: clusters also set the MASTER_ADDR that a launch of several processes sets.
+    """
+    if arguments is None:
+        return LaunchRequest()
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            arguments, _ = launch_command_parser().parse_known_args(words)
-        file = load_config_from_file(arguments.config_file) if arguments.config_file else None
-    except (SystemExit, OSError, ValueError, KeyError):  # the launcher understood its command; its words may change
-        return Promise()
+            given, _ = launch_command_parser().parse_known_args(arguments)
+        file = load_config_from_file(given.config_file) if given.config_file else None
+    except (SystemExit, OSError, ValueError, KeyError):  # another version of the launcher may have other arguments
+        return LaunchRequest()
     if file is None:
-        return Promise(arguments.num_processes or 1)
-    return Promise(arguments.num_processes or file.num_processes or 1, on_gpu=not (file.use_cpu or arguments.cpu))
+        return LaunchRequest(given.num_processes or 1)
+    return LaunchRequest(given.num_processes or file.num_processes or 1, on_gpu=not (file.use_cpu or given.cpu))
 
 
-def check_launch(environment: Mapping[str, str], num_devices: int, promise: Promise) -> None:
-    """Check that the launch started the processes that it was asked for, each with a device of its own.
+def check_launch(environment: Mapping[str, str], num_devices: int, request: LaunchRequest) -> None:
+    """Check that the launch started the requested processes, each with its own device.
 
-    Accelerate starts in silence: one process for MULTI_CPU or for several processes of a one-process file, and
-    eight that know nothing of one another for an 8-GPU file on a machine without GPUs.
+    Accelerate reports neither of two mistakes: MULTI_CPU, or `--num_processes N` with a one-process file, starts one
+    process; an 8-GPU file on a machine without GPUs starts eight processes that each train alone.
+
+    Args:
+        environment: environment variables of this process.
+        num_devices: GPUs of this machine.
+        request: processes and devices that the launch asked for.
 
     Raises:
-        ConfigurationError: it did not; the message says which file to use.
+        ConfigurationError: it did not; the message names the file to use.
     """
     world_size = int(environment.get("WORLD_SIZE", "1"))
     local_size = int(environment.get("LOCAL_WORLD_SIZE", world_size))
-    if world_size == 1 and promise.num_processes > 1:
+    if world_size == 1 and request.num_processes > 1:
         raise ConfigurationError(
-            f"{promise.num_processes} processes were asked for but one was started (distributed_type NO and MULTI_CPU "
+            f"{request.num_processes} processes were requested but one was started (distributed_type NO and MULTI_CPU "
             "start one): for two processes without GPUs use accelerate_configs/cpu2.yaml, for GPUs 8gpu.yaml with "
             "--num_processes N"
         )
     if wants_cpu(environment):
         return
-    if num_devices == 0 and (local_size > 1 or promise.on_gpu):
+    if num_devices == 0 and (local_size > 1 or request.on_gpu):
         started = "1 process was" if local_size == 1 else f"{local_size} processes were"
-        raise ConfigurationError(f"{started} started for GPUs, but this machine has none: {FILES}")
+        raise ConfigurationError(f"{started} started for GPUs, but this machine has none: {CONFIG_FILES}")
     if local_size > max(num_devices, 1):
         raise ConfigurationError(
             f"{local_size} processes were started on a machine with {num_devices} GPUs: add --num_processes "
-            f"{num_devices}, or {FILES}"
+            f"{num_devices}, or {CONFIG_FILES}"
         )
 
 
 def wants_cpu(environment: Mapping[str, str]) -> bool:
-    """Whether the launch asks for CPUs: `use_cpu` of one process, or all GPUs hidden (cpu2.yaml's `gpu_ids: -1,-1`)."""
+    """Return whether the launch asks for CPUs: by `use_cpu`, or by hiding all GPUs as cpu2.yaml does."""
     hidden = set(environment.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")) == {"-1"}
     return hidden or environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
 def route_gloo(environment: MutableMapping[str, str]) -> None:
-    """Between machines, let gloo use the network that leads to the first one, unless GLOO_SOCKET_IFNAME says another.
+    """Make gloo use the network interface that leads to the first machine, unless GLOO_SOCKET_IFNAME is set.
 
-    By itself it takes the address of the host's name, which on many machines is that of the machine alone.
+    By default gloo uses the address of the host name, which on many machines is a loopback address.
     """
-    several = environment.get("LOCAL_WORLD_SIZE", "1") != environment.get("WORLD_SIZE", "1")
-    if not several or "GLOO_SOCKET_IFNAME" in environment or "MASTER_ADDR" not in environment:
+    several_machines = environment.get("LOCAL_WORLD_SIZE", "1") != environment.get("WORLD_SIZE", "1")
+    if not several_machines or "GLOO_SOCKET_IFNAME" in environment or "MASTER_ADDR" not in environment:
         return
-    with contextlib.suppress(OSError):  # gloo then says what is wrong
+    with contextlib.suppress(OSError):  # gloo then reports the error itself
         host, port = environment["MASTER_ADDR"], int(environment.get("MASTER_PORT", "29500"))
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(address)  # of a datagram: nothing is sent
-            mine = probe.getsockname()[0]
+            probe.connect(address)  # a datagram socket sends nothing
+            own_address = probe.getsockname()[0]
         for name, addresses in psutil.net_if_addrs().items():
-            if mine in (each.address for each in addresses):
+            if own_address in (each.address for each in addresses):
                 environment["GLOO_SOCKET_IFNAME"] = name
 
 
 def launcher_arguments() -> list[str] | None:
-    """The words after `accelerate launch` of the process that started this one, or None."""
+    """Return the arguments of the `accelerate launch` that started this process, or None."""
     parent = psutil.Process().parent()
     words = parent.cmdline() if parent is not None else []
     for i, word in enumerate(words):
@@ -166,18 +178,18 @@ def launcher_arguments() -> list[str] | None:
 
 
 def command() -> str:
-    """The command line that started this run, with its launcher where there is one, as one would type it."""
-    words = launcher_arguments()
-    return shlex.join(["python", *sys.argv] if words is None else ["accelerate", "launch", *words])
+    """Return the command that started this run, including its launcher, ready to paste into a shell."""
+    arguments = launcher_arguments()
+    return shlex.join(["python", *sys.argv] if arguments is None else ["accelerate", "launch", *arguments])
 
 
 def num_cores() -> int:
-    """Cores that this process may use, where the system can say so; macOS cannot."""
+    """Return the number of cores that this process may use; on macOS, all cores of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def hardware(accelerator: Accelerator) -> str:
-    """The devices in words, such as `8 × NVIDIA H200, bf16`."""
+    """Describe the devices and the precision, such as `8 × NVIDIA H200, bf16`."""
     if accelerator.device.type == "cuda":
         name = torch.cuda.get_device_name(accelerator.device)
     else:

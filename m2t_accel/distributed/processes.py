@@ -1,4 +1,4 @@
-"""Collective calls on objects and CPU tensors, over groups that never wait for a device."""
+"""Collective calls on objects and CPU tensors, over gloo groups that never wait for a device."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from torch.distributed import ProcessGroup
 
 from m2t_accel.config.fields import ConfigurationError
 
-# The others wait while the first process of a machine downloads a dataset.
-PATIENCE = timedelta(hours=2)
+# The first process of a machine downloads a dataset while the others wait.
+DOWNLOAD_TIMEOUT = timedelta(hours=2)
 Result = TypeVar("Result")
 Value = TypeVar("Value")
 
 
 def on_all_processes(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
-    """The result of the action, done by the first process of each machine, then by the others.
+    """Run the action on the first process of each machine, then on the others, and return its result.
 
-    A collective call. If it fails on one process, it fails on all: none is left waiting for it.
+    A collective call. If the action fails on one process, the call fails on all, so that none is left waiting.
 
     Raises:
-        ConfigurationError: of the first process on which the action raised it.
+        ConfigurationError: the action raised it; the error of the first such process, on every process.
     """
     result, message = None, None
     if not accelerator.is_local_main_process:
-        wait_patiently()
+        wait_for_all()
     try:
         result = action()
     except ConfigurationError as error:
         message = str(error)
     if accelerator.is_local_main_process:
-        wait_patiently()
-    wait_patiently()
+        wait_for_all()
+    wait_for_all()
     for other in gather_to_all(message):
         if other is not None:
             raise ConfigurationError(other)
@@ -45,12 +45,17 @@ def on_all_processes(accelerator: Accelerator, action: Callable[[], Result]) -> 
 
 
 def check_same_images(accelerator: Accelerator, note: str, fingerprint: str) -> None:
-    """Check that all processes found the same images, by their fingerprint: each machine may have a copy of its own.
+    """Check that all processes found the same images, because each machine may have its own copy.
 
     A collective call.
 
+    Args:
+        accelerator: of this process.
+        note: name and number of the images, for the message.
+        fingerprint: of the images.
+
     Raises:
-        ConfigurationError: they did not; the same on every process.
+        ConfigurationError: the images differ; raised on every process.
     """
     found = gather_to_all(f"{note} [{fingerprint}]")
     other = next((other for other in found if other != found[0]), None)
@@ -61,56 +66,59 @@ def check_same_images(accelerator: Accelerator, note: str, fingerprint: str) -> 
 
 
 class Groups(NamedTuple):
-    """Groups of all processes over gloo, whatever trains: what is said there waits for no device."""
+    """Gloo groups of all processes; their calls use main memory, so that they never wait for a GPU."""
 
-    world: ProcessGroup  # that they are of
-    control: ProcessGroup  # a call waits as long as one of tensors does
-    patient: ProcessGroup  # a call may wait for a download
+    world: ProcessGroup  # the default group at the time of creation
+    control: ProcessGroup  # its calls time out after --collective_timeout
+    download: ProcessGroup  # its calls may wait for a download
 
 
 _groups: Groups | None = None
 
 
 def create_groups(timeout: timedelta) -> None:
-    """Make the groups, where there are several processes; a collective call."""
+    """Create the groups if there are several processes. A collective call."""
     global _groups
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        control, patient = (torch.distributed.new_group(backend="gloo", timeout=t) for t in (timeout, PATIENCE))
-        _groups = Groups(torch.distributed.group.WORLD, control, patient)
+        control, download = (
+            torch.distributed.new_group(backend="gloo", timeout=limit) for limit in (timeout, DOWNLOAD_TIMEOUT)
+        )
+        _groups = Groups(torch.distributed.group.WORLD, control, download)
 
 
 def destroy_process_group() -> bool:
-    """Part from the other processes, when all that is done together is done; whether this one is the main one.
+    """Destroy the process group at the end of a script. Return whether this is the main process.
 
-    gloo's threads hold the tensors of a call a moment longer than it lasts, and need the interpreter to let go of them:
-    were it ending just then, the process would abort ("terminate called without an active exception"). They end here.
+    gloo's threads release the tensors of a call shortly after it returns, and need the interpreter for that. If the
+    interpreter were shutting down, the process would abort ("terminate called without an active exception"). This
+    call ends the threads first.
     """
     global _groups
     state = PartialState()
-    _groups = None  # or they would outlive torch's own references
+    _groups = None  # otherwise the groups outlive torch's own references
     state.destroy_process_group()
     return state.is_main_process
 
 
 def groups() -> Groups | None:
-    """The groups, or None where there is one process."""
-    is_there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return _groups if is_there and _groups is not None and _groups.world is torch.distributed.group.WORLD else None
+    """Return the groups, or None if there is only one process."""
+    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return _groups if initialized and _groups and _groups.world is torch.distributed.group.WORLD else None
 
 
 def control_group() -> ProcessGroup | None:
-    """The group for short words, or None where there is one process."""
+    """Return the group for short messages, or None if there is only one process."""
     return None if groups() is None else groups().control
 
 
-def wait_patiently() -> None:
-    """Wait until every process is here, however long a download takes; a collective call."""
+def wait_for_all() -> None:
+    """Wait until every process makes this call, up to the time of a long download. A collective call."""
     if groups() is not None:
-        torch.distributed.barrier(groups().patient)
+        torch.distributed.barrier(groups().download)
 
 
 def gather_to_all(value: Value) -> list[Value]:
-    """The value of every process, on every process, in their order; a collective call."""
+    """Return the values of all processes, in their order, on every process. A collective call."""
     group = control_group()
     if group is None:
         return [value]
@@ -120,7 +128,10 @@ def gather_to_all(value: Value) -> list[Value]:
 
 
 def gather_to_main(value: Value) -> list[Value] | None:
-    """The value of every process, in their order, on the first one; None on the others; a collective call."""
+    """Return the values of all processes, in their order, on the first process; None on the others.
+
+    A collective call.
+    """
     group = control_group()
     if group is None:
         return [value]
@@ -131,7 +142,7 @@ def gather_to_main(value: Value) -> list[Value] | None:
 
 
 def broadcast_object(value: Value) -> Value:
-    """The value of the first process, on every process; a collective call."""
+    """Return the value of the first process, on every process. A collective call."""
     group = control_group()
     if group is None:
         return value
@@ -141,7 +152,11 @@ def broadcast_object(value: Value) -> Value:
 
 
 def broadcast_from_main(files: dict[str, dict[str, Tensor]] | None) -> dict[str, dict[str, Tensor]]:
-    """Tensors in the main memory, by file and name, from the first process to every process; a collective call."""
+    """Return the tensors of the first process, on every process. A collective call.
+
+    Args:
+        files: CPU tensors by file and name; None on the other processes.
+    """
     group = control_group()
     if group is None:
         return files
@@ -149,12 +164,12 @@ def broadcast_from_main(files: dict[str, dict[str, Tensor]] | None) -> dict[str,
         file: {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         for file, tensors in (files or {}).items()
     }
-    there = {}
+    received: dict[str, dict[str, Tensor]] = {}
     for file, names in broadcast_object(described).items():
-        there[file] = {}
+        received[file] = {}
         for name, (shape, dtype) in names.items():
             tensor = torch.empty(shape, dtype=dtype) if files is None else files[file][name]
             if tensor.numel():
                 torch.distributed.broadcast(tensor, src=0, group=group)
-            there[file][name] = tensor
-    return there
+            received[file][name] = tensor
+    return received

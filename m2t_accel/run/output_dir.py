@@ -1,4 +1,4 @@
-"""Checks of a run's output folder that need no torch: they run before anything heavy is imported."""
+"""Check the output folder of a run. This module imports no torch, so that the check is instant."""
 
 from __future__ import annotations
 
@@ -9,77 +9,77 @@ from collections.abc import Mapping
 
 import yaml
 
-from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.fields import ConfigurationError, plain_text
 from m2t_accel.config.pretrain import PretrainConfig
 
-# Settings that may change while a run goes on: they do not say what is computed. The images are compared themselves.
-FREE = (
+# Settings that may change when a run resumes, because the result does not depend on them. The images themselves are
+# compared by their fingerprint.
+MAY_CHANGE = (
     *("output_dir", "resume", "dataset", "num_workers", "log_every", "push_to_hub", "tracker"),
     *("checkpoint_every", "keep", "stop_on_collapse", "collective_timeout", "max_bad_fraction"),
 )
 RUN_FILES = ("config.yaml", "metrics.jsonl", "training.json", "encoder", "checkpoints")
 
 
-def check_same_settings(config: PretrainConfig, saved: Mapping[str, object], where: str, grown: bool) -> None:
-    """Check that a run with these settings may go on with what those of `saved` have computed.
+def check_same_settings(config: PretrainConfig, saved: Mapping[str, object], where: str, more_epochs: bool) -> None:
+    """Check that a run with these settings may resume the run that the saved settings belong to.
 
-    grown: more epochs are allowed.
+    Args:
+        config: settings of the run.
+        saved: settings of the earlier run, by name.
+        where: the flag and folder they were found in, for the message.
+        more_epochs: whether `config` may ask for more epochs than `saved`.
 
     Raises:
         ConfigurationError: it may not; the message lists the settings that differ.
     """
-    others = []
+    different = {}
     for item in dataclasses.fields(config):
-        mine = getattr(config, item.name)
-        if item.name in FREE or (item.name == "evaluate_every" and mine is None):
+        new = getattr(config, item.name)
+        if item.name in MAY_CHANGE or (item.name == "evaluate_every" and new is None):
             continue
-        theirs = saved.get(item.name, item.default)  # a setting that is younger than the run
-        theirs = tuple(theirs) if isinstance(theirs, list) else theirs
-        if theirs != mine and not (item.name == "epochs" and grown and mine > theirs):
-            others.append(f"{item.name} {in_words(theirs)} there, {in_words(mine)} here")
-    if others:
-        more = ""
-        if [other.split()[0] for other in others] == ["epochs"] and config.epochs > saved.get("epochs", 0):
-            more = (
-                "; to go on for longer, which changes the schedules from there on, name the checkpoint: "
+        old = saved.get(item.name, item.default)  # runs of earlier versions lack newer settings
+        old = tuple(old) if isinstance(old, list) else old
+        if old != new and not (item.name == "epochs" and more_epochs and new > old):
+            different[item.name] = f"{item.name} was {plain_text(old)}, now {plain_text(new)}"
+    if different:
+        hint = ""
+        if list(different) == ["epochs"] and config.epochs > saved.get("epochs", 0):
+            hint = (
+                "; to train for longer, which changes the schedules from there on, name the checkpoint: "
                 f"--resume {config.output_dir}/checkpoints/step-N"
             )
         raise ConfigurationError(
-            f"{where} is of a run with other settings ({'; '.join(others)}): give the same, or another "
-            f"--output_dir{more}"
+            f"{where} is of a run with other settings ({'; '.join(different.values())}): give the same, or another "
+            f"--output_dir{hint}"
         )
-
-
-def in_words(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def check_output_dir(config: PretrainConfig) -> None:
-    """Check, writing nothing, that the run can be written to its folder, which is new or holds the same run.
+    """Check that the output folder can be written, and is new or holds the same run. Write nothing.
 
     Raises:
-        ConfigurationError: it cannot, or the folder holds another.
+        ConfigurationError: the folder cannot be written, or holds another run.
     """
     output_dir = config.output_dir
     folder = os.path.abspath(output_dir)
-    there = [name for name in RUN_FILES if os.path.exists(os.path.join(folder, name))]
-    if there and (config.resume == "never" or "config.yaml" not in there):
+    found = [name for name in RUN_FILES if os.path.exists(os.path.join(folder, name))]
+    if found and (config.resume == "never" or "config.yaml" not in found):
         raise ConfigurationError(
-            f"--output_dir {output_dir} holds another run ({there[0]}): give another folder, or remove that one"
-            + (", or go on with it by --resume auto" if "config.yaml" in there else "")
+            f"--output_dir {output_dir} holds another run ({found[0]}): give another folder, or remove that one"
+            + (", or go on with it by --resume auto" if "config.yaml" in found else "")
         )
-    if there:
+    if found:
         try:
             with open(os.path.join(folder, "config.yaml"), encoding="utf-8") as file:
                 saved = yaml.safe_load(file)
-            known = isinstance(saved, dict)
         except (OSError, ValueError, yaml.YAMLError):
-            known = False
-        if not known:
+            saved = None
+        if not isinstance(saved, dict):
             raise ConfigurationError(
                 f"--output_dir {output_dir} holds a config.yaml that is not a run's: give another folder"
             )
-        check_same_settings(config, saved, f"--output_dir {output_dir}", grown=config.resume != "auto")
+        check_same_settings(config, saved, f"--output_dir {output_dir}", more_epochs=config.resume != "auto")
     if config.resume not in ("auto", "never") and not os.path.isdir(config.resume):
         raise ConfigurationError(
             f"--resume {config.resume}: no such folder; give auto, never, or a checkpoint such as "
@@ -89,7 +89,7 @@ def check_output_dir(config: PretrainConfig) -> None:
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
     try:
-        # A file without a name: it proves that writing works, whoever the user is, and leaves nothing behind.
+        # A nameless file proves that writing works, also where permissions do not tell, and leaves nothing behind.
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
         raise ConfigurationError(

@@ -1,0 +1,67 @@
+import re
+
+import pytest
+
+from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.pretrain import check_inputs
+from m2t_accel.config.recipes import build_config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dataset": "/no/such/folder"}, "--dataset /no/such/folder: no such file"),
+        ({"dataset": "imagenet"}, "--dataset imagenet: no such file"),
+        ({"dataset": "x" * 300}, "--dataset x.*: no such file"),
+        ({"encoder": "resnet51"}, "--encoder resnet51: unknown, did you mean resnet50"),
+        ({"encoder": "x" * 300}, "--encoder x.*: unknown"),
+        ({"push_to_hub": "digits"}, "--push_to_hub digits: .*USER/NAME"),
+    ],
+)
+def test_missing_inputs_are_refused(settings, message):
+    with pytest.raises(ConfigurationError, match=f"^{message}"):
+        check_inputs(build_config(settings))
+
+
+def test_a_missing_tracker_is_refused(monkeypatch):
+    config = build_config({"tracker": "tensorboard"})
+    check_inputs(config)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match="--tracker tensorboard is not installed: type `pip install"):
+        check_inputs(config)
+
+
+def test_publishing_needs_a_login(monkeypatch):
+    config = build_config({"push_to_hub": "me/digits"})
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
+    check_inputs(config)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(ConfigurationError, match="--push_to_hub me/digits needs a login: type `hf auth login`"):
+        check_inputs(config)
+
+
+@pytest.mark.parametrize(
+    ("words", "intervals"),
+    [
+        (("500steps",), {"step": 500}),
+        (("1step",), {"step": 1}),
+        (("0.5epoch", "15min"), {"epoch": 0.5, "minute": 15}),
+        (("90minutes",), {"minute": 90}),
+        (("never",), {}),
+    ],
+)
+def test_intervals_between_checkpoints(words, intervals):
+    assert build_config({"checkpoint_every": words}).checkpoint_intervals == intervals
+
+
+@pytest.mark.parametrize(
+    "words", [("5",), ("0steps",), ("1.5steps",), ("-3steps",), ("1h",), ("3steps", "4steps"), ("never", "1min")]
+)
+def test_wrong_intervals_are_refused(words):
+    with pytest.raises(ConfigurationError, match=f"^--checkpoint_every {re.escape(' '.join(words))}: .*500steps"):
+        build_config({"checkpoint_every": words})
+
+
+def test_at_least_one_checkpoint_is_kept():
+    with pytest.raises(ConfigurationError, match=r"^--keep 0 5: at least"):
+        build_config({"keep": (0, 5)})

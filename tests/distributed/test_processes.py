@@ -1,0 +1,54 @@
+import pytest
+from accelerate import Accelerator
+
+from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.distributed.processes import check_same_images, on_all_processes
+
+
+def test_the_error_of_another_process_is_raised_on_this_one(monkeypatch):
+    assert on_all_processes(Accelerator(), lambda: 5) == 5
+    monkeypatch.setattr("m2t_accel.distributed.processes.gather_to_all", lambda message: [message, "--dataset x"])
+    with pytest.raises(ConfigurationError, match="--dataset x"):
+        on_all_processes(Accelerator(), lambda: 5)
+
+
+def test_machines_with_different_images_are_refused(monkeypatch):
+    check_same_images(Accelerator(), "digits: 1,437 images", "abc")
+    monkeypatch.setattr("m2t_accel.distributed.processes.gather_to_all", lambda found: [found, "other: 3 images"])
+    with pytest.raises(ConfigurationError, match=r"digits: 1,437 images \[abc\].*other: 3 images"):
+        check_same_images(Accelerator(), "digits: 1,437 images", "abc")
+
+
+# Two processes that end right after a collective call, six times.
+EXITS = """
+import collections, os, sys, tempfile
+from datetime import timedelta
+import torch
+from m2t_accel.distributed.processes import control_group, create_groups, destroy_process_group, groups
+
+torch.set_num_threads(1)
+sys.setswitchinterval(1000)  # gloo's threads get the interpreter only when another thread waits
+os.environ.update(ACCELERATE_USE_CPU="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+statuses = collections.Counter()
+for _ in range(6):
+    path, children = tempfile.mktemp(), []
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            store = torch.distributed.FileStore(path, 2)
+            torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+            create_groups(timedelta(seconds=60))
+            for group in (control_group(), groups().download, None):
+                torch.distributed.all_reduce(torch.ones(1000), group=group)
+            destroy_process_group()
+            sys.exit()
+    statuses.update(os.waitpid(child, 0)[1] for child in children)
+print(dict(statuses))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_after_a_collective_call_does_not_abort(run_script):
+    """With torch's destroy_process_group alone, one of five does."""
+    done = run_script("-c", EXITS)
+    assert (done.stdout, done.stderr) == ("{0: 12}\n", "")
