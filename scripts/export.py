@@ -1,9 +1,9 @@
-"""Write an encoder's weights for another library, verified there.
+"""Export an encoder's weights to another library, and check that the library computes the same features.
 
 python scripts/export.py --encoder runs/imagenet --format torchvision --output resnet50.safetensors
 
-torchvision and timm: .safetensors or .pth; detectron2: .pkl; onnx: .onnx, of any encoder. timm and onnx need
-`pip install -e ".[export]"`.
+The file ends in .safetensors or .pth for torchvision and timm, .pkl for detectron2, and .onnx for ONNX, which takes
+any encoder. timm and onnx need `pip install -e ".[export]"`.
 """
 
 from argparse import RawDescriptionHelpFormatter
@@ -16,10 +16,12 @@ from m2t_accel.config.evaluation import check_encoder
 def main() -> None:
     parser = OneLineParser(description=__doc__, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--encoder", metavar="SOURCE", required=True, help="a run, a folder, a Hub id, a file of weights"
+        "--encoder", metavar="SOURCE", required=True, help="folder of a run or model, Hub id, or file of weights"
     )
-    parser.add_argument("--format", required=True, choices=("torchvision", "timm", "detectron2", "onnx"), help="whose")
-    parser.add_argument("--output", metavar="FILE", required=True, type=Path, help="the file to write")
+    parser.add_argument(
+        "--format", required=True, choices=("torchvision", "timm", "detectron2", "onnx"), help="library to export to"
+    )
+    parser.add_argument("--output", metavar="FILE", required=True, type=Path, help="file to write")
     with errors_in_one_line():
         given = parser.parse_args()
         check_encoder(given.encoder)

@@ -3,7 +3,8 @@
 hf auth login
 python scripts/push_to_hub.py --run runs/imagenet --repo_id USER/NAME
 
-A second push updates figures and files; the text of a card that somebody has edited stays.
+A second push updates the files and, in the card, the figures and the text between m2t_accel's two marks. It keeps
+everything that you have written outside the marks.
 """
 
 from argparse import RawDescriptionHelpFormatter
@@ -14,12 +15,12 @@ from m2t_accel.config.command_line import OneLineParser, errors_in_one_line
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--run", metavar="DIR", required=True, type=Path, help="the folder of a run that has ended")
+    parser.add_argument("--run", metavar="DIR", required=True, type=Path, help="folder of a run that has ended")
     parser.add_argument(
-        "--repo_id", metavar="USER/NAME", required=True, help="where on the Hub; made if it is not there"
+        "--repo_id", metavar="USER/NAME", required=True, help="repository on the Hub, created if it does not exist"
     )
-    parser.add_argument("--private", action="store_true", help="if it is made, for you alone")
-    parser.add_argument("--revision", metavar="NAME", help="the branch (default: main); made if it is not there")
+    parser.add_argument("--private", action="store_true", help="create the repository as a private one")
+    parser.add_argument("--revision", metavar="NAME", help="branch (default: main), created if it does not exist")
     with errors_in_one_line():
         given = parser.parse_args()
         from m2t_accel.hub.publish import publish

@@ -1,7 +1,7 @@
-"""A Hub on this machine's loopback, over a folder: it serves datasets and models, and takes commits of models.
+"""A small Hub on the loopback interface. It serves a folder as datasets and models, and accepts commits of models.
 
-A repository whose name begins with `gated` asks for a login. What writes needs the token of TOKEN; a repository of
-`somebody-else` is refused, and `server.fails` (a part of a path, and the status to answer it with) makes it fail.
+Repositories whose names start with `gated` need a login. Writing needs TOKEN, and nobody may write to the repositories
+of `somebody-else`. `server.fails` is a part of a path and the status that requests with it get.
 """
 
 import base64
@@ -19,9 +19,9 @@ TOKEN = "hf_a_token_that_nobody_may_see"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """`/api/datasets/USER/NAME…`, `/datasets/USER/NAME/resolve/REVISION/FILE` and the same of models.
+    """Answer `/api/datasets/USER/NAME…`, `/datasets/USER/NAME/resolve/REVISION/FILE`, and the same for models.
 
-    Over `server.folder / USER / NAME`; a branch other than main is `NAME@BRANCH`.
+    The files are in `server.folder / USER / NAME`; those of a branch other than main are in `NAME@BRANCH`.
     """
 
     protocol_version = "HTTP/1.1"
@@ -72,9 +72,9 @@ class Handler(BaseHTTPRequestHandler):
         return branch if branch.is_dir() else self.server.folder / owner / name
 
     def write(self, parts: list[str]) -> None:
-        """Create, branch, upload and commit, as huggingface_hub asks for it."""
+        """Answer huggingface_hub's requests to create a repository or branch, to upload and to commit."""
         body = self.content if parts[0] == "upload" or "commit" in parts else json.loads(self.content or b"{}")
-        if parts[0] == "upload":  # large files, before the commit that names them
+        if parts[0] == "upload":  # large files are uploaded before the commit that names them
             self.server.large[hashlib.sha256(body).hexdigest()] = body
             self.send(b"")
         elif parts == ["api", "validate-yaml"]:
@@ -101,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
             ]
             self.send(json.dumps({"files": files}).encode())
         elif "batch" in parts:
-            action = {"upload": {"href": f"{self.server.url}/upload/here"}}
+            action = {"upload": {"href": f"{self.server.url}/upload/file"}}
             objects = [{**f, "actions": action} for f in body["objects"]]
             answer = json.dumps({"transfer": "basic", "objects": objects}).encode()
             self.send(answer, kind="application/vnd.git-lfs+json")
@@ -183,7 +183,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def entry(folder: Path, path: Path) -> dict[str, object]:
-    """A row of the Hub's listing of a repository."""
+    """Return one row of a repository's file listing."""
     name = str(path.relative_to(folder))
     if path.is_dir():
         return {"type": "directory", "path": name, "oid": hashlib.sha1(name.encode()).hexdigest(), "size": 0}
@@ -196,12 +196,12 @@ def etag(path: Path) -> str:
 
 @contextlib.contextmanager
 def loopback_hub(folder: Path) -> Iterator[ThreadingHTTPServer]:
-    """Serve `folder / USER / NAME` as datasets and models; `.url` is the endpoint, `.requests` what was asked."""
+    """Serve `folder / USER / NAME` as datasets and models. `url` is the endpoint, `requests` lists all requests."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.folder, server.requests, server.commits, server.large = folder, [], [], {}
     server.fails, server.private = ("", 200), None
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield server

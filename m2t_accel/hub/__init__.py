@@ -1,1 +1,1 @@
-"""Loading, exporting and publishing encoders."""
+"""Load, export and publish encoders."""

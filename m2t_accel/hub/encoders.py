@@ -1,4 +1,4 @@
-"""An encoder from wherever it is: a run, a transformers or timm model in a folder or on the Hub, a file of weights."""
+"""Load an encoder from a run, a transformers or timm model in a folder or on the Hub, or a file of weights."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import math
 import os
 import pickle
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -37,43 +39,45 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class LoadedEncoder:
-    """An encoder with weights, and how it sees images."""
+    """An encoder with its weights and the preprocessing of its images."""
 
-    model: PreTrainedModel  # in evaluation mode, float32; its features are those of m2t_accel.model.embed
-    image_size: int
-    evaluation_crop: float
+    model: PreTrainedModel  # in evaluation mode, float32; m2t_accel.model.embed returns its features
+    image_size: int  # pixels
+    evaluation_crop: float  # share of the shorter side that the central crop keeps
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
-    network: str  # teacher or student where the encoder says so, else `as loaded`
-    note: str  # one line for people: what was loaded, and what was not used of it
+    network: str  # "teacher" or "student" if the configuration says so, else "as loaded"
+    note: str  # one line for the user: what was loaded, and which tensors were not used
 
 
-@dataclass(frozen=True)
-class View:
-    """How an image processor shows an image: its shorter side resized to int(size / crop), the centre cropped."""
+class Preprocessing(NamedTuple):
+    """Sizes and normalisation: the shorter side is resized to int(size / crop), then the centre is cropped to size."""
 
     size: int = 224
     crop: float = 0.875
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    remark: str = ""
+    remark: str = ""  # for the user: assumptions, and differences from the encoder's own image processor
 
 
 def load_encoder(source: str) -> LoadedEncoder:
-    """The encoder of a run's folder, of any folder or Hub id with a transformers or timm model, or of a file.
+    """Load an encoder and its preprocessing.
 
-    Nothing in it is executed: no remote code, no pickle but for plain tensors. Weights that are missing are an error.
+    Nothing in the source is executed: no remote code, and no pickle other than plain tensors. A missing tensor is an
+    error.
+
+    Args:
+        source: folder of a run, folder or Hub id of a transformers or timm model, or file of weights.
 
     Raises:
-        ConfigurationError: there is none, or it cannot be loaded so.
+        ConfigurationError: the source does not exist or cannot be loaded.
     """
     path = Path(source)
     if path.is_file():
-        return load_file_of_weights(path)
+        return load_weight_file(path)
     if path.is_dir():
-        path = next(
-            (path / name for name in ("encoder", "classifier") if (path / name / "config.json").is_file()), path
-        )
+        folders = [folder for folder in (path / "encoder", path / "classifier") if (folder / "config.json").is_file()]
+        path = folders[0] if folders else path
         if not (path / "config.json").is_file():
             raise ConfigurationError(
                 f"--encoder {source}: the folder has no config.json, and no encoder/ with one: has the run ended?"
@@ -81,119 +85,150 @@ def load_encoder(source: str) -> LoadedEncoder:
         check_index(path)
         source = str(path)
     try:
-        described, _ = PretrainedConfig.get_config_dict(source)
-    except Exception as error:  # of huggingface_hub, httpx, json: no common ancestor
+        config, _ = PretrainedConfig.get_config_dict(source)
+    except Exception as error:  # errors of huggingface_hub, httpx and json have no common base class
         raise ConfigurationError(
             f"--encoder {source}: its config.json cannot be read ({one_line(error)}); give a folder that exists, or a "
             "Hub id that you can reach (`hf auth login` for a gated one)"
         ) from error
-    kind = described.get("model_type")
-    if "architecture" in described and kind in (None, "timm_wrapper"):  # timm's, read by older and newer transformers
-        return load_timm(source, described)
+    kind = config.get("model_type")
+    # timm writes no model_type. Some versions of transformers read its files as a "timm_wrapper".
+    if "architecture" in config and kind in (None, "timm_wrapper"):
+        return load_timm(source, config)
     if kind not in CONFIG_MAPPING:
-        wish = ", and asks for code of its own, which is never run" if "auto_map" in described else ""
+        remote_code = "; it asks for code of its own, which is never run" if "auto_map" in config else ""
         raise ConfigurationError(
-            f"--encoder {source}: model type {kind} is none of transformers'{wish}; give a transformers or timm ResNet"
+            f"--encoder {source}: transformers has no model type {kind}{remote_code}; give a transformers model or a "
+            "timm ResNet"
         )
-    return load_transformers(source, described)
+    return load_transformers(source, config)
 
 
-def load_transformers(source: str, described: Mapping[str, object]) -> LoadedEncoder:
+def load_transformers(source: str, config: Mapping[str, object]) -> LoadedEncoder:
+    """Load a transformers model from a folder or a Hub id.
+
+    Raises:
+        ConfigurationError: the model cannot be loaded, or tensors are missing or have another shape.
+    """
     try:
         with quiet_transformers():
+            # Other shapes are refused below, by a message that names a tensor.
             model, info = AutoModel.from_pretrained(
-                source, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+                source,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
-    except Exception as error:  # a model can be wrong in any way that its code can trip over
+    except Exception as error:  # a wrong file can make the code of any model raise anything
         raise ConfigurationError(f"--encoder {source} cannot be loaded ({one_line(error)})") from error
-    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
-    if lacking:
+    missing = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    if missing:
         raise ConfigurationError(
-            f"--encoder {source}: {len(lacking)} of its tensors are missing or have another shape, such as {lacking[0]}"
+            f"--encoder {source}: {len(missing)} of its tensors are missing or have another shape, such as {missing[0]}"
         )
-    unused = sorted(info["unexpected_keys"])
-    network = (described.get("momentum2_teacher") or {}).get("network", "as loaded")
+    network = (config.get("momentum2_teacher") or {}).get("network", "as loaded")
     try:
-        view = view_of(BaseImageProcessor.get_image_processor_dict(source)[0])
-    except (OSError, ValueError):
-        view = View(remark="without an image processor: 224 pixels and ImageNet's mean and deviation are assumed")
-    return finished(model, view, network, source, unused)
+        preprocessing = read_preprocessing(BaseImageProcessor.get_image_processor_dict(source)[0])
+    except (OSError, TypeError, ValueError):
+        preprocessing = Preprocessing(
+            remark="without an image processor: 224 pixels and ImageNet's mean and deviation are assumed"
+        )
+    return loaded_encoder(model, preprocessing, network, source, sorted(info["unexpected_keys"]))
 
 
-def load_timm(source: str, described: Mapping[str, object]) -> LoadedEncoder:
-    """A timm ResNet's files: config.json with `pretrained_cfg`, and weights under torchvision's names."""
+def load_timm(source: str, config: Mapping[str, object]) -> LoadedEncoder:
+    """Load a timm ResNet: config.json with `pretrained_cfg`, and weights under torchvision's names.
+
+    Raises:
+        ConfigurationError: the files cannot be loaded, or describe another network than a plain ResNet.
+    """
+    name = f"--encoder {source}, timm's {config['architecture']}"
     try:
         if os.path.isdir(source):
             file = Path(source) / "model.safetensors"
         else:
             file = Path(hf_hub_download(source, "model.safetensors"))
-        model, unused = plain_resnet(read_state(file))
-        told = described.get("pretrained_cfg") or described
-        channels, size, width = told.get("input_size", (3, 224, 224))
-        if channels != 3 or size != width:
-            raise ConfigurationError(f"images of {told['input_size']} (three channels and a square are needed)")
-        view = View(size, told.get("crop_pct", 0.875), tuple(told["mean"]), tuple(told["std"]))
+        model, unused = load_plain_resnet(read_state(file))
+        pretrained = config.get("pretrained_cfg") or config
+        channels, height, width = pretrained.get("input_size", (3, 224, 224))
+        if channels != 3 or height != width:
+            raise ConfigurationError(f"images of {pretrained['input_size']} (three channels and a square are needed)")
+        mean, std = tuple(pretrained["mean"]), tuple(pretrained["std"])
+        preprocessing = Preprocessing(height, pretrained.get("crop_pct", 0.875), mean, std)
     except ConfigurationError as error:
-        raise ConfigurationError(f"--encoder {source}, timm's {described['architecture']}: {error}") from None
-    except Exception as error:  # of huggingface_hub and httpx, or a config of another form
-        raise ConfigurationError(
-            f"--encoder {source}, timm's {described['architecture']}, cannot be loaded ({one_line(error)})"
-        ) from error
-    return finished(model, view, "as loaded", source, unused)
+        raise ConfigurationError(f"{name}: {error}") from None
+    except Exception as error:  # errors of huggingface_hub and httpx, or a configuration with other fields
+        raise ConfigurationError(f"{name}, cannot be loaded ({one_line(error)})") from error
+    return loaded_encoder(model, preprocessing, "as loaded", source, unused)
 
 
-def load_file_of_weights(path: Path) -> LoadedEncoder:
-    """A state dict of a ResNet under torchvision's names."""
+def load_weight_file(path: Path) -> LoadedEncoder:
+    """Load a state dict of a ResNet with torchvision's names.
+
+    Raises:
+        ConfigurationError: the file cannot be loaded, or holds another network than a plain ResNet.
+    """
     if path.suffix not in WEIGHT_FILES:
-        raise ConfigurationError(f"--encoder {path}: a folder, a Hub id, or a file of weights {' '.join(WEIGHT_FILES)}")
+        raise ConfigurationError(
+            f"--encoder {path}: give a folder, a Hub id, or a file of weights ({' '.join(WEIGHT_FILES)})"
+        )
     try:
-        model, unused = plain_resnet(read_state(path))
+        model, unused = load_plain_resnet(read_state(path))
     except ConfigurationError as error:
         raise ConfigurationError(f"--encoder {path}: {error}") from None
-    view = View(remark="224 pixels and ImageNet's mean and deviation are assumed")
-    return finished(model, view, "as loaded", str(path), unused)
+    preprocessing = Preprocessing(remark="224 pixels and ImageNet's mean and deviation are assumed")
+    return loaded_encoder(model, preprocessing, "as loaded", str(path), unused)
 
 
-def finished(model: PreTrainedModel, view: View, network: str, source: str, unused: list[str]) -> LoadedEncoder:
+def loaded_encoder(
+    model: PreTrainedModel, preprocessing: Preprocessing, network: str, source: str, unused: list[str]
+) -> LoadedEncoder:
+    """Return the model as a LoadedEncoder, with a note for the user.
+
+    Raises:
+        ConfigurationError: the model has no pooled features.
+    """
     model.eval()
+    size, crop, mean, std, remark = preprocessing
     try:
         with torch.no_grad():
-            num_features = embed(model, torch.zeros(1, 3, view.size, view.size)).shape[1]
-    except Exception as error:  # the model is any
+            num_features = embed(model, torch.zeros(1, 3, size, size)).shape[1]
+    except Exception as error:  # any transformers model may be given
         raise ConfigurationError(
             f"--encoder {source}: {type(model).__name__} gives no pooled features ({one_line(error)})"
         ) from error
-    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    note = f"{source}: {type(model).__name__}, {size:.1f} M parameters, {num_features} features"
-    note += f"; {view.remark}" if view.remark else ""
-    note += f"; not used: {in_groups(unused)}" if unused else ""
-    return LoadedEncoder(model, view.size, view.crop, view.mean, view.std, network, note)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    note = f"{source}: {type(model).__name__}, {millions:.1f} M parameters, {num_features} features"
+    note += f"; {remark}" if remark else ""
+    note += f"; not used: {count_by_module(unused)}" if unused else ""
+    return LoadedEncoder(model, size, crop, mean, std, network, note)
 
 
 def random_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """The same encoder before any training, in evaluation mode."""
+    """Return the same architecture with random weights, in evaluation mode."""
     return type(model)(copy.deepcopy(model.config)).eval()
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a pickle, which is loaded without executing anything.
+    """Read the tensors of a .safetensors file or of a pickle, without executing anything.
 
-    A state dict that stands under `state_dict` or `model` is found.
+    If the pickle holds a state dict under `state_dict` or `model`, return that one.
 
     Raises:
-        ConfigurationError: it cannot be read, or holds something else than tensors.
+        ConfigurationError: the file cannot be read, or holds anything other than tensors.
     """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of pickle, zipfile, torch, safetensors: no common ancestor
+    except Exception as error:  # errors of pickle, zipfile, torch and safetensors have no common base class
         if re.search("Unsupported (global|class)", str(error), re.IGNORECASE):
-            reason = "it holds more than tensors, which would have to be executed"
+            reason = "it holds more than tensors, and would have to be executed"
+        elif isinstance(error, pickle.UnpicklingError):
+            reason = "it holds no tensors, or is damaged"  # torch's own message advises to execute the file
         else:
-            # What torch says of a file that is no pickle is to load it by executing it.
-            said = "" if isinstance(error, pickle.UnpicklingError) else f" ({one_line(error)})"
-            reason = f"it is none of tensors, or damaged{said}"
+            reason = f"it holds no tensors, or is damaged ({one_line(error)})"
         raise ConfigurationError(f"the file cannot be loaded: {reason}") from None
     for name in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
@@ -203,44 +238,42 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def resnet(state: Mapping[str, Tensor]) -> tuple[ResNetModel, list[str]]:
-    """A ResNetModel with a state under torchvision's names, and those names that it has no use for.
+def load_resnet(state: Mapping[str, Tensor]) -> tuple[ResNetModel, list[str]]:
+    """Return a ResNetModel with the weights of a torchvision state dict, and the names that it does not use.
 
     Raises:
-        ConfigurationError: the state is not whole, or of another network.
+        ConfigurationError: a tensor is missing, or the state is another network's.
     """
     model = ResNetModel(ResNetConfig(**resnet_config(state)))
-    mapped, unused = from_torchvision(state, model.state_dict())
-    model.load_state_dict(mapped, strict=True)
+    renamed, unused = from_torchvision(state, model.state_dict())
+    model.load_state_dict(renamed, strict=True)
     return model.eval(), unused
 
 
-def plain_resnet(state: Mapping[str, Tensor]) -> tuple[ResNetModel, list[str]]:
-    """As resnet; what has no use may be of the last layer only.
+def load_plain_resnet(state: Mapping[str, Tensor]) -> tuple[ResNetModel, list[str]]:
+    """Do the same as load_resnet, but allow no unused tensors except those of the last layer, `fc`.
 
     Raises:
-        ConfigurationError: as resnet, or the network has more than a ResNet, and so is another.
+        ConfigurationError: as load_resnet, or the state has other tensors, which make it another network.
     """
-    model, unused = resnet(state)
+    model, unused = load_resnet(state)
     other = [name for name in unused if not name.startswith("fc.")]
     if other:
-        raise ConfigurationError(f"{len(other)} tensors that no plain ResNet has: {in_groups(other)}")
+        raise ConfigurationError(f"{len(other)} tensors that no plain ResNet has: {count_by_module(other)}")
     return model, unused
 
 
-def in_groups(names: list[str]) -> str:
-    """Names by their first word, with how many there are: `fc (2), head (4)`."""
-    groups: dict[str, int] = {}
-    for name in names:
-        groups[name.split(".")[0]] = groups.get(name.split(".")[0], 0) + 1
-    return ", ".join(f"{group} ({number})" for group, number in groups.items())
+def count_by_module(names: list[str]) -> str:
+    """Return the first parts of tensor names with their counts, such as `fc (2), head (4)`."""
+    counts = Counter(name.split(".")[0] for name in names)
+    return ", ".join(f"{module} ({count})" for module, count in counts.items())
 
 
 def check_index(folder: Path) -> None:
-    """Check that an index of weights names files of its own folder only.
+    """Check that an index of weights names only files in its own folder.
 
     Raises:
-        ConfigurationError: it names another.
+        ConfigurationError: the index cannot be read, or names a file elsewhere.
     """
     for index in folder.glob("*.index.json"):
         try:
@@ -252,11 +285,11 @@ def check_index(folder: Path) -> None:
             raise ConfigurationError(f"--encoder {folder}: {index.name} names {outside}, which is not in the folder")
 
 
-def view_of(processor: Mapping[str, object]) -> View:
-    """What a preprocessor_config.json says, as a view of ours.
+def read_preprocessing(processor: Mapping[str, object]) -> Preprocessing:
+    """Convert a preprocessor_config.json; `remark` lists the differences from the processor.
 
     Raises:
-        ValueError: it says nothing of sizes.
+        TypeError, ValueError: the processor has no usable sizes.
     """
     remarks = []
     size, crop_size = processor.get("size"), processor.get("crop_size")
@@ -264,33 +297,34 @@ def view_of(processor: Mapping[str, object]) -> View:
     shorter = size.get("shortest_edge") if isinstance(size, Mapping) else size
     if isinstance(crop_size, Mapping):
         crop_size = crop_size.get("height")
+    squashes = False
     if kind.startswith("ConvNext") and shorter is not None:
-        # Its sizes are those of the crop; from 384 pixels on there is none.
-        crop_size = shorter
-        shorter = int(shorter / processor.get("crop_pct", 224 / 256)) if shorter < 384 else shorter
-        if crop_size == shorter:
-            remarks.append("its processor squashes images to a square, here the centre is cropped")
+        # Its `shortest_edge` is the size of the crop. From 384 pixels on it squashes instead of cropping.
+        crop_size, squashes = shorter, shorter >= 384
+        shorter = shorter if squashes else int(shorter / processor.get("crop_pct", 224 / 256))
     elif isinstance(size, Mapping) and "height" in size:
         shorter = crop_size = size["height"]
-        remarks.append("its processor squashes images to a square, here the centre is cropped")
+        squashes = True
     elif not processor.get("do_center_crop", True) or crop_size is None:
         crop_size = shorter
-        remarks.append("its processor crops no centre, here it is cropped")
+        remarks.append("its processor does not crop the centre; m2t_accel does")
+    if squashes:
+        remarks.append("its processor squashes images to a square; m2t_accel crops the centre")
     if not isinstance(shorter, int) or not isinstance(crop_size, int) or not 8 <= crop_size <= shorter:
         raise ValueError(f"sizes {size} and {processor.get('crop_size')}")
     if processor.get("resample", 2) not in (2, None):
-        remarks.append("its processor does not resize bilinearly, here it is done so")
+        remarks.append("its processor does not resize bilinearly; m2t_accel does")
     share = crop_size / shorter
-    while int(crop_size / share) < shorter:  # rounding may have taken a pixel
+    while int(crop_size / share) < shorter:  # rounding may lose a pixel
         share = math.nextafter(share, 0)
     mean, std = (0.0,) * 3, (1.0,) * 3
     if processor.get("do_normalize", True):
         mean, std = tuple(processor.get("image_mean", IMAGENET_MEAN)), tuple(processor.get("image_std", IMAGENET_STD))
-    return View(crop_size, share, mean, std, "; ".join(remarks))
+    return Preprocessing(crop_size, share, mean, std, "; ".join(remarks))
 
 
 def weights_fingerprint(encoder: nn.Module) -> str:
-    """A name for an encoder's weights and statistics."""
+    """Return 16 hexadecimal digits that identify an encoder's weights and statistics."""
     digest = hashlib.sha256()
     for name, values in sorted(encoder.state_dict().items()):
         digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""An encoder's weights for other libraries, each file loaded into the library itself and compared before it is kept."""
+"""Export an encoder's weights to other libraries, and compare the features there before the file is kept."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import io
 import logging
-import os
 import pickle
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,12 +20,13 @@ from transformers import PreTrainedModel
 
 from m2t_accel.config.fields import ConfigurationError, one_line
 from m2t_accel.config.pretrain import ENCODERS
+from m2t_accel.files import atomic_write
 from m2t_accel.hub.encoders import LoadedEncoder
 from m2t_accel.hub.tensor_names import detectron2_name, resnet_config, to_torchvision
 from m2t_accel.model import embed
 
-TOLERANCE = 1e-5  # of the largest feature, or of 1
-ENDINGS = {
+TOLERANCE = 1e-5  # relative to the largest feature, or to 1 if all are smaller
+SUFFIXES = {
     "torchvision": (".safetensors", ".pth"),
     "timm": (".safetensors", ".pth"),
     "detectron2": (".pkl",),
@@ -34,17 +34,22 @@ ENDINGS = {
 }
 
 
-def export(encoder: LoadedEncoder, form: str, output: Path) -> list[str]:
-    """Write an encoder for another library, a key of ENDINGS; what was done and how to load it comes back in lines.
+def export(encoder: LoadedEncoder, format: str, output: Path) -> list[str]:
+    """Write an encoder for another library. Return lines for the user: what was written, and how to load it.
 
-    The file is complete and verified, or it is not there.
+    The file is written only if the library computes the same features from it.
+
+    Args:
+        format: a key of SUFFIXES.
 
     Raises:
         ConfigurationError: the library has no such network or is not installed, the file exists or cannot be
-            written, or what the library computes is not what the encoder does.
+            written, or the features differ.
     """
-    if output.suffix not in ENDINGS[form]:
-        raise ConfigurationError(f"--output {output}: for {form} the name must end in {' or '.join(ENDINGS[form])}")
+    if output.suffix not in SUFFIXES[format]:
+        raise ConfigurationError(
+            f"--output {output}: for {format} the name must end in {' or '.join(SUFFIXES[format])}"
+        )
     if output.exists():
         raise ConfigurationError(f"--output {output} exists: give another name, or remove it")
     writers: Mapping[str, Callable[[LoadedEncoder, Path, Path], list[str]]] = {
@@ -53,69 +58,78 @@ def export(encoder: LoadedEncoder, form: str, output: Path) -> list[str]:
         "detectron2": export_detectron2,
         "onnx": export_onnx,
     }
-    temporary = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        lines = writers[form](encoder, temporary, output)
-        os.replace(temporary, output)
+        with atomic_write(output) as temporary:
+            lines = writers[format](encoder, temporary, output)
     except OSError as error:
         raise ConfigurationError(f"--output {output} cannot be written ({error.strerror or one_line(error)})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
     return [f"{output}: {lines[0]}", *lines[1:]]
 
 
 def standard_name(model: PreTrainedModel) -> str:
-    """The name, such as resnet50, under which other libraries have this network.
+    """Return the name of this network in other libraries, such as resnet50.
 
     Raises:
-        ConfigurationError: they have none.
+        ConfigurationError: other libraries do not have this network.
     """
     names = [name for name in ENCODERS if hasattr(torchvision.models, name)]
+    advice = f"({', '.join(names)}): --format onnx takes any encoder"
     try:
         config = resnet_config(to_torchvision(model.state_dict()))
     except (KeyError, ConfigurationError):
-        raise ConfigurationError(
-            f"{type(model).__name__} is no ResNet that other libraries have ({', '.join(names)}): --format onnx "
-            "takes any"
-        ) from None
+        raise ConfigurationError(f"{type(model).__name__} is no ResNet that other libraries have {advice}") from None
     for name in names:
         if all(config[key] == value for key, value in ENCODERS[name].items()) and config["embedding_size"] == 64:
             return name
     raise ConfigurationError(
-        f"a ResNet of depths {config['depths']} and widths {config['hidden_sizes']} is none that other libraries have "
-        f"({', '.join(names)}): --format onnx takes any"
+        f"other libraries have no ResNet of depths {config['depths']} and widths {config['hidden_sizes']} {advice}"
     )
 
 
-def some_images(encoder: LoadedEncoder, number: int) -> Tensor:
-    """Random images (number, 3, S, S) to compare networks with, always the same."""
+def torchvision_features(name: str, state: Mapping[str, Tensor]) -> nn.Module:
+    """Return torchvision's network of that name without its last layer, with these weights, in evaluation mode.
+
+    `num_batches_tracked` may be missing.
+    """
+    model = torchvision.models.get_model(name).eval()
+    model.fc = nn.Identity()
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def random_images(encoder: LoadedEncoder, number: int) -> Tensor:
+    """Return random images (number, 3, S, S) of the encoder's size, the same in every call."""
     return torch.randn(number, 3, encoder.image_size, encoder.image_size, generator=torch.Generator().manual_seed(0))
 
 
-def compare(encoder: LoadedEncoder, other: Callable[[Tensor], Tensor], number: int = 2) -> float:
-    """The largest difference between the encoder's features and another network's.
+def feature_difference(encoder: LoadedEncoder, other: Callable[[Tensor], Tensor], number: int = 2) -> float:
+    """Return the largest absolute difference between the features of the encoder and of another network.
+
+    Args:
+        other: maps images (number, 3, S, S) to features (number, C).
 
     Raises:
-        ConfigurationError: it is more than rounding.
+        ConfigurationError: the difference is more than rounding.
     """
-    images = some_images(encoder, number)
+    images = random_images(encoder, number)
     with torch.no_grad():
-        wanted, found = embed(encoder.model, images), other(images)
-    if wanted.shape != found.shape:
-        raise ConfigurationError(f"the other library gives features of {tuple(found.shape)}, not {tuple(wanted.shape)}")
-    difference = (wanted - found).abs().max().item()
-    if not difference <= TOLERANCE * max(1.0, wanted.abs().max().item()):
+        expected, found = embed(encoder.model, images), other(images)
+    if expected.shape != found.shape:
+        raise ConfigurationError(
+            f"the other library gives features of {tuple(found.shape)}, not {tuple(expected.shape)}"
+        )
+    difference = (expected - found).abs().max().item()
+    if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
         raise ConfigurationError(f"the other library's features differ by {difference:.2g}: nothing was written")
     return difference
 
 
-def installed(*names: str) -> list[ModuleType]:
-    """Libraries that only some exports need.
+def import_optional(*names: str) -> list[ModuleType]:
+    """Import libraries that only some formats need.
 
     Raises:
-        ConfigurationError: one is not installed.
+        ConfigurationError: a library is not installed.
     """
     try:
         with warnings.catch_warnings():
@@ -126,7 +140,7 @@ def installed(*names: str) -> list[ModuleType]:
 
 
 def write_state(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Write tensors as .safetensors or .pth; what is read back from it comes back."""
+    """Write tensors as .safetensors or .pth. Return them as read back from the file."""
     if file.suffix == ".safetensors":
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
         return load_file(file)
@@ -134,52 +148,53 @@ def write_state(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
     return torch.load(file, weights_only=True)
 
 
-def read_line(output: Path) -> str:
+def loading_line(output: Path) -> str:
+    """Return the line of Python that reads a file of write_state."""
     if output.suffix == ".safetensors":
         return f'from safetensors.torch import load_file; state = load_file("{output}")'
     return f'import torch; state = torch.load("{output}", weights_only=True)'
 
 
+def preprocessing_line(encoder: LoadedEncoder) -> str:
+    """Return the normalisation of the encoder's images in words."""
+    mean, std = ([round(value, 6) for value in values] for values in (encoder.image_mean, encoder.image_std))
+    return f"images: RGB, 0 to 1, minus {mean}, divided by {std}"
+
+
 def export_torchvision(encoder: LoadedEncoder, file: Path, output: Path) -> list[str]:
+    """Write a state dict for torchvision to `file`. Return the lines of `export`, which name `output`."""
     name = standard_name(encoder.model)
-    state = write_state(to_torchvision(encoder.model.state_dict()), file)
-    model = torchvision.models.get_model(name).eval()
-    lacking = model.load_state_dict(state, strict=False)
-    if set(lacking.missing_keys) != {"fc.weight", "fc.bias"} or lacking.unexpected_keys:
-        raise ConfigurationError(f"torchvision's {name} does not take these weights ({lacking})")
-    model.fc = nn.Identity()
+    model = torchvision_features(name, write_state(to_torchvision(encoder.model.state_dict()), file))
     return [
-        f"torchvision's {name} without its last layer; features differ by {compare(encoder, model):.1g}",
-        pixels(encoder),
-        f"{read_line(output)}",
+        f"torchvision's {name} without its last layer; features differ by {feature_difference(encoder, model):.1g}",
+        preprocessing_line(encoder),
+        loading_line(output),
         f"import torchvision; model = torchvision.models.{name}(); model.load_state_dict(state, strict=False)",
     ]
 
 
 def export_timm(encoder: LoadedEncoder, file: Path, output: Path) -> list[str]:
-    (timm,) = installed("timm")
+    """Write a state dict for timm to `file`. Return the lines of `export`, which name `output`."""
+    (timm,) = import_optional("timm")
     name = standard_name(encoder.model)
     state = write_state(to_torchvision(encoder.model.state_dict()), file)
     model = timm.create_model(name, pretrained=False, num_classes=0).eval()
     model.load_state_dict(state, strict=True)
     return [
-        f"timm's {name} without a classifier; features differ by {compare(encoder, model):.1g}",
-        pixels(encoder),
-        f"{read_line(output)}",
+        f"timm's {name} without a classifier; features differ by {feature_difference(encoder, model):.1g}",
+        preprocessing_line(encoder),
+        loading_line(output),
         f'import timm; model = timm.create_model("{name}", num_classes=0); model.load_state_dict(state)',
     ]
 
 
-def pixels(encoder: LoadedEncoder) -> str:
-    mean, std = ([round(value, 6) for value in values] for values in (encoder.image_mean, encoder.image_std))
-    return f"images: RGB, 0 to 1, minus {mean}, divided by {std}"
-
-
 def export_detectron2(encoder: LoadedEncoder, file: Path, output: Path) -> list[str]:
-    """As detectron2's own converter of torchvision's weights writes them; the library itself is not needed.
+    """Write a pickle for detectron2 to `file`, which need not be installed. Return the lines of `export`.
 
-    Source: detectron2's tools/convert-torchvision-to-d2.py, for names and form, and what it says of the pixels. Its
-    frozen BatchNorm has no count of batches, so that is left out.
+    Names, form and pixels are those of detectron2's own converter. detectron2's frozen BatchNorm has no count of
+    batches, so the count is left out.
+
+    Source: detectron2's tools/convert-torchvision-to-d2.py.
     """
     name = standard_name(encoder.model)
     state = to_torchvision(encoder.model.state_dict())
@@ -188,19 +203,17 @@ def export_detectron2(encoder: LoadedEncoder, file: Path, output: Path) -> list[
     }
     content = {"model": model, "__author__": "m2t_accel", "matching_heuristics": True}
     file.write_bytes(pickle.dumps(content))
+    # Map the names in the file back to torchvision's, so that torchvision can compute the features.
     found = pickle.loads(file.read_bytes())["model"]
-    # The way back, as a ResNet of torchvision: every tensor once, and the same features.
     back = {key: torch.from_numpy(found.pop(detectron2_name(key))) for key in state if detectron2_name(key) in found}
-    check = torchvision.models.get_model(name).eval()
-    check.load_state_dict(back, strict=False)
-    check.fc = nn.Identity()
-    difference = compare(encoder, check)
     if found:
-        raise ConfigurationError(f"{len(found)} tensors have no way back, such as {next(iter(found))}")
+        raise ConfigurationError(f"{len(found)} tensors have no torchvision name, such as {next(iter(found))}")
+    difference = feature_difference(encoder, torchvision_features(name, back))
     depth = name.removeprefix("resnet")
     mean, std = ([round(255 * value, 3) for value in values] for values in (encoder.image_mean, encoder.image_std))
     return [
-        f"detectron2's ResNet-{depth}; by its published names, mapped back: features differ by {difference:.1g}",
+        f"detectron2's ResNet-{depth}; with its names mapped back to torchvision's, features differ by "
+        f"{difference:.1g}",
         f'MODEL: {{WEIGHTS: "{output}", PIXEL_MEAN: {mean}, PIXEL_STD: {std},',
         f"        RESNETS: {{DEPTH: {depth}, STRIDE_IN_1X1: False}}}}",
         "INPUT: {FORMAT: RGB}",
@@ -208,7 +221,7 @@ def export_detectron2(encoder: LoadedEncoder, file: Path, output: Path) -> list[
 
 
 class PooledFeatures(nn.Module):
-    """pixel_values (N, 3, H, W) in, features (N, C) out."""
+    """An encoder as a module from pixel_values (N, 3, H, W) to features (N, C)."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -219,17 +232,18 @@ class PooledFeatures(nn.Module):
 
 
 def export_onnx(encoder: LoadedEncoder, file: Path, output: Path) -> list[str]:
-    onnx, runtime, _ = installed("onnx", "onnxruntime", "onnxscript")
-    # torch tells of each step on stdout, and onnxscript warns of its own parts.
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
+    """Write an ONNX model with preprocessing metadata to `file`. Return the lines of `export`, which name `output`."""
+    onnx, runtime, _ = import_optional("onnx", "onnxruntime", "onnxscript")
+    # torch prints each of its steps on stdout, and onnxscript warns about its own modules.
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 PooledFeatures(encoder.model).eval(),
-                (some_images(encoder, 2),),
+                (random_images(encoder, 2),),
                 file,
                 input_names=["pixel_values"],
                 output_names=["features"],
@@ -240,20 +254,20 @@ def export_onnx(encoder: LoadedEncoder, file: Path, output: Path) -> list[str]:
             )
     except OSError:
         raise
-    except Exception as error:  # of torch.export and onnxscript; the model is any
+    except Exception as error:  # any model may be given, and torch.export can raise anything
         raise ConfigurationError(
             f"{type(encoder.model).__name__} cannot be exported to ONNX ({one_line(error)})"
         ) from error
     finally:
-        quiet.setLevel(level)
+        logger.setLevel(level)
     model = onnx.load(file)
-    told = {
+    metadata = {
         "image_size": encoder.image_size,
         "evaluation_crop": encoder.evaluation_crop,
         "image_mean": list(encoder.image_mean),
         "image_std": list(encoder.image_std),
     }
-    onnx.helper.set_model_props(model, {name: str(value) for name, value in told.items()})
+    onnx.helper.set_model_props(model, {name: str(value) for name, value in metadata.items()})
     onnx.checker.check_model(model)
     onnx.save(model, file)
     session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -261,12 +275,12 @@ def export_onnx(encoder: LoadedEncoder, file: Path, output: Path) -> list[str]:
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["features"], {"pixel_values": images.numpy()})[0])
 
-    difference = max(compare(encoder, run, number) for number in (1, 5))
+    difference = max(feature_difference(encoder, run, number) for number in (1, 5))
     opset = model.opset_import[0].version
     return [
         f"ONNX, opset {opset}, any batch of {encoder.image_size} pixels; features differ by {difference:.1g} in "
         "onnxruntime",
-        pixels(encoder),
+        preprocessing_line(encoder),
         f'import onnxruntime; session = onnxruntime.InferenceSession("{output}")',
         'features = session.run(["features"], {"pixel_values": images})[0]',
     ]

@@ -1,4 +1,4 @@
-"""The folder of a published encoder: weights and image processor."""
+"""Write the folder of an encoder: weights, configuration, image processor and model card."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from m2t_accel.model import quiet_transformers
 
 
 def image_processor(config: ImageSettings) -> BitImageProcessor:
-    """The processor that makes of any image what evaluation sees: shorter side resized, centre cropped, normalised.
+    """Return a processor that prepares images as the evaluations do: shorter side resized, centre cropped, normalised.
 
-    BitImageProcessor states both sizes; ConvNextImageProcessor would drop the crop from 384 pixels on.
+    BitImageProcessor states both sizes. ConvNextImageProcessor would not crop from 384 pixels on.
     """
     return BitImageProcessor(
         size={"shortest_edge": int(config.image_size / config.evaluation_crop)},
@@ -29,11 +29,14 @@ def image_processor(config: ImageSettings) -> BitImageProcessor:
 
 
 def save_encoder(encoder: nn.Module, config: ImageSettings, card: str, folder: Path) -> None:
-    """Write weights (safetensors), configuration, image processor and model card.
+    """Write an encoder, its image processor and its model card.
 
     Args:
-        encoder: with plain BatchNorm, of `m2t_accel.model.plain_encoder`. AutoModel loads the folder of a transformers
-            model without this package; of another module only the weights are written.
+        encoder: network with plain BatchNorm, as `m2t_accel.model.plain_encoder` returns it. AutoModel can load the
+            folder of a transformers model. For any other module only the weights are written.
+        config: sizes and normalisation of the images.
+        card: text of README.md.
+        folder: folder to create.
     """
     if isinstance(encoder, PreTrainedModel):
         with quiet_transformers():

@@ -1,4 +1,4 @@
-"""The names of a ResNet's tensors in transformers, torchvision (timm's are the same) and detectron2."""
+"""Tensor names of a ResNet in transformers, in torchvision and timm (which agree), and in detectron2."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from torch import Tensor
 
 from m2t_accel.config.fields import ConfigurationError
 
-# transformers' names, whose `{0}` `{1}` `{2}` count from 0, and torchvision's, whose stages and layers count from 1.
+# transformers' name on the left, torchvision's on the right. transformers counts stages and layers from 0,
+# torchvision from 1.
 STEM = {"embedder.embedder.convolution": "conv1", "embedder.embedder.normalization": "bn1"}
 SHORTCUT = {"convolution": "downsample.0", "normalization": "downsample.1"}
 LAYER = {"convolution": "conv", "normalization": "bn"}
 
 
 def torchvision_name(name: str) -> str:
-    """The torchvision name of a tensor of transformers' ResNetModel.
+    """Return the torchvision name of a tensor of transformers' ResNetModel.
 
     Raises:
         KeyError: ResNetModel has no such tensor.
@@ -32,7 +33,7 @@ def torchvision_name(name: str) -> str:
 
 
 def detectron2_name(name: str) -> str:
-    """The detectron2 name of a tensor of torchvision's ResNet.
+    """Return the detectron2 name of a tensor of torchvision's ResNet.
 
     Source: detectron2's tools/convert-torchvision-to-d2.py.
     """
@@ -44,15 +45,20 @@ def detectron2_name(name: str) -> str:
 
 
 def to_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a transformers ResNetModel under torchvision's names."""
+    """Rename the tensors of a transformers ResNetModel to torchvision's names.
+
+    Raises:
+        KeyError: the state holds a tensor that ResNetModel does not have.
+    """
     return {torchvision_name(name): tensor for name, tensor in state.items()}
 
 
 def resnet_config(state: Mapping[str, Tensor]) -> dict[str, object]:
-    """The arguments of transformers' ResNetConfig for a state under torchvision's names, told by its shapes.
+    """Infer the arguments of transformers' ResNetConfig from the shapes of a state dict with torchvision's names.
 
     Raises:
-        ConfigurationError: it is not of a ResNet, or of one that ResNetModel cannot be (wide, grouped, another stem).
+        ConfigurationError: the tensors are not a ResNet's, or ResNetModel has no such variant (wide, grouped, another
+            stem).
     """
     stem = state.get("conv1.weight")
     if stem is None or "layer1.0.conv1.weight" not in state:
@@ -62,28 +68,26 @@ def resnet_config(state: Mapping[str, Tensor]) -> dict[str, object]:
         )
     if tuple(stem.shape[1:]) != (3, 7, 7):
         raise ConfigurationError(f"a ResNet whose stem has the shape {tuple(stem.shape)}: (N, 3, 7, 7) is needed")
-    places = {parts[1]: [] for parts in map(re.compile(r"layer(\d+)\.").match, state) if parts}
+    blocks = {parts[1]: [] for parts in map(re.compile(r"layer(\d+)\.").match, state) if parts}
     for name in state:
         parts = re.match(r"layer(\d+)\.(\d+)\.conv1\.weight$", name)
         if parts:
-            places[parts[1]].append(int(parts[2]))
+            blocks[parts[1]].append(int(parts[2]))
     is_bottleneck = "layer1.0.conv3.weight" in state
     last = "conv3" if is_bottleneck else "conv2"
     depths, hidden_sizes = [], []
-    for stage in sorted(places, key=int):
-        first = f"layer{stage}.0"
-        if f"{first}.{last}.weight" not in state or sorted(places[stage]) != list(range(len(places[stage]))):
-            raise ConfigurationError(
-                f"a ResNet whose layer{stage} is not whole: its blocks are {sorted(places[stage])}"
-            )
-        depths.append(len(places[stage]))
+    for stage in sorted(blocks, key=int):
+        first, numbers = f"layer{stage}.0", sorted(blocks[stage])
+        if f"{first}.{last}.weight" not in state or numbers != list(range(len(numbers))):
+            raise ConfigurationError(f"a ResNet with tensors of layer{stage} missing: its blocks are {numbers}")
+        depths.append(len(numbers))
         hidden_sizes.append(state[f"{first}.{last}.weight"].shape[0])
         width = state[f"{first}.conv1.weight"].shape[0]
         inner = state[f"{first}.conv2.weight"].shape
         if (is_bottleneck and width * 4 != hidden_sizes[-1]) or inner[1] != width:
             raise ConfigurationError(
-                f"a wide or grouped ResNet (layer{stage}.0.conv2.weight is {tuple(inner)}): only plain ones can be "
-                "transformers' ResNetModel"
+                f"a wide or grouped ResNet ({first}.conv2.weight has the shape {tuple(inner)}): transformers' "
+                "ResNetModel has only plain ones"
             )
     return {
         "depths": depths,
@@ -96,25 +100,30 @@ def resnet_config(state: Mapping[str, Tensor]) -> dict[str, object]:
 def from_torchvision(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """A state under torchvision's names as that of a ResNetModel, and the names that it has no use for.
+    """Rename the tensors of a torchvision ResNet to transformers' names.
 
-    expected: the state of the ResNetModel that it is for.
+    Args:
+        state: tensors under torchvision's names.
+        expected: state dict of the ResNetModel that will load them.
+
+    Returns:
+        The renamed tensors, and the names in `state` that the model does not use.
 
     Raises:
         ConfigurationError: a tensor is missing or has another shape.
     """
-    mapped, unused = {}, set(state)
+    renamed, unused = {}, dict.fromkeys(state)
     for name, tensor in expected.items():
         other = torchvision_name(name)
         if other not in state:
-            if name.endswith("num_batches_tracked"):  # older files have none, and nothing depends on it
-                mapped[name] = tensor
+            if name.endswith("num_batches_tracked"):  # older files have none, and no result depends on it
+                renamed[name] = tensor
                 continue
             raise ConfigurationError(f"the tensor {other} is missing")
         if state[other].shape != tensor.shape:
             raise ConfigurationError(
                 f"the tensor {other} has the shape {tuple(state[other].shape)}, {tuple(tensor.shape)} is needed"
             )
-        mapped[name] = state[other]
-        unused.discard(other)
-    return mapped, [name for name in state if name in unused]
+        renamed[name] = state[other]
+        del unused[other]
+    return renamed, list(unused)

@@ -5,7 +5,6 @@ import pickle
 import cv2
 import pytest
 import torch
-import torchvision
 from helpers import natural_image
 from PIL import Image
 from safetensors.torch import save_file
@@ -17,6 +16,7 @@ from m2t_accel.data.crops import central_view
 from m2t_accel.data.photometry import evaluation_view
 from m2t_accel.hub.encoders import load_encoder, random_weights
 from m2t_accel.hub.folder import image_processor
+from m2t_accel.hub.tensor_names import to_torchvision
 from m2t_accel.model import create_encoder, embed
 
 SETTINGS = {"image_size": 48, "image_mean": (0.4, 0.5, 0.6), "image_std": (0.2, 0.25, 0.3), "evaluation_crop": 0.8}
@@ -24,13 +24,18 @@ SETTINGS = {"image_size": 48, "image_mean": (0.4, 0.5, 0.6), "image_std": (0.2, 
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder, as far as its encoder goes."""
+    """The folder of a run with nothing but its encoder."""
     torch.manual_seed(0)
     encoder = create_encoder("resnet10-quarter").eval()
     encoder.config.momentum2_teacher = {"network": "teacher"}
     encoder.save_pretrained(tmp_path / "run" / "encoder")
     image_processor(ImageSettings(dataset="digits", **SETTINGS)).save_pretrained(tmp_path / "run" / "encoder")
     return tmp_path / "run"
+
+
+def torchvision_state():
+    state = to_torchvision(create_encoder("resnet10-quarter").state_dict())
+    return state | {"fc.weight": torch.zeros(10, 128), "fc.bias": torch.zeros(10)}
 
 
 def refused(source):
@@ -42,7 +47,7 @@ def refused(source):
     return message
 
 
-def test_a_run_and_its_encoder_folder(run):
+def test_a_run_and_its_encoder_folder_load_the_same(run):
     loaded = load_encoder(str(run))
     assert (loaded.image_size, loaded.image_mean, loaded.image_std) == (48, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
     assert loaded.network == "teacher"
@@ -54,18 +59,20 @@ def test_a_run_and_its_encoder_folder(run):
         assert not torch.equal(embed(random_weights(loaded.model), images), embed(again.model, images))
 
 
-def test_a_classifier_of_transformers_gives_its_body(tmp_path):
+def test_a_classifier_of_transformers_loads_without_its_last_layer(tmp_path):
     model = ResNetForImageClassification(ResNetConfig(**create_encoder("resnet10-quarter").config.to_diff_dict()))
     model.save_pretrained(tmp_path)
     loaded = load_encoder(str(tmp_path))
     assert "not used: classifier (2)" in loaded.note
     assert "ImageNet's mean and deviation are assumed" in loaded.note
     assert loaded.network == "as loaded"
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"shortest_edge": "big"}, "crop_size": 8}')
+    assert "are assumed" in load_encoder(str(tmp_path)).note, "sizes that are none"
 
 
 @pytest.mark.parametrize("file", ["weights.pth", "weights.safetensors"])
-def test_a_file_of_weights(tmp_path, file):
-    state = torchvision.models.resnet18().state_dict()
+def test_a_file_of_weights_loads(tmp_path, file):
+    state = torchvision_state()
     if file.endswith("pth"):
         torch.save({"state_dict": state, "epoch": 3}, tmp_path / file)
     else:
@@ -75,14 +82,17 @@ def test_a_file_of_weights(tmp_path, file):
     assert torch.equal(loaded.model.state_dict()["embedder.embedder.convolution.weight"], state["conv1.weight"])
 
 
-def test_timms_files(tmp_path):
-    save_file(torchvision.models.resnet18().state_dict(), tmp_path / "model.safetensors")
-    told = {"input_size": [3, 160, 160], "crop_pct": 0.95, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "pretrained_cfg": told}))
+def test_a_timm_folder_loads(tmp_path):
+    save_file(torchvision_state(), tmp_path / "model.safetensors")
+    given = {"input_size": [3, 160, 160], "crop_pct": 0.95, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "pretrained_cfg": given}))
     loaded = load_encoder(str(tmp_path))
     assert (loaded.image_size, loaded.evaluation_crop, loaded.image_mean) == (160, 0.95, (0.5, 0.5, 0.5))
+    given["input_size"] = [1, 28, 28]
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "pretrained_cfg": given}))
+    assert "timm's resnet18: images of [1, 28, 28]" in refused(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18"}))
-    assert "cannot be loaded (KeyError: 'mean')" in refused(tmp_path)
+    assert "timm's resnet18, cannot be loaded (KeyError: 'mean')" in refused(tmp_path)
 
 
 PROCESSORS = [
@@ -103,7 +113,7 @@ PROCESSORS = [
 
 @pytest.mark.parametrize("processor", PROCESSORS, ids=lambda processor: str(processor["size"]))
 @pytest.mark.parametrize("shape", [(90, 120), (75, 60)])
-def test_our_view_is_the_processors(run, processor, shape):
+def test_images_look_as_the_processor_shows_them(run, processor, shape):
     described = processor | {"resample": 2, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
     (run / "encoder" / "preprocessor_config.json").write_text(json.dumps(described))
     loaded = load_encoder(str(run))
@@ -112,34 +122,31 @@ def test_our_view_is_the_processors(run, processor, shape):
     picture = cv2.GaussianBlur(natural_image(*shape), (0, 0), 2)
     crop = torch.from_numpy(central_view(picture, config.image_size, config.evaluation_crop))
     theirs = AutoImageProcessor.from_pretrained(run / "encoder")
-    wanted = theirs(Image.fromarray(picture), return_tensors="pt").pixel_values
-    assert (evaluation_view(crop[None], config) - wanted).abs().mean() < 1 / 255 / 0.25
+    expected = theirs(Image.fromarray(picture), return_tensors="pt").pixel_values
+    assert (evaluation_view(crop[None], config) - expected).abs().mean() < 1 / 255 / 0.25
 
 
-def test_what_cannot_be_seen_as_the_processor_does_is_said(tmp_path):
+def test_the_note_names_differences_from_the_processor(tmp_path):
     config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32)
     ViTModel(config).save_pretrained(tmp_path)
     described = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}, "resample": 3}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(described))
     note = load_encoder(str(tmp_path)).note
-    assert "squashes images to a square, here the centre is cropped" in note
+    assert "squashes images to a square" in note
     assert "does not resize bilinearly" in note
 
 
-# --- what is not there, or broken
-
-
-def test_nothing_to_load(tmp_path, run):
+def test_a_source_without_an_encoder_is_refused(tmp_path, run):
     (tmp_path / "empty").mkdir()
-    assert "no config.json, and no encoder/ with one: has the run ended?" in refused(tmp_path / "empty")
+    assert "no config.json" in refused(tmp_path / "empty")
     (tmp_path / "notes.txt").write_text("hello")
     assert "a folder, a Hub id, or a file of weights" in refused(tmp_path / "notes.txt")
-    assert "cannot be read" in refused("nobody/nothing-at-all")
+    assert "config.json cannot be read" in refused("nobody/nothing-at-all")
     (run / "encoder" / "config.json").write_text("{")
-    assert "its config.json cannot be read" in refused(run)
+    assert "config.json cannot be read" in refused(run)
 
 
-def test_broken_weights(run, tmp_path):
+def test_missing_and_damaged_weights_are_refused(run, tmp_path):
     weights = run / "encoder" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
@@ -147,22 +154,25 @@ def test_broken_weights(run, tmp_path):
     state = create_encoder("resnet10-quarter").state_dict()
     name = "embedder.embedder.convolution.weight"
     save_file({k: v for k, v in state.items() if k != name}, weights, metadata={"format": "pt"})
-    assert f"tensors are missing or have another shape, such as {name}" in refused(run)
+    assert f"1 of its tensors are missing or have another shape, such as {name}" in refused(run)
     save_file(state | {name: torch.zeros(16, 3, 5, 5)}, weights, metadata={"format": "pt"})
-    refused(run)
+    assert f"1 of its tensors are missing or have another shape, such as {name}" in refused(run)
     weights.unlink()
-    refused(run)
+    assert "cannot be loaded" in refused(run)
     torch.save([1, 2], tmp_path / "list.pth")
     assert "holds no dictionary of tensors" in refused(tmp_path / "list.pth")
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 cut")
     assert "cannot be loaded" in refused(tmp_path / "cut.pth")
 
 
-# --- hostile files
+def test_a_file_of_another_network_is_refused(tmp_path):
+    state = torchvision_state() | {"head.weight": torch.zeros(2, 2)}
+    torch.save(state, tmp_path / "weights.pth")
+    assert "tensors that no plain ResNet has: head (1)" in refused(tmp_path / "weights.pth")
 
 
 class Bomb:
-    """What a pickle may hold: a call to make when it is read."""
+    """An object whose pickle makes a folder when it is read."""
 
     def __init__(self, mark):
         self.mark = mark
@@ -185,19 +195,19 @@ def test_a_pickle_is_not_executed(run, tmp_path, name, form):
     assert not mark.exists()
 
 
-def test_code_from_elsewhere_is_not_run(run, tmp_path):
+def test_code_in_the_folder_is_not_executed(run, tmp_path):
     mark = tmp_path / "executed"
     (run / "encoder" / "evil.py").write_text(f"import os; os.mkdir({str(mark)!r})")
     asks = {"auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}
     config = json.loads((run / "encoder" / "config.json").read_text())
     (run / "encoder" / "config.json").write_text(json.dumps(config | asks))
-    load_encoder(str(run))  # of a type that transformers has: its own code
+    load_encoder(str(run))  # transformers' own code for this model type
     (run / "encoder" / "config.json").write_text(json.dumps({"model_type": "evil"} | asks))
-    assert "asks for code of its own, which is never run" in refused(run)
+    assert "code of its own, which is never run" in refused(run)
     assert not mark.exists()
 
 
-def test_an_index_that_leaves_the_folder(run):
+def test_an_index_that_names_files_elsewhere_is_refused(run):
     (run / "encoder" / "model.safetensors").rename(run / "secret.safetensors")
     index = {"metadata": {}, "weight_map": {"embedder.embedder.convolution.weight": "../secret.safetensors"}}
     (run / "encoder" / "model.safetensors.index.json").write_text(json.dumps(index))

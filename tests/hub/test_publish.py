@@ -1,250 +1,251 @@
-"""Publishing, to a Hub on the loopback; what asks it runs in processes of its own, whose environment names that Hub."""
+"""Publishing to a Hub on the loopback, mostly in the test's process."""
 
 import json
 import os
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny
+from huggingface_hub import ModelCard, constants
 from loopback_hub import TOKEN, loopback_hub
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.evaluation import build_knn
 from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.config.recipes import build_config
-from m2t_accel.hub import publish
-from m2t_accel.hub.tensor_names import to_torchvision
-from m2t_accel.pretrain import pretrain
-
-# Several pushes in one process, which saves the seconds of its start: lines of JSON in, results out.
-PUSHES = """
-import json, os, sys
-from pathlib import Path
+from m2t_accel.evaluation.knn import evaluate_knn
+from m2t_accel.hub import publish as module
+from m2t_accel.hub.encoders import LoadedEncoder, load_encoder
+from m2t_accel.hub.folder import image_processor
 from m2t_accel.hub.publish import publish
-from m2t_accel.config.fields import ConfigurationError
-for line in sys.stdin:
-    given = json.loads(line)
-    os.environ["HF_TOKEN"] = given.pop("token", os.environ["HF_TOKEN"])
-    try:
-        print(json.dumps(publish(Path(given.pop("run")), **given)), flush=True)
-    except ConfigurationError as error:
-        print(json.dumps({"error": str(error)}), flush=True)
-"""
-LOADS = """
-import sys
-sys.modules["m2t_accel"] = None
-from huggingface_hub import ModelCard
-from transformers import AutoImageProcessor, AutoModel
-size = AutoImageProcessor.from_pretrained("me/digits").size.shortest_edge
-print(type(AutoModel.from_pretrained("me/digits")).__name__, size)
-print(len(ModelCard.load("me/digits").data.eval_results))
-"""
+from m2t_accel.hub.tensor_names import to_torchvision
+from m2t_accel.model import create_encoder, embed
+
+# huggingface_hub uses httpx in a deprecated way.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run with a kNN result, its output folder with a telling name."""
-    from m2t_accel.evaluation.knn import evaluate_knn
-
-    folder = tmp_path_factory.mktemp("secret-folder") / "run"
-    pretrain(build_config(tiny(folder)))
-    evaluate_knn(build_knn({"encoder": str(folder), "dataset": "digits", "num_workers": 0}))
-    evaluate_knn(build_knn({"encoder": str(folder), "dataset": "digits", "num_workers": 0, "random_weights": True}))
+def evaluated_run(trained_run, tmp_path_factory):
+    """A run with two kNN results, one of them with random weights."""
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    shutil.copytree(trained_run, folder)
+    for random_weights in (False, True):
+        given = {"encoder": str(folder), "dataset": "digits", "num_workers": 0, "random_weights": random_weights}
+        evaluate_knn(build_knn(given))
     return folder
 
 
 @pytest.fixture
-def run(trained, tmp_path):
-    return shutil.copytree(trained, tmp_path / "run")
+def run(evaluated_run, tmp_path):
+    return shutil.copytree(evaluated_run, tmp_path / "run")
 
 
 @pytest.fixture
-def hub(tmp_path):
+def hub(tmp_path, monkeypatch):
+    """A Hub that huggingface_hub asks in this process."""
     (tmp_path / "hub").mkdir()
     with loopback_hub(tmp_path / "hub") as server:
-        server.environment = {
-            "HF_ENDPOINT": server.url,
-            "HF_TOKEN": TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(tmp_path / "home"),
-        }
+        point_to(server.url, monkeypatch)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
 
 
-def pushed(run_script, hub, *pushes, environment=None, is_checked=True):
-    """What each push says; nothing that the process prints has the token in it."""
-    lines = "\n".join(json.dumps(push) for push in pushes)
-    feed = f"import io, sys; sys.stdin = io.StringIO({lines!r})\n"
-    if not is_checked:  # which takes five seconds
-        feed += "from m2t_accel import publish as room; room.check_as_a_stranger = lambda *_: None\n"
-    done = run_script("-c", feed + PUSHES, environment={**hub.environment, **(environment or {})})
-    assert done.returncode == 0, done.stderr
-    assert TOKEN not in done.stdout + done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+def point_to(url, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
 
 
-@pytest.mark.slow
-def test_from_a_run_to_the_hub_and_back(run, hub, run_script, tmp_path):
-    there = hub.folder / "me" / "digits"
+@pytest.fixture
+def no_clean_process(monkeypatch):
+    """Leave out the check in a process of its own, which takes seconds."""
+    monkeypatch.setattr(module, "check_in_clean_process", lambda *arguments: None)
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_published_encoder_computes_the_same_and_nothing_private_is_published(run, hub, trained_run, capfd):
     (run / "mine.txt").write_text("not to be published")
-    first = pushed(
-        run_script,
-        hub,
-        {"run": str(run), "repo_id": "me/digits", "private": True},
-        {"run": str(run), "repo_id": "me/digits", "revision": "v1"},
-    )
-    assert all(url.startswith(f"{hub.url}/me/digits/commit/") for url in first)
+    url = publish(run, "me/digits", private=True)
+    assert url.startswith(f"{hub.url}/me/digits/commit/")
     assert hub.private is True
-    assert len(hub.commits) == 2, "one commit each"
-    files = {str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()}
-    assert files == {
+    assert len(hub.commits) == 1
+    published = contents(hub.folder / "me" / "digits")
+    assert set(published) == {
         *("README.md", "config.json", "model.safetensors", "preprocessor_config.json", "torchvision.safetensors"),
         *("metrics.jsonl", "curves.png", "config.yaml", "results/knn.json", "results/knn_random_weights.json"),
     }
-    assert (hub.folder / "me" / "digits@v1" / "model.safetensors").is_file()
-    for path in there.rglob("*"):
-        if path.is_file():
-            assert TOKEN.encode() not in path.read_bytes()
-            assert b"secret-folder" not in path.read_bytes(), path
-            assert os.path.expanduser("~").encode() not in path.read_bytes(), path
-    assert not any(TOKEN.encode() in path.read_bytes() for path in run.rglob("*") if path.is_file())
+    for secret in (TOKEN, str(trained_run.parent), str(run.parent), os.path.expanduser("~")):
+        assert not [name for name, content in published.items() if secret.encode() in content]
+    assert not [name for name, content in contents(run).items() if TOKEN.encode() in content]
+    assert TOKEN not in "".join(capfd.readouterr())
     weights = load_file(run / "encoder" / "model.safetensors")
-    renamed = load_file(there / "torchvision.safetensors")
+    renamed = load_file(hub.folder / "me" / "digits" / "torchvision.safetensors")
     assert all(torch.equal(renamed[name], tensor) for name, tensor in to_torchvision(weights).items())
+    assert len(ModelCard(published["README.md"].decode()).data.eval_results) == 2
 
-    done = run_script("-c", LOADS, environment={**hub.environment, "HF_HOME": str(tmp_path / "other-home")})
-    assert done.stdout.split("\n")[:2] == ["ResNetModel 32", "2"], done.stderr
+    loaded, expected = load_encoder("me/digits"), load_encoder(str(run))
+    assert (loaded.image_size, loaded.network) == (32, "teacher")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(embed(loaded.model, images), embed(expected.model, images))
 
-    # Somebody writes into the card, and measures again.
-    edited = (there / "README.md").read_text().replace("## Limits", "## Thanks\n\nTo my mother.\n\n## Limits")
-    (there / "README.md").write_text(edited.replace("library_name", "license: mit\nlibrary_name"))
+
+def test_a_second_push_updates_the_figures_and_keeps_the_users_words(run, hub, no_clean_process):
+    card = hub.folder / "me" / "digits" / "README.md"
+    publish(run, "me/digits")
+    publish(run, "me/digits", revision="v1")
+    assert (hub.folder / "me" / "digits@v1" / "model.safetensors").is_file()
+    edited = card.read_text().replace("## Limits", "## Thanks\n\nTo my mother.\n\n## Limits")
+    card.write_text(edited.replace("library_name", "license: mit\nlibrary_name"))
     result = json.loads((run / "knn" / "result.json").read_text())
     result["figures"] = {"top1_k20": 0.123}
     (run / "knn" / "result.json").write_text(json.dumps(result))
-    pushed(run_script, hub, {"run": str(run), "repo_id": "me/digits"})
-    card = (there / "README.md").read_text()
-    assert "To my mother." in card
-    assert "license: mit" in card
-    assert "**12.30 %**" in card
-    assert (run / "mine.txt").is_file()
+    publish(run, "me/digits")
+    for words in ("To my mother.", "license: mit", "**12.30 %**", "value: 0.123"):
+        assert words in card.read_text()
+    assert len(hub.commits) == 3, "one commit for each push"
 
 
-@pytest.mark.slow
-def test_a_hub_that_does_not_take_it(run, hub, run_script):
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    push = {"run": str(run), "repo_id": "me/digits"}
-    said = pushed(
-        run_script, hub, {**push, "repo_id": "somebody-else/digits"}, {**push, "token": "hf_x"}, is_checked=False
-    )
-    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    said += pushed(run_script, hub, {**push, "revision": "v2", "private": True}, environment=nowhere, is_checked=False)
-    hub.fails = ("/upload/", 422)  # in the middle; 500 would be tried again for a minute
-    said += pushed(run_script, hub, push, is_checked=False)
-    expected = [
-        ("403", "--repo_id somebody-else/digits"),
-        ("401", "To try again: python scripts/push_to_hub.py --run"),
-        ("Connect", "--private --revision v2"),
-        ("422",),
-    ]
-    for one, words in zip(said, expected, strict=True):
-        for word in (*words, "the Hub did not take", f"everything is in {run}"):
-            assert word in one["error"], one
-        assert "\n" not in one["error"]
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        ({"repo_id": "somebody-else/digits"}, ["403", "--repo_id somebody-else/digits"]),
+        ({"token": "hf_x"}, ["401"]),
+        ({"url": "http://127.0.0.1:9", "private": True, "revision": "v2"}, ["Connect", "--private --revision v2"]),
+        ({"fails": ("/upload/", 422)}, ["422"]),  # after some requests; a status of 500 would be tried again for 60 s
+    ],
+    ids=["no rights", "wrong token", "no network", "failed upload"],
+)
+def test_a_failed_push_leaves_the_run_as_it_was(run, hub, no_clean_process, monkeypatch, problem, words):
+    before = contents(run)
+    monkeypatch.setenv("HF_TOKEN", problem.get("token", TOKEN))
+    point_to(problem.get("url", hub.url), monkeypatch)
+    hub.fails = problem.get("fails", hub.fails)
+    message = refused(run, problem.get("repo_id", "me/digits"), problem.get("private", False), problem.get("revision"))
+    for word in (*words, "the Hub did not take", f"everything is in {run}", "python scripts/push_to_hub.py --run"):
+        assert word in message
+    assert os.environ["HF_TOKEN"] not in message
     assert hub.commits == []
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert contents(run) == before
 
 
 @pytest.mark.slow
-def test_training_and_a_probe_end_with_a_push(hub, run_script, tmp_path):
-    flags = [part for name, value in tiny(tmp_path / "run").items() for part in (f"--{name}", value)]
-    done = run_script("scripts/pretrain.py", *flags, "--push_to_hub", "me/digits", environment=hub.environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith(f"Published: {hub.url}/me/digits/commit/")
-    assert len(hub.commits) == 1
-    assert (hub.folder / "me" / "digits" / "model.safetensors").is_file()
-    flags = ["--encoder", tmp_path / "run", "--dataset", "digits", "--epochs", 1, "--num_workers", 0]
-    done = run_script("scripts/linear_probe.py", *flags, "--push_to_hub", "me/digits", environment=hub.environment)
-    assert done.returncode == 0, done.stderr
+def test_training_and_a_linear_probe_end_with_a_push(run_script, tmp_path):
+    (tmp_path / "hub").mkdir()
+    with loopback_hub(tmp_path / "hub") as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        environment["HF_HOME"] = str(tmp_path / "home")
+        flags = [part for name, value in tiny(tmp_path / "run").items() for part in (f"--{name}", value)]
+        done = run_script("scripts/pretrain.py", *flags, "--push_to_hub", "me/digits", environment=environment)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1].startswith(f"Published: {hub.url}/me/digits/commit/")
+        assert TOKEN not in done.stdout + done.stderr
+        assert len(hub.commits) == 1
+        assert (hub.folder / "me" / "digits" / "model.safetensors").is_file()
+        flags = ["--encoder", tmp_path / "run", "--dataset", "digits", "--epochs", 1, "--num_workers", 0]
+        done = run_script("scripts/linear_probe.py", *flags, "--push_to_hub", "me/digits", environment=environment)
+        assert done.returncode == 0, done.stderr
     assert (hub.folder / "me" / "digits" / "results" / "linear_probe.json").is_file()
     assert "| linear probe | digits, 360 images |" in (hub.folder / "me" / "digits" / "README.md").read_text()
 
 
-# --- what is stopped before the Hub is asked
+def refused(run, repo_id="me/digits", *others):
+    with pytest.raises(ConfigurationError) as caught:
+        publish(run, repo_id, *others)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.fixture
 def logged_in(monkeypatch):
     """A token, and no way to use it."""
-    monkeypatch.setattr(publish, "get_token", lambda: TOKEN)
-    monkeypatch.setattr(publish, "send", lambda *arguments: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr(module, "get_token", lambda: TOKEN)
+    monkeypatch.setattr(module, "send", lambda *arguments: pytest.fail("the Hub was asked"))
 
 
-def refused(run, repo_id="me/digits"):
-    with pytest.raises(ConfigurationError) as caught:
-        publish.publish(run, repo_id)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_without_a_login(run, monkeypatch):
-    monkeypatch.setattr(publish, "get_token", lambda: None)
-    assert "no login for the Hub: type `hf auth login`" in refused(run)
+def test_a_push_needs_a_login(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "get_token", lambda: None)
+    assert "hf auth login" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("repo_id", ["digits", "a/b/c", "../x", "me/", "me/x y", "https://huggingface.co/me/x"])
-def test_a_name_that_is_none(run, logged_in, repo_id):
-    assert refused(run, repo_id) == f"--repo_id {repo_id}: a name on the Hub is needed, USER/NAME"
+def test_a_name_without_a_user_is_refused(tmp_path, logged_in, repo_id):
+    message = refused(tmp_path, repo_id)
+    assert f"--repo_id {repo_id}:" in message
+    assert "USER/NAME" in message
 
 
-def test_a_folder_that_is_no_run(run, logged_in, tmp_path):
-    assert "there is no config.yaml; give the folder of a run that has ended" in refused(tmp_path / "nothing")
-    (run / "encoder" / "model.safetensors").unlink()
-    assert "there is no encoder/model.safetensors" in refused(run)
+@pytest.mark.parametrize("name", ["config.yaml", "training.json", "encoder/model.safetensors"])
+def test_an_incomplete_run_is_refused(run, logged_in, name):
+    (run / name).unlink()
+    assert f"there is no {name}; give the folder of a run that has ended" in refused(run)
 
 
-def test_weights_that_do_not_load_or_were_changed(run, logged_in):
+def test_changed_or_damaged_weights_are_refused(run, logged_in):
     weights = run / "encoder" / "model.safetensors"
     state = load_file(weights)
     name = "embedder.embedder.convolution.weight"
     save_file(state | {name: state[name] + 1e-3}, weights, metadata={"format": "pt"})
-    assert "knn/result.json was measured with other weights than those in encoder/" in refused(run)
+    assert "knn/result.json was measured with other weights" in refused(run)
     weights.write_bytes(weights.read_bytes()[:5000])
     assert "cannot be loaded" in refused(run)
 
 
-def test_what_a_stranger_computes_must_be_the_same(run, logged_in, monkeypatch):
-    script = publish.STRANGER
-    monkeypatch.setattr(publish, "STRANGER", script.replace("features=features", "features=1.001 * features"))
-    assert "what a clean process computes differs from the run's encoder" in refused(run)
-    monkeypatch.setattr(publish, "STRANGER", script.replace("pixels=inputs", "pixels=-inputs"))
-    assert "does not show images as its evaluations do" in refused(run)
-    monkeypatch.setattr(publish, "STRANGER", "import m2t_accel")
-    message = refused(run)
-    assert "a clean process cannot load the encoder" in message or "differs" in message
+@pytest.mark.parametrize("script", ["import m2t_accel_of_nobody", ""])
+def test_an_encoder_that_a_clean_process_cannot_load_is_refused(run, logged_in, monkeypatch, script):
+    monkeypatch.setattr(module, "LOADING_SCRIPT", script)
+    assert "a clean process cannot load the encoder" in refused(run)
 
 
-def test_links_out_of_the_run_are_not_followed(run, logged_in, tmp_path):
+def test_other_pixels_or_features_are_refused():
+    encoder = LoadedEncoder(create_encoder("resnet10-quarter").eval(), 16, 0.8, (0.5,) * 3, (0.2,) * 3, "teacher", "")
+    images = np.random.default_rng(0).integers(0, 256, (3, 60, 80, 3), np.uint8)
+    config = ImageSettings(
+        dataset="none", image_size=16, evaluation_crop=0.8, image_mean=(0.5,) * 3, image_std=(0.2,) * 3
+    )
+    pixels = image_processor(config)([Image.fromarray(image) for image in images], return_tensors="pt").pixel_values
+    with torch.no_grad():
+        features = embed(encoder.model, pixels).numpy()
+    pixels, run = pixels.numpy(), Path("runs/x")
+    module.check_outputs(run, encoder, images, pixels, features)
+    for other in (1.001 * features, features[:2]):
+        with pytest.raises(ConfigurationError, match=r"--run runs/x: the features .* differ"):
+            module.check_outputs(run, encoder, images, pixels, other)
+    with pytest.raises(ConfigurationError, match=r"--run runs/x: its image processor"):
+        module.check_outputs(run, encoder, images, -pixels, features)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "knn/result.json"])
+def test_links_out_of_the_run_are_not_followed(run, logged_in, tmp_path, name):
     (tmp_path / "private.json").write_text(json.dumps({"evaluation": "knn", "figures": {}, "protocol": {}}))
-    for name in ("metrics.jsonl", "knn/result.json"):
-        content = (run / name).read_bytes()
-        (run / name).unlink()
-        (run / name).symlink_to(tmp_path / "private.json")
-        assert f"{name} is a link out of the run, and is not published" in refused(run)
-        (run / name).unlink()
-        (run / name).write_bytes(content)
+    (run / name).unlink()
+    (run / name).symlink_to(tmp_path / "private.json")
+    assert f"{name} is a link out of the run" in refused(run)
 
 
-def test_files_that_are_not_a_runs(run, logged_in):
-    content = (run / "training.json").read_text()
-    (run / "training.json").write_text("{")
-    assert "holds files that are not a run's" in refused(run)
-    (run / "training.json").write_text(content)
-    (run / "knn" / "result.json").write_text("[]")
-    assert "knn/result.json is no result of an evaluation" in refused(run)
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("training.json", "{", "holds files that are not a run's"),
+        ("config.yaml", "epochs: many", "holds files that are not a run's"),
+        ("knn/result.json", "[]", "knn/result.json is no result of an evaluation"),
+    ],
+)
+def test_files_of_another_kind_are_refused(run, logged_in, name, content, message):
+    (run / name).write_text(content)
+    assert message in refused(run)
 
 
 def test_a_token_in_an_error_is_not_shown(monkeypatch):
-    monkeypatch.setattr(publish, "get_token", lambda: TOKEN)
-    assert publish.without_token(f"bad header Bearer {TOKEN}") == "bad header Bearer hf_…"
+    monkeypatch.setattr(module, "get_token", lambda: TOKEN)
+    assert module.without_token(f"bad header Bearer {TOKEN}") == "bad header Bearer hf_…"

@@ -13,7 +13,7 @@ def test_a_torchvision_resnet_computes_the_same_under_transformers_names(name):
     torch.manual_seed(0)
     theirs = torchvision.models.get_model(name).eval()
     for layer in theirs.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):  # statistics that tell one layer from another
+        if isinstance(layer, torch.nn.BatchNorm2d):  # different statistics in each layer, so that a swap shows
             layer.running_mean.normal_(std=0.1)
             layer.running_var.uniform_(0.5, 2)
     model = ResNetModel(ResNetConfig(**tensor_names.resnet_config(theirs.state_dict()))).eval()
@@ -29,11 +29,12 @@ def test_a_torchvision_resnet_computes_the_same_under_transformers_names(name):
     assert all(torch.equal(back[key], value) for key, value in theirs.state_dict().items())
 
 
-def test_the_configuration_is_told_by_the_shapes():
-    for name in ("resnet18", "resnet50", "resnet10-quarter"):
-        config = create_encoder(name).config
-        told = tensor_names.resnet_config(tensor_names.to_torchvision(create_encoder(name).state_dict()))
-        assert told == {key: getattr(config, key) for key in told}
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet10-quarter"])
+def test_the_shapes_determine_the_configuration(name):
+    with torch.device("meta"):
+        model = create_encoder(name)
+    found = tensor_names.resnet_config(tensor_names.to_torchvision(model.state_dict()))
+    assert found == {key: getattr(model.config, key) for key in found}
 
 
 # Source: detectron2's tools/convert-torchvision-to-d2.py, and the names of its ResNet.
@@ -53,33 +54,40 @@ def test_names_of_detectron2(name, theirs):
     assert tensor_names.detectron2_name(name) == theirs
 
 
-def test_what_resnet_model_cannot_be():
-    for name, message in (
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
         ("wide_resnet50_2", "wide or grouped ResNet"),
         ("resnext50_32x4d", "wide or grouped ResNet"),
-        ("vgg11", "its first names are features.0.weight"),
-    ):
-        with torch.device("meta"):
-            state = torchvision.models.get_model(name).state_dict()
-        with pytest.raises(ConfigurationError, match=message):
-            tensor_names.resnet_config(state)
+        ("vgg11", r"no ResNet .* features\.0\.weight"),
+    ],
+)
+def test_networks_that_resnet_model_cannot_represent_are_refused(name, message):
+    with torch.device("meta"):
+        state = torchvision.models.get_model(name).state_dict()
+    with pytest.raises(ConfigurationError, match=message):
+        tensor_names.resnet_config(state)
 
 
-def test_missing_and_misshapen_tensors():
+def test_missing_and_misshapen_tensors_are_refused():
     model = create_encoder("resnet10-quarter")
     state = tensor_names.to_torchvision(model.state_dict())
-    short = {key: value for key, value in state.items() if key != "layer2.0.bn2.bias"}
-    with pytest.raises(ConfigurationError, match=r"the tensor layer2\.0\.bn2\.bias is missing"):
-        tensor_names.from_torchvision(short, model.state_dict())
+
+    def without(name):
+        return {key: value for key, value in state.items() if name not in key}
+
+    with pytest.raises(ConfigurationError, match=r"layer2\.0\.bn2\.bias is missing"):
+        tensor_names.from_torchvision(without("layer2.0.bn2.bias"), model.state_dict())
     wrong = state | {"bn1.weight": torch.ones(3)}
     with pytest.raises(ConfigurationError, match=r"bn1\.weight has the shape \(3,\), \(16,\) is needed"):
         tensor_names.from_torchvision(wrong, model.state_dict())
-    with pytest.raises(ConfigurationError, match=r"layer3 is not whole"):
-        tensor_names.resnet_config({key: value for key, value in state.items() if key != "layer3.0.conv2.weight"})
-    uncounted = {key: value for key, value in state.items() if "num_batches" not in key}
-    assert tensor_names.from_torchvision(uncounted, model.state_dict())[1] == []
+    with pytest.raises(ConfigurationError, match=r"layer3 missing"):
+        tensor_names.resnet_config(without("layer3.0.conv2.weight"))
+    with pytest.raises(ConfigurationError, match=r"stem has the shape \(16, 3, 3, 3\)"):
+        tensor_names.resnet_config(state | {"conv1.weight": torch.zeros(16, 3, 3, 3)})
+    assert tensor_names.from_torchvision(without("num_batches"), model.state_dict())[1] == [], "older files have none"
 
 
-def test_a_name_that_is_no_resnets():
+def test_an_unknown_name_is_refused():
     with pytest.raises(KeyError):
         tensor_names.torchvision_name("pooler.weight")

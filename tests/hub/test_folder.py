@@ -1,0 +1,117 @@
+"""Encoder folders, loaded by stock libraries."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_model
+from transformers import AutoImageProcessor, AutoModel
+
+from m2t_accel.config.recipes import build_config
+from m2t_accel.data.crops import central_view
+from m2t_accel.data.photometry import evaluation_view
+from m2t_accel.hub.encoders import load_encoder
+from m2t_accel.hub.folder import image_processor, save_encoder
+from m2t_accel.model import create_encoder, embed, plain_encoder
+from m2t_accel.momentum_norm import convert_batch_norm
+
+STOCK_LIBRARIES = """
+import json, sys
+sys.modules["m2t_accel"] = None  # any import of it now fails
+import numpy as np, torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, ResNetForImageClassification, pipeline
+
+folder, picture, output = sys.argv[1:]
+image = Image.open(picture)
+processor = AutoImageProcessor.from_pretrained(folder)
+encoder = AutoModel.from_pretrained(folder)
+inputs = processor(image, return_tensors="pt")
+with torch.no_grad():
+    features = encoder(**inputs).pooler_output.flatten(1)[0]
+piped = pipeline("image-feature-extraction", model=folder)(image, pool=True)
+classifier, info = ResNetForImageClassification.from_pretrained(folder, num_labels=3, output_loading_info=True)
+with torch.no_grad():
+    classified = classifier.resnet(**inputs).pooler_output.flatten(1)[0]
+json.dump({
+    "type": type(encoder).__name__,
+    "pixels": inputs["pixel_values"].tolist(),
+    "features": features.tolist(),
+    "piped": np.asarray(piped).ravel().tolist(),
+    "classified": classified.tolist(),
+    "missing": sorted(info["missing_keys"]),
+}, open(output, "w"))
+"""
+
+
+@pytest.mark.slow
+def test_stock_libraries_compute_the_same_features(trained_run, run_script, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (21, 17, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    folder, output = trained_run / "encoder", tmp_path / "out.json"
+    done = run_script("-c", STOCK_LIBRARIES, folder, tmp_path / "picture.png", output)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    assert found["type"] == "ResNetModel"
+    assert found["missing"] == ["classifier.1.bias", "classifier.1.weight"]
+    with torch.no_grad():
+        expected = embed(load_encoder(str(trained_run)).model, torch.tensor(found["pixels"]))[0]
+    for name in ("features", "piped", "classified"):
+        torch.testing.assert_close(torch.tensor(found[name]), expected, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.fixture
+def config():
+    return build_config({"recipe": "digits"})
+
+
+def test_auto_model_loads_a_teachers_encoder_with_its_statistics(config, tmp_path):
+    torch.manual_seed(0)
+    teacher = convert_batch_norm(create_encoder("resnet10-quarter")).eval()
+    for name, tensor in teacher.state_dict().items():
+        if name.endswith(("running_mean", "running_var")):
+            tensor.uniform_(0.5, 2)
+    save_encoder(plain_encoder(teacher), config, "a card", tmp_path / "encoder")
+    loaded = AutoModel.from_pretrained(tmp_path / "encoder")
+    states = loaded.state_dict(), teacher.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(embed(loaded.eval(), images), embed(teacher, images))
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "encoder")
+    assert processor.size == {"shortest_edge": 32}
+    assert processor.crop_size == {"height": 32, "width": 32}
+    assert tuple(processor.image_mean) == config.image_mean
+    assert (tmp_path / "encoder" / "README.md").read_text() == "a card"
+
+
+def test_the_weights_of_any_other_module_are_written(config, tmp_path):
+    modules = [torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)) for _ in range(2)]
+    save_encoder(modules[0], config, "a card", tmp_path / "encoder")
+    load_model(modules[1], tmp_path / "encoder" / "model.safetensors")
+    assert torch.equal(modules[0][0].weight, modules[1][0].weight)
+    files = sorted(path.name for path in (tmp_path / "encoder").iterdir())
+    assert files == ["README.md", "model.safetensors", "preprocessor_config.json"]
+
+
+IMAGENET = {"recipe": "8x2080Ti-b256-100ep", "dataset": "digits"}
+
+
+@pytest.mark.parametrize("settings", [{"recipe": "digits"}, IMAGENET, {**IMAGENET, "image_size": 384}])
+@pytest.mark.parametrize(
+    "shape", [(8, 8), (375, 500), (500, 333), (224, 224), (301, 299), (472, 403), (340, 303), (331, 428)]
+)
+def test_the_image_processor_prepares_images_as_evaluations_do(settings, shape):
+    config = build_config(settings)
+    rng = np.random.default_rng(0)
+    image = np.kron(rng.integers(0, 256, (-(-shape[0] // 8), -(-shape[1] // 8), 3)), np.ones((8, 8, 1)))
+    image = np.ascontiguousarray(image[: shape[0], : shape[1]].astype(np.uint8))
+    crop = torch.from_numpy(central_view(image, config.image_size, config.evaluation_crop))
+    expected = evaluation_view(crop[None], config)
+    found = image_processor(config)(Image.fromarray(image), return_tensors="pt")["pixel_values"]
+    assert found.shape == expected.shape
+    # Half a level of 255, normalised: the resize and the crop must be the same.
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.5 / 255 / min(config.image_std))
