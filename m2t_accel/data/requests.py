@@ -89,7 +89,7 @@ class DeviceBatches:
             threads.shutdown(wait=False, cancel_futures=True)
 
     def pending_pools(self, order: PooledOrder, threads: ThreadPoolExecutor) -> Iterator[list[PendingPool]]:
-        """Yield the next pool of each virtual device of this process, as often as they change, and start reading it."""
+        """Yield one set of pools after the other, a pool for each virtual device of this process, and start reading it."""
         max_held_bytes = MAX_HELD_BYTES // len(self.devices)
         readers = {device: DeviceReader(self.images, threads, max_held_bytes) for device in self.devices}
         previous = None
@@ -101,7 +101,7 @@ class DeviceBatches:
 
 
 class DeviceReader:
-    """Reads the pools of one virtual device one after the other; a piece that two of them share is opened once."""
+    """Reader of the pools of one virtual device, one after the other; a piece that two of them share is opened once."""
 
     def __init__(self, shards: Shards, threads: ThreadPoolExecutor, max_held_bytes: int) -> None:
         self.shards = shards
