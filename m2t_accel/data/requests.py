@@ -89,7 +89,7 @@ class DeviceBatches:
             threads.shutdown(wait=False, cancel_futures=True)
 
     def pending_pools(self, order: PooledOrder, threads: ThreadPoolExecutor) -> Iterator[list[PendingPool]]:
-        """Yield one set of pools after the other, a pool for each virtual device of this process, and start reading it."""
+        """Yield sets of pools, one pool for each virtual device of this process, and start reading each set."""
         max_held_bytes = MAX_HELD_BYTES // len(self.devices)
         readers = {device: DeviceReader(self.images, threads, max_held_bytes) for device in self.devices}
         previous = None
