@@ -9,7 +9,13 @@ import os
 
 from m2t_accel.config.command_line import errors_in_one_line, parse_settings
 from m2t_accel.config.data import check_num_processes
-from m2t_accel.config.evaluation import LinearProbeConfig, build_linear_probe, check_publishing, home_of, protocol_table
+from m2t_accel.config.evaluation import (
+    LinearProbeConfig,
+    build_linear_probe,
+    check_publishing,
+    encoder_home,
+    protocol_table,
+)
 
 
 def main() -> None:
@@ -28,7 +34,7 @@ def main() -> None:
         if config.push_to_hub and is_main:
             from m2t_accel.hub.publish import publish
 
-            print(f"Published: {publish(home_of(config.encoder), config.push_to_hub)}")
+            print(f"Published: {publish(encoder_home(config.encoder), config.push_to_hub)}")
 
 
 if __name__ == "__main__":

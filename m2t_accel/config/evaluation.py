@@ -1,4 +1,4 @@
-"""How an encoder is evaluated: the settings of each kind, checked, and the published protocols. Imports no torch."""
+"""Settings of the evaluations, and the published protocols. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from m2t_accel.config.data import ImageSettings, TrainingSettings, check_push
 from m2t_accel.config.fields import ConfigurationError, convert_all, did_you_mean, is_hub_id, setting
 
 Config = TypeVar("Config")
-PUSH_TO_HUB = setting(None, "where on the Hub the encoder's run is published, with this result: USER/NAME")
+PUSH_TO_HUB = setting(None, "publish the encoder's run with this result on the Hub, as USER/NAME")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings(ImageSettings):
-    """Which encoder is evaluated. What is None of how it sees images is taken from the encoder's image processor.
+    """Settings of every evaluation. A view setting of None is read from the encoder's image processor.
 
     Raises:
-        ConfigurationError: no encoder, or as ImageSettings.
+        ConfigurationError: the encoder is missing, or a value is not allowed.
     """
 
-    evaluation: ClassVar[str]  # its name: of the folder it is written to, and in its result
+    evaluation: ClassVar[str]  # name of the evaluation, in its result and its default output folder
 
     encoder: str | None = setting(
-        None, "a run, its encoder/ folder, a transformers or timm ResNet (folder, file or Hub id)", heading="the run"
+        None, "a run, its encoder/ folder, or a transformers or timm ResNet (folder, file or Hub id)", heading="the run"
     )
-    dataset: str | None = setting(None, "as of pretraining: `digits`, a folder, or a Hub id; with labels")
-    output_dir: str | None = setting(None, "folder of the result (default: beside the encoder)")
-    random_weights: bool = setting(False, "the same encoder before any training: the baseline")
+    dataset: str | None = setting(None, "labelled images: `digits`, a folder, or a Hub id, as in pretraining")
+    output_dir: str | None = setting(None, "folder of the result (default: in the folder of the run)")
+    random_weights: bool = setting(False, "evaluate the same network before any training, as a baseline")
 
     image_size: int | None = setting(
         None, "side of a view, in pixels (default: the encoder's)", at_least=8, heading="views"
@@ -39,10 +39,10 @@ class EvaluationSettings(ImageSettings):
         None, "mean per channel, 0 to 1 (default: the encoder's)", at_least=0, at_most=1
     )
     image_std: tuple[float, float, float] | None = setting(
-        None, "standard deviation per channel, of 0 to 1 (default: the encoder's)", above=0
+        None, "standard deviation per channel, of values from 0 to 1 (default: the encoder's)", above=0
     )
     evaluation_crop: float | None = setting(
-        None, "the centre is seen: this share of the shorter side (default: the encoder's)", above=0, at_most=1
+        None, "share of the shorter side that the centre crop keeps (default: the encoder's)", above=0, at_most=1
     )
 
     def __post_init__(self) -> None:
@@ -52,30 +52,29 @@ class EvaluationSettings(ImageSettings):
             )
         super().__post_init__()
         if self.output_dir is None:
-            name = self.evaluation.replace(" ", "_").replace("-", "") + (
-                "_random_weights" if self.random_weights else ""
-            )
-            object.__setattr__(self, "output_dir", str(home_of(self.encoder) / name))
+            name = self.evaluation.replace(" ", "_").replace("-", "")
+            name += "_random_weights" if self.random_weights else ""
+            object.__setattr__(self, "output_dir", str(encoder_home(self.encoder) / name))
 
 
-def home_of(encoder: str) -> Path:
-    """The folder that holds what belongs to an encoder: its run's, or one below runs/ for others."""
-    folder = Path(encoder)
-    if (folder / "encoder").is_dir():
-        return folder
-    if folder.is_dir() and folder.resolve().name == "encoder":
-        return folder.parent
-    return Path("runs") / folder.resolve().stem if folder.exists() else Path("runs") / encoder.split("/")[-1]
+def encoder_home(encoder: str) -> Path:
+    """Return the folder of an encoder's results: the folder of its run, or else a folder in runs/."""
+    path = Path(encoder)
+    if (path / "encoder").is_dir():
+        return path
+    if path.is_dir() and path.resolve().name == "encoder":
+        return path.parent
+    return Path("runs") / path.resolve().stem if path.exists() else Path("runs") / encoder.split("/")[-1]
 
 
 def check_encoder(encoder: str) -> None:
-    """Check that an encoder can be found, as far as this machine knows.
+    """Check that an encoder exists, or has the form of a Hub id.
 
     Raises:
-        ConfigurationError: it cannot.
+        ConfigurationError: neither.
     """
-    is_path = encoder.startswith("runs/")  # a run that is not there, most likely, and no Hub id
-    if not os.path.exists(encoder) and (is_path or not is_hub_id(encoder)):
+    is_run = encoder.startswith("runs/")  # a missing run rather than a Hub id
+    if not os.path.exists(encoder) and (is_run or not is_hub_id(encoder)):
         raise ConfigurationError(
             f"--encoder {encoder}: no such file or folder; give a run such as runs/digits, a folder with a "
             "transformers or timm model, or a Hub id USER/NAME"
@@ -83,19 +82,19 @@ def check_encoder(encoder: str) -> None:
 
 
 def check_publishing(config: LinearProbeConfig | FinetuneConfig) -> None:
-    """Check that the result can be published in the end, if that is asked for: it is, with the run that it is of.
+    """Check that the result can be published with its run, if `--push_to_hub` is given.
 
     Raises:
         ConfigurationError: it cannot.
     """
     check_push(config.push_to_hub)
-    home = home_of(config.encoder)
+    home = encoder_home(config.encoder)
     if config.push_to_hub is not None and (
         not (home / "training.json").is_file() or Path(config.output_dir).resolve().parent != home.resolve()
     ):
         raise ConfigurationError(
-            f"--push_to_hub {config.push_to_hub}: a run is published with its results, but {config.encoder} is none, "
-            "or --output_dir is not directly in its folder"
+            f"--push_to_hub {config.push_to_hub}: a result is published with its run, but --encoder {config.encoder} "
+            "is not a completed run, or --output_dir is not directly in its folder"
         )
 
 
@@ -105,15 +104,15 @@ class KnnConfig(EvaluationSettings):
 
     evaluation: ClassVar[str] = "knn"
 
-    k: tuple[int, ...] = setting((20, 200), "numbers of neighbours that vote, each measured", at_least=1, heading="kNN")
-    temperature: float = setting(0.07, "a neighbour's vote weighs exp(cosine / this)", above=0)
+    k: tuple[int, ...] = setting((20, 200), "numbers of neighbours that vote", at_least=1, heading="kNN")
+    temperature: float = setting(0.07, "a neighbour votes with the weight exp(cosine / temperature)", above=0)
 
 
 def build_knn(given: Mapping[str, object]) -> KnnConfig:
-    """The configuration of the settings given.
+    """Create the configuration of a kNN evaluation.
 
     Raises:
-        ConfigurationError: an unknown setting, or a value that is not allowed.
+        ConfigurationError: a setting is unknown, or its value is not allowed.
     """
     return KnnConfig(**convert_all(KnnConfig, given))
 
@@ -122,7 +121,7 @@ def build_knn(given: Mapping[str, object]) -> KnnConfig:
 class LinearProbeConfig(EvaluationSettings, TrainingSettings):
     """A linear classifier on the frozen encoder: Linear and BatchNorm1d, SGD with momentum 0.9, no weight decay.
 
-    Source: arXiv 2101.07525 and its published code, for both protocols.
+    Source: arXiv 2101.07525 and its published code, for the protocols byol and moco.
     """
 
     evaluation: ClassVar[str] = "linear probe"
@@ -132,30 +131,31 @@ class LinearProbeConfig(EvaluationSettings, TrainingSettings):
 
     learning_rates: tuple[float, ...] = setting(
         (0.2,),
-        "peak learning rates for each 256 images of batch_size: a head is trained with each, and the best on images "
-        "held out of the training split is chosen",
+        "peak learning rates for each 256 images of batch_size; of several, each trains a head, and the best head "
+        "on held-out training images is chosen",
         above=0,
         heading="training",
     )
     schedule: str = setting(
         "cosine",
-        "cosine: to 0 over the run, step by step; steps: a tenth after 60 and again after 80 % of the epochs",
+        "cosine: falls to 0 over the run; steps: divided by 10 after 60 % and again after 80 % of the epochs",
         choices=("cosine", "steps"),
     )
     features: str = setting(
         "augmented",
-        "augmented: of a new crop in each epoch; cached: of the centre crop, once, which is quick and no protocol",
+        "augmented: of a new random crop in each epoch; cached: of the centre crop, computed once: quick, but not the "
+        "protocol",
         choices=("augmented", "cached"),
     )
     batch_size: int = setting(256, "images per optimizer step, over all devices", at_least=2, at_most=2**20)
     device_batch_size: int | None = setting(
-        32, "images that go through the encoder together; the head sees the whole batch", at_least=2
+        32, "images that go through the encoder together; the head trains on the whole batch", at_least=2
     )
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A named set of settings of an evaluation."""
+    """A named set of settings of an evaluation, and its source."""
 
     settings: Mapping[str, object]
     source: str
@@ -163,10 +163,12 @@ class Protocol:
 
 PROTOCOLS: Mapping[str, Protocol] = {
     "byol": Protocol(
-        {"learning_rates": (0.2,), "epochs": 80, "schedule": "cosine"}, "ImageNet: BYOL's, as arXiv 2101.07525 uses it"
+        {"learning_rates": (0.2,), "epochs": 80, "schedule": "cosine"},
+        "ImageNet: BYOL's protocol, as used in arXiv 2101.07525",
     ),
     "moco": Protocol(
-        {"learning_rates": (30.0,), "epochs": 100, "schedule": "steps"}, "ImageNet: MoCo's, as arXiv 2101.07525 uses it"
+        {"learning_rates": (30.0,), "epochs": 100, "schedule": "steps"},
+        "ImageNet: MoCo's protocol, as used in arXiv 2101.07525",
     ),
     "digits": Protocol(
         {
@@ -177,20 +179,22 @@ PROTOCOLS: Mapping[str, Protocol] = {
             "crop_scale": (0.6, 1.0),
             "flip_probability": 0.0,
         },
-        "the quickstart's",
+        "the quickstart",
     ),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(EvaluationSettings, TrainingSettings):
-    """The whole network trained with labels, of all or of some images: SGD with Nesterov momentum 0.9.
+    """The whole network trained with the labels of all or some images: SGD with Nesterov momentum 0.9.
 
-    Source: BYOL (arXiv 2006.07733), appendix C.1: batches of 1024, crops and flips, no weight decay; it chooses the
-    learning rate among 0.005, 0.01, 0.02, 0.05 and 0.1 (of the whole batch) and the epochs among 30 and 50 on images
-    held out. The presets take one of these; none has been run here on ImageNet. Deviations: it names no schedule, here
-    it is a cosine; its test images are resized bicubically, here bilinearly; its 1 and 10 % are SimCLR's lists of
-    images, here they are drawn by the seed, as it does for other shares.
+    Source: BYOL (arXiv 2006.07733), appendix C.1: batches of 1024, crops and flips, no weight decay. BYOL chooses the
+    learning rate (of the whole batch) among 0.005, 0.01, 0.02, 0.05 and 0.1, and the epochs among 30 and 50, on
+    held-out images. Each preset fixes one of these. No preset has been run on ImageNet by this project.
+
+    Deviations: BYOL names no schedule; this is a cosine. BYOL resizes test images bicubically; this is bilinear. BYOL
+    uses SimCLR's image lists for 1 % and 10 % of the labels; these images are drawn by the seed, as BYOL does for other
+    shares.
     """
 
     evaluation: ClassVar[str] = "fine-tuning"
@@ -200,23 +204,23 @@ class FinetuneConfig(EvaluationSettings, TrainingSettings):
 
     labels: float = setting(
         0.01,
-        "share of the training images whose labels are used, the same of each class",
+        "share of each class's training images whose labels are used",
         above=0,
         at_most=1,
         heading="training",
     )
     learning_rate_per_256: float = setting(
-        0.0125, "learning rate at the start for each 256 images; by a cosine to 0", above=0
+        0.0125, "initial learning rate for each 256 images of batch_size; falls to 0 by a cosine", above=0
     )
     weight_decay: float = setting(0.0, "weight decay", at_least=0)
     epochs: int = setting(50, "passes over the images", at_least=1)
     batch_size: int = setting(1024, "images per optimizer step, over all devices", at_least=2, at_most=2**20)
-    device_batch_size: int | None = setting(128, "images that one BatchNorm sees", at_least=2)
+    device_batch_size: int | None = setting(128, "images that go through the network together", at_least=2)
 
 
 FINETUNE_PROTOCOLS: Mapping[str, Protocol] = {
-    "1percent": Protocol({"labels": 0.01, "epochs": 50}, "ImageNet: BYOL's semi-supervised evaluation"),
-    "10percent": Protocol({"labels": 0.1, "epochs": 50}, "ImageNet: BYOL's semi-supervised evaluation"),
+    "1percent": Protocol({"labels": 0.01, "epochs": 50}, "ImageNet: the semi-supervised evaluation of BYOL"),
+    "10percent": Protocol({"labels": 0.1, "epochs": 50}, "ImageNet: the semi-supervised evaluation of BYOL"),
     "all": Protocol({"labels": 1.0, "epochs": 30}, "ImageNet: the same, with all labels"),
     "digits": Protocol(
         {
@@ -228,26 +232,26 @@ FINETUNE_PROTOCOLS: Mapping[str, Protocol] = {
             "crop_scale": (0.6, 1.0),
             "flip_probability": 0.0,
         },
-        "the quickstart's",
+        "the quickstart",
     ),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig(EvaluationSettings):
-    """Features of a dataset's images, written to a file, and pictures of them; labels are not needed."""
+    """Features of a dataset's images, written to a file, and pictures of them. Labels are optional."""
 
     evaluation: ClassVar[str] = "embedding"
 
-    dataset: str | None = setting(None, "as of pretraining: `digits`, a folder, or a Hub id", heading="the run")
+    dataset: str | None = setting(None, "`digits`, a folder, or a Hub id, as in pretraining", heading="the run")
     split: str = setting("train", "train or validation", choices=("train", "validation"))
     format: str = setting("parquet", "parquet or safetensors", choices=("parquet", "safetensors"))
 
     map_images: int = setting(
-        2000, "images on the map, evenly chosen; 0 for no map", at_least=0, at_most=20000, heading="pictures"
+        2000, "evenly spaced images on the map; 0: no map", at_least=0, at_most=20000, heading="pictures"
     )
-    query_images: int = setting(8, "images shown with their nearest; 0 for no sheet", at_least=0, at_most=64)
-    nearest: int = setting(8, "how many nearest", at_least=1, at_most=32)
+    query_images: int = setting(8, "images shown with their nearest neighbours; 0: no picture", at_least=0, at_most=64)
+    nearest: int = setting(8, "neighbours shown of each image", at_least=1, at_most=32)
 
     @property
     def evaluates(self) -> bool:
@@ -255,29 +259,31 @@ class EmbedConfig(EvaluationSettings):
 
 
 def build_embed(given: Mapping[str, object]) -> EmbedConfig:
-    """As build_knn."""
+    """Create the configuration of an embedding. Raises as `build_knn`."""
     return EmbedConfig(**convert_all(EmbedConfig, given))
 
 
 def build_linear_probe(given: Mapping[str, object]) -> LinearProbeConfig:
-    """The configuration of the settings given over those of the protocol they name.
+    """Create the configuration of a linear probe: the settings of its protocol, replaced by those given.
 
-    Without a name it is `byol`, or `digits` for that dataset.
+    The default protocol is `digits` for that dataset, otherwise `byol`.
 
     Raises:
-        ConfigurationError: an unknown protocol or setting, or a value that is not allowed.
+        ConfigurationError: a protocol or setting is unknown, or a value is not allowed.
     """
-    return build(LinearProbeConfig, PROTOCOLS, "byol", given)
+    return build_with_protocol(LinearProbeConfig, PROTOCOLS, "byol", given)
 
 
 def build_finetune(given: Mapping[str, object]) -> FinetuneConfig:
-    """As build_linear_probe; without a name it is `1percent`, or `digits` for that dataset."""
-    return build(FinetuneConfig, FINETUNE_PROTOCOLS, "1percent", given)
+    """Create the configuration of a fine-tuning, as `build_linear_probe` does. The default protocol is `1percent`."""
+    return build_with_protocol(FinetuneConfig, FINETUNE_PROTOCOLS, "1percent", given)
 
 
-def build(kind: type[Config], protocols: Mapping[str, Protocol], usual: str, given: Mapping[str, object]) -> Config:
+def build_with_protocol(
+    kind: type[Config], protocols: Mapping[str, Protocol], default: str, given: Mapping[str, object]
+) -> Config:
     converted = convert_all(kind, given)
-    protocol = converted.setdefault("protocol", "digits" if converted.get("dataset") == "digits" else usual)
+    protocol = converted.setdefault("protocol", "digits" if converted.get("dataset") == "digits" else default)
     if protocol not in protocols:
         raise ConfigurationError(
             f"--protocol {protocol}: unknown{did_you_mean(protocol, protocols)}; one of {', '.join(protocols)}"
@@ -286,7 +292,7 @@ def build(kind: type[Config], protocols: Mapping[str, Protocol], usual: str, giv
 
 
 def protocol_table() -> str:
-    """The protocols of linear probes as a table of text."""
+    """Return the protocols of the linear probe as a text table."""
     lines = ["protocol  lr/256  epochs  batch  schedule"]
     for name, protocol in PROTOCOLS.items():
         config = build_linear_probe({"protocol": name, "encoder": "any", "dataset": "digits"})
@@ -298,7 +304,7 @@ def protocol_table() -> str:
 
 
 def finetune_table() -> str:
-    """The protocols of fine-tuning as a table of text."""
+    """Return the protocols of fine-tuning as a text table."""
     lines = ["protocol   labels  lr/256  epochs  batch"]
     for name, protocol in FINETUNE_PROTOCOLS.items():
         config = build_finetune({"protocol": name, "encoder": "any", "dataset": "digits"})

@@ -1,1 +1,1 @@
-"""kNN, linear probe, fine-tuning and embeddings."""
+"""Evaluation of encoders: kNN, linear probe, fine-tuning and embeddings."""

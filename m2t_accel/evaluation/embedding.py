@@ -1,8 +1,7 @@
-"""The features of a dataset's images as a file, a map of them, and a sheet of images with their nearest."""
+"""Write the features of a dataset's images to a file, draw them as a map, and show images with their neighbours."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,29 +18,28 @@ from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.data.decode import decode_image
 from m2t_accel.data.loader import dead_workers_in_one_line
 from m2t_accel.data.views import read_rows
-from m2t_accel.evaluation.features import Features, embed_images, fingerprint, gather_features, labels_of
+from m2t_accel.evaluation.features import Features, embed_images, fingerprint, gather_features, read_labels
 from m2t_accel.evaluation.setup import Evaluation, open_folder, start_evaluation, write_result
+from m2t_accel.files import atomic_write
 from m2t_accel.pictures import plain_words, thumbnail
 
-THUMBNAIL = 96  # pixels, the side of an image on the sheet
+THUMBNAIL_SIZE = 96  # pixels
 
 
 def embed_dataset(config: EmbedConfig) -> list[str]:
-    """Write the features of a split, map.png and neighbours.png into the output folder; lines for people come back.
-
-    A collective call.
+    """Write the features of a split, map.png and neighbours.png. Return lines for the user. A collective call.
 
     Raises:
-        ConfigurationError: the launch, the encoder, the images or the folder do not allow it.
+        ConfigurationError: the launch, the encoder, the images or the output folder do not allow it.
     """
     evaluation = start_evaluation(config)
-    config, accelerator, found = evaluation.config, evaluation.accelerator, evaluation.images
-    images = found.train if config.split == "train" else found.validation
+    config, accelerator, data = evaluation.config, evaluation.accelerator, evaluation.images
+    images = data.train if config.split == "train" else data.validation
     if images is None:
         raise ConfigurationError(f"--split validation: {config.dataset} has no validation split with labels")
     if open_folder(evaluation) is not None:
-        return [f"{config.output_dir}: done before"]
-    accelerator.print(f"{evaluation.loaded.note}\n{found.note}")
+        return [f"{config.output_dir} is already complete"]
+    accelerator.print(f"{evaluation.loaded.note}\n{data.note}")
     with dead_workers_in_one_line():
         features = gather_features(list(embed_images(evaluation.encoder, images, config, accelerator)), accelerator)
     if not len(features.samples):
@@ -50,11 +48,11 @@ def embed_dataset(config: EmbedConfig) -> list[str]:
 
 
 def write_embedding(evaluation: Evaluation, images: Dataset, features: Features) -> list[str]:
-    """Write what is asked for; one process does."""
+    """Write the files and pictures on the main process. Return lines for the user."""
     config, folder = evaluation.config, Path(evaluation.config.output_dir)
     features = Features(*(rows.cpu() for rows in features))
     samples = features.samples.numpy()
-    labels = labels_of(images)[samples] if "label" in images.features else None
+    labels = read_labels(images)[samples] if "label" in images.features else None
     names = images.features["label"].names if labels is not None else None
     rows = images.select_columns(["image"])["image"]
     paths = [row and row["path"] for row in rows]
@@ -65,12 +63,12 @@ def write_embedding(evaluation: Evaluation, images: Dataset, features: Features)
     if len(samples) < len(images):
         lines.append(f"{len(images) - len(samples)} images cannot be decoded, and are left out")
     if config.map_images and len(samples) >= 10:
-        chosen = evenly(len(samples), config.map_images)
+        chosen = evenly_spaced(len(samples), config.map_images)
         draw_map(folder / "map.png", features.features[chosen], None if labels is None else labels[chosen], names)
         lines.append(f"{folder / 'map.png'}: t-SNE of {len(chosen):,} images")
     if config.query_images and len(samples) > 1:
         draw_neighbours(folder / "neighbours.png", images, features, labels, names, config)
-        lines.append(f"{folder / 'neighbours.png'}: images, and their nearest by cosine")
+        lines.append(f"{folder / 'neighbours.png'}: images, and their nearest neighbours by cosine")
     data = {config.split: {"images": len(samples)}}
     if labels is not None:
         data[config.split]["fingerprint"] = fingerprint(features.digests, features.samples.new_tensor(labels))
@@ -78,41 +76,40 @@ def write_embedding(evaluation: Evaluation, images: Dataset, features: Features)
     return lines
 
 
-def evenly(number: int, limit: int) -> np.ndarray:
-    """At most `limit` of range(number), evenly spread."""
+def evenly_spaced(number: int, limit: int) -> np.ndarray:
+    """Return at most `limit` evenly spaced numbers of range(number)."""
     return np.arange(number) if number <= limit else np.linspace(0, number - 1, limit).round().astype(int)
 
 
 def write_features(
     file: Path, features: Features, paths: Sequence[str | None], labels: np.ndarray | None, names: list[str] | None
 ) -> None:
-    """Write the features with what they are of: sample, path and label; whole or not at all."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    if file.suffix == ".safetensors":
-        tensors = {"features": features.features.contiguous(), "samples": features.samples.contiguous()}
-        if labels is not None:
-            tensors["labels"] = features.samples.new_tensor(labels)
-        # The format has no lists of words but in its header.
-        words = {"paths": "\n".join(path or "" for path in paths)}
-        save_file(tensors, temporary, metadata=words | ({"classes": "\n".join(names)} if names else {}))
-    else:
-        values = pyarrow.array(features.features.numpy().ravel())
-        columns = {
-            "sample": pyarrow.array(features.samples.numpy()),
-            "path": pyarrow.array(paths, pyarrow.string()),
-            "features": pyarrow.FixedSizeListArray.from_arrays(values, features.features.shape[1]),
-        }
-        if labels is not None:
-            columns["label"] = pyarrow.array(labels)
-            columns["class"] = pyarrow.array([names[label] for label in labels])
-        parquet.write_table(pyarrow.table(columns), temporary)
-    os.replace(temporary, file)
+    """Write features with their sample numbers, paths and labels atomically, as parquet or safetensors."""
+    with atomic_write(file) as temporary:
+        if file.suffix == ".safetensors":
+            tensors = {"features": features.features.contiguous(), "samples": features.samples.contiguous()}
+            if labels is not None:
+                tensors["labels"] = features.samples.new_tensor(labels)
+            # safetensors stores text in its header only.
+            metadata = {"paths": "\n".join(path or "" for path in paths)}
+            save_file(tensors, temporary, metadata=metadata | ({"classes": "\n".join(names)} if names else {}))
+        else:
+            values = pyarrow.array(features.features.numpy().ravel())
+            columns = {
+                "sample": pyarrow.array(features.samples.numpy()),
+                "path": pyarrow.array(paths, pyarrow.string()),
+                "features": pyarrow.FixedSizeListArray.from_arrays(values, features.features.shape[1]),
+            }
+            if labels is not None:
+                columns["label"] = pyarrow.array(labels)
+                columns["class"] = pyarrow.array([names[label] for label in labels])
+            parquet.write_table(pyarrow.table(columns), temporary)
 
 
 @plain_words()
 def draw_map(picture: Path, features: Tensor, labels: np.ndarray | None, names: list[str] | None) -> None:
-    """Draw features (N, C) as points in the plane by t-SNE of their cosines, coloured by label where there are any."""
-    from matplotlib import colormaps  # late: a second of import
+    """Draw features (N, C) as points in the plane, placed by t-SNE of their cosines and coloured by label."""
+    from matplotlib import colormaps  # late: importing it takes 1 s
     from matplotlib.figure import Figure
     from sklearn.manifold import TSNE
 
@@ -128,8 +125,8 @@ def draw_map(picture: Path, features: Tensor, labels: np.ndarray | None, names: 
     else:
         colours = colormaps["tab20" if len(names) <= 20 else "hsv"].resampled(max(2, len(names)))
         for label in np.unique(labels):
-            mine = points[labels == label]
-            axes.scatter(*mine.T, s=size, linewidths=0, color=colours(int(label)), label=names[label])
+            of_label = points[labels == label]
+            axes.scatter(*of_label.T, s=size, linewidths=0, color=colours(int(label)), label=names[label])
         if len(np.unique(labels)) <= 20:
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
     axes.set_title(f"t-SNE of {len(points):,} images' features (cosine, perplexity {perplexity:.3g})")
@@ -145,13 +142,13 @@ def draw_neighbours(
     names: list[str] | None,
     config: EmbedConfig,
 ) -> None:
-    """Draw some images, evenly chosen, each with its nearest others, their cosine and their class."""
-    from matplotlib.figure import Figure  # late: a second of import
+    """Draw evenly spaced images, each followed by its nearest neighbours with their cosine and class."""
+    from matplotlib.figure import Figure  # late: importing it takes 1 s
 
-    queries = evenly(len(features.samples), config.query_images)
+    queries = evenly_spaced(len(features.samples), config.query_images)
     directions = functional.normalize(features.features, dim=1)
     similarities = directions[queries] @ directions.T
-    similarities[np.arange(len(queries)), queries] = -1  # not themselves
+    similarities[np.arange(len(queries)), queries] = -1  # an image is not its own neighbour
     count = min(config.nearest, len(directions) - 1)
     best, places = similarities.topk(count, dim=1)
     figure = Figure(figsize=(1.25 * (count + 1) + 0.3, 1.65 * len(queries) + 0.4), layout="constrained")
@@ -161,7 +158,7 @@ def draw_neighbours(
         captions = ["", *(f"{value:.3f}" for value in best[i].tolist())]
         for place, axis, caption in zip(shown, axes[i], captions, strict=True):
             (row,) = read_rows(images, [int(features.samples[place])])
-            axis.imshow(thumbnail(decode_image(row), THUMBNAIL))
+            axis.imshow(thumbnail(decode_image(row), THUMBNAIL_SIZE))
             axis.set_xticks([])
             axis.set_yticks([])
             is_right = labels is None or labels[place] == labels[query]
@@ -171,7 +168,8 @@ def draw_neighbours(
                 side.set_visible(place == query)
                 side.set_linewidth(2)
     figure.suptitle(
-        "framed: an image; beside it the nearest by cosine" + ("" if labels is None else ", red: another class"),
+        "framed: an image; beside it its nearest neighbours by cosine"
+        + ("" if labels is None else ", red: another class"),
         fontsize=8,
     )
     figure.savefig(picture, dpi=110)

@@ -1,9 +1,9 @@
-"""Features of images by an encoder, in the same batches on any number of processes."""
+"""Features of images by an encoder, in batches that do not depend on the number of processes."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +22,11 @@ BATCH_SIZE = 128  # images that go through the encoder together
 
 
 class Features(NamedTuple):
-    """Features of N images."""
+    """Features of N images; images that cannot be decoded are left out."""
 
-    samples: Tensor  # (N,) int64: which images they are of; those that cannot be decoded are left out
+    samples: Tensor  # (N,) int64: the images' numbers in the dataset
     features: Tensor  # (N, C) float32
-    digests: Tensor  # (N,) int64: of the images' files
+    digests: Tensor  # (N,) int64: hashes of the image files
 
 
 @torch.no_grad()
@@ -35,24 +35,28 @@ def embed_images(
     images: Dataset,
     config: ImageSettings,
     accelerator: Accelerator,
-    batches_a_turn: int = 1,
+    batches_per_turn: int = 1,
     after_batch: Callable[[], None] | None = None,
 ) -> Iterator[Features]:
-    """Features of this process's batches of central views, in evaluation mode, on its device.
+    """Yield the features of this process's batches of centre crops, computed on its device in evaluation mode.
 
-    The processes take so many batches in turn. The encoder is left in the mode it came in. `after_batch` is called
-    equally often by every process, so it may be a collective call; what it raises ends the work.
+    The encoder is put back into its mode at the end.
+
+    Args:
+        batches_per_turn: number of batches that a process takes before the next process has its turn.
+        after_batch: called after each batch, equally often on every process, so it may be a collective call. Its
+            exceptions are passed on.
     """
-    batches = batches_of(accelerator.process_index, len(images), accelerator.num_processes, batches_a_turn)
-    most = len(batches_of(0, len(images), accelerator.num_processes, batches_a_turn))
-    parameter = next(encoder.parameters())
+    batches = process_batches(accelerator.process_index, len(images), accelerator.num_processes, batches_per_turn)
+    most_batches = len(process_batches(0, len(images), accelerator.num_processes, batches_per_turn))
+    dtype = next(encoder.parameters()).dtype
     was_training = encoder.training
     encoder.eval()
     try:
         for samples, batch in zip(
             batches, read(create_loader(CentralViews(images, config), batches, config)), strict=True
         ):
-            inputs = evaluation_view(batch.crops.to(accelerator.device), config).to(parameter.dtype)
+            inputs = evaluation_view(batch.crops.to(accelerator.device), config).to(dtype)
             with accelerator.autocast():
                 features = embed(encoder, inputs).float()
             broken = {image.sample for image in batch.bad}
@@ -60,35 +64,40 @@ def embed_images(
             if after_batch is not None:
                 after_batch()
             yield Features(torch.tensor(samples)[good], features[good.to(features.device)], batch.digests[good])
-        for _ in range(most - len(batches) if after_batch is not None else 0):
-            after_batch()
+        if after_batch is not None:
+            for _ in range(most_batches - len(batches)):
+                after_batch()
     finally:
         encoder.train(was_training)
 
 
-def batches_of(process_index: int, num_images: int, num_processes: int, batches_a_turn: int) -> list[list[int]]:
-    """The batches of one process, as the numbers of their images; the first process has the most."""
-    turn = batches_a_turn * BATCH_SIZE
+def process_batches(process_index: int, num_images: int, num_processes: int, batches_per_turn: int) -> list[list[int]]:
+    """Return the batches of one process as lists of sample numbers. No process has more batches than the first."""
+    turn = batches_per_turn * BATCH_SIZE
     starts = range(process_index * turn, num_images, num_processes * turn)
-    turns = [range(first, min(first + turn, num_images)) for first in starts]
+    turns = [range(start, min(start + turn, num_images)) for start in starts]
     return [list(part[start : start + BATCH_SIZE]) for part in turns for start in range(0, len(part), BATCH_SIZE)]
 
 
 def gather_features(parts: Sequence[Features], accelerator: Accelerator) -> Features:
-    """The features of all processes, in the order of their samples, on each process's device; a collective call."""
+    """Return the features of all processes, sorted by sample, on each process's device. A collective call."""
     width = torch.tensor([part.features.shape[1] for part in parts[:1]] or [0], device=accelerator.device)
-    no_number = torch.empty(0, dtype=torch.int64)
-    # A process may have had no batch, and must hand over something of the right width all the same.
-    nothing = Features(no_number, torch.empty(0, int(accelerator.gather(width).max()), dtype=torch.float32), no_number)
-    rows = [torch.cat([part.to(accelerator.device) for part in column]) for column in zip(nothing, *parts, strict=True)]
-    return Features(*gather_rows(rows, accelerator))
+    no_numbers = torch.empty(0, dtype=torch.int64)
+    no_features = torch.empty(0, int(accelerator.gather(width).max()), dtype=torch.float32)
+    return Features(*gather_rows(Features(no_numbers, no_features, no_numbers), parts, accelerator))
 
 
-def gather_rows(columns: Sequence[Tensor], accelerator: Accelerator) -> list[Tensor]:
-    """The rows of all processes, by the numbers in the first column, on each process's device; a collective call."""
-    columns = [column.to(accelerator.device) for column in columns]
+def gather_rows(empty: Sequence[Tensor], parts: Iterable[Sequence[Tensor]], accelerator: Accelerator) -> list[Tensor]:
+    """Return the rows of all processes, sorted by sample, on each process's device. A collective call.
+
+    Args:
+        empty: the columns without rows: the sample numbers, then any others. A process without parts sends these.
+        parts: columns like those of `empty`, with rows.
+    """
+    device = accelerator.device
+    columns = [torch.cat([rows.to(device) for rows in column]) for column in zip(empty, *parts, strict=True)]
     if accelerator.num_processes > 1:
-        # Of different lengths: what fills them up has the number -1.
+        # Processes may have different numbers of rows. Rows added as padding have the sample number -1.
         columns = [accelerator.gather(accelerator.pad_across_processes(column, pad_index=-1)) for column in columns]
     order = columns[0].argsort()
     order = order[(columns[0] < 0).sum() :]
@@ -96,13 +105,18 @@ def gather_rows(columns: Sequence[Tensor], accelerator: Accelerator) -> list[Ten
 
 
 def fingerprint(digests: Tensor, labels: Tensor) -> str:
-    """A name for a set of labelled images: the same for the same files in any order, folder or kind of shard."""
+    """Return a name for a set of labelled images, which depends on neither their order nor their folder or format."""
     rows = np.stack([digests.cpu().numpy(), labels.cpu().numpy()], axis=1)
     rows = rows[np.lexsort(rows.T)].astype("<i8")
     return hashlib.sha256(rows.tobytes()).hexdigest()[:16]
 
 
-def labels_of(images: Dataset) -> np.ndarray:
-    """The labels (N,) int64 of labelled images."""
-    # Not numpy's format, which takes 7 s for a million images that are selected of others, where Arrow's takes 2.
+def read_labels(images: Dataset) -> np.ndarray:
+    """Return the labels (N,) int64 of labelled images."""
+    # For a selection of a million images numpy's format takes 7 s, Arrow's 2 s.
     return images.with_format("arrow")["label"][:].to_numpy().astype(np.int64)
+
+
+def sample_labels(images: Dataset, samples: Tensor) -> Tensor:
+    """Return the labels (N,) int64 of the images with these numbers (N,), on the device of `samples`."""
+    return torch.from_numpy(read_labels(images)).to(samples.device)[samples]

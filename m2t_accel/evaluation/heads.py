@@ -1,11 +1,8 @@
-"""Linear classifiers on the features of a frozen encoder: several trained side by side, one folded into its model."""
+"""Linear classifiers on the features of a frozen encoder, and classifiers of transformers made from them."""
 
 from __future__ import annotations
 
 import copy
-import math
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,16 +14,18 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.files import atomic_write
 from m2t_accel.hub.folder import image_processor
 from m2t_accel.model import quiet_transformers
+from m2t_accel.schedules import cosine
 
 
 class Heads(nn.Module):
-    """Linear classifiers with a BatchNorm1d after them, one for each learning rate, which do not know of each other.
+    """Independent linear classifiers, each followed by BatchNorm1d, one for each learning rate.
 
-    Weights start as N(0, 0.01), biases as 0; SGD with momentum 0.9, no weight decay.
-    Source: arXiv 2101.07525 and its published code. There, each of eight GPUs normalises its share of the batch; here
-    BatchNorm sees the whole, so that the result does not depend on their number.
+    Weights start as N(0, 0.01), biases as 0. The optimizer is SGD with momentum 0.9 and no weight decay.
+    Source: arXiv 2101.07525 and its published code. Deviation: there, each of eight GPUs normalises its share of the
+    batch. BatchNorm1d sees the whole batch in this class, so the result does not depend on the number of GPUs.
     """
 
     def __init__(self, num_features: int, num_classes: int, learning_rates: Sequence[float]) -> None:
@@ -38,19 +37,22 @@ class Heads(nn.Module):
         for linear, _ in self.heads:
             nn.init.normal_(linear.weight, std=0.01)
             nn.init.zeros_(linear.bias)
-            # All begin alike, and differ by their rates alone.
+            # All heads start with the same weights, so only their learning rates differ.
             linear.load_state_dict(self.heads[0][0].state_dict())
         groups = [{"params": list(head.parameters())} for head in self.heads]
         self.optimizer = SGD(groups, lr=1.0, momentum=0.9)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features (N, C) in, logits (heads, N, classes) out."""
+        """Return the logits (heads, N, classes) of features (N, C)."""
         return torch.stack([head(features) for head in self.heads])
 
     def train_step(self, features: Tensor, labels: Tensor, factor: float) -> Tensor:
-        """One step of every head, its learning rate times `factor`; the losses (heads,) out.
+        """Take one optimizer step of every head, and return the losses (heads,).
 
-        Features (N, C) float32, labels (N,) int64.
+        Args:
+            features: (N, C) float32.
+            labels: (N,) int64.
+            factor: multiplies the learning rate of each head.
         """
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
             group["lr"] = rate * factor
@@ -62,34 +64,34 @@ class Heads(nn.Module):
 
 
 def rate_factor(schedule: str, step: int, total_steps: int) -> float:
-    """The learning rate of a step, as a share of its peak.
+    """Return the learning rate of a step as a share of its peak.
 
-    cosine: (1 + cos(π step / total_steps)) / 2; steps: 1, a tenth after 60 % and a hundredth after 80 % of the run,
-    which is after 60 and 80 of 100 epochs.
+    Schedule "cosine" falls to 0. Schedule "steps" is 1, then 0.1 from 60 % and 0.01 from 80 % of the run on, which
+    are epochs 60 and 80 of 100.
     """
     if schedule == "cosine":
-        return (1 + math.cos(math.pi * step / total_steps)) / 2
+        return cosine(step, total_steps)
     return 0.1 ** sum(step * 100 >= share * total_steps for share in (60, 80))
 
 
-def folded(head: nn.Sequential) -> nn.Linear:
-    """A Linear that computes in evaluation what Linear and BatchNorm1d do one after the other."""
+def fold_batch_norm(head: nn.Sequential) -> nn.Linear:
+    """Return one Linear that computes what the head's Linear and BatchNorm1d compute in evaluation mode."""
     linear, norm = head
     scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    both = nn.Linear(linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype)
+    folded = nn.Linear(linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype)
     with torch.no_grad():
-        both.weight.copy_(linear.weight * scale[:, None])
-        both.bias.copy_((linear.bias - norm.running_mean) * scale + norm.bias)
-    return both
+        folded.weight.copy_(linear.weight * scale[:, None])
+        folded.bias.copy_((linear.bias - norm.running_mean) * scale + norm.bias)
+    return folded
 
 
-def classifier(encoder: PreTrainedModel, linear: nn.Linear, class_names: Sequence[str]) -> PreTrainedModel:
-    """The encoder with a linear layer on its features, as transformers' own model for classification, with label names.
+def build_classifier(encoder: PreTrainedModel, linear: nn.Linear, class_names: Sequence[str]) -> PreTrainedModel:
+    """Return encoder and linear layer as a stock image classifier of transformers, with the names of the classes.
 
-    Of a ResNetModel that is a ResNetForImageClassification, which `pipeline("image-classification")` runs.
+    For a ResNetModel this is a ResNetForImageClassification, which `pipeline("image-classification")` runs.
 
     Raises:
-        ConfigurationError: transformers has no classifier of this encoder that ends in one linear layer on features.
+        ConfigurationError: transformers has no classifier for it that ends in one linear layer on its features.
     """
     config = copy.deepcopy(encoder.config)
     config.id2label = dict(enumerate(class_names))
@@ -98,26 +100,25 @@ def classifier(encoder: PreTrainedModel, linear: nn.Linear, class_names: Sequenc
         model = AutoModelForImageClassification.from_config(config)
     except ValueError:
         raise ConfigurationError(f"transformers has no image classifier with a {type(encoder).__name__}") from None
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-    body = body_of(model)
-    if not layers or layers[-1].weight.shape != linear.weight.shape or type(body) is not type(encoder):
+    body, last = encoder_of(model), last_linear(model)
+    if last is None or last.weight.shape != linear.weight.shape or type(body) is not type(encoder):
         raise ConfigurationError(f"{type(model).__name__} does not end in one linear layer on the features")
     body.load_state_dict(encoder.state_dict(), strict=True)
-    layers[-1].load_state_dict(linear.state_dict())
+    last.load_state_dict(linear.state_dict())
     return model.eval()
 
 
-def body_of(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The encoder of a model for classification."""
-    return getattr(model, model.base_model_prefix, None)
+def encoder_of(classifier: PreTrainedModel) -> PreTrainedModel | None:
+    return getattr(classifier, classifier.base_model_prefix, None)
 
 
-def save_classifier(model: PreTrainedModel, config: ImageSettings, folder: Path) -> None:
-    """Write a classifier and its image processor, whole or not at all; what was there before is replaced."""
-    temporary = folder.with_name(f".{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with quiet_transformers():
-        model.save_pretrained(temporary)
-    image_processor(config).save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+def last_linear(classifier: PreTrainedModel) -> nn.Linear | None:
+    return ([None] + [layer for layer in classifier.modules() if isinstance(layer, nn.Linear)])[-1]
+
+
+def save_classifier(classifier: PreTrainedModel, config: ImageSettings, folder: Path) -> None:
+    """Write a classifier and its image processor atomically, in place of an earlier one."""
+    with atomic_write(folder) as temporary:
+        with quiet_transformers():
+            classifier.save_pretrained(temporary)
+        image_processor(config).save_pretrained(temporary)

@@ -15,7 +15,6 @@ from torch.nn import functional
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.evaluation import KnnConfig
 from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.data.loader import dead_workers_in_one_line
 from m2t_accel.evaluation.features import (
     BATCH_SIZE,
     Features,
@@ -23,22 +22,22 @@ from m2t_accel.evaluation.features import (
     fingerprint,
     gather_features,
     gather_rows,
-    labels_of,
+    read_labels,
+    sample_labels,
 )
-from m2t_accel.evaluation.setup import open_folder, say, start_evaluation, write_result
+from m2t_accel.evaluation.setup import run_once, start_evaluation, write_result
 
-MAX_BLOCK = 8192  # of a bank, that meets queries at once; with as many queries 268 MB of similarities
-MIN_BLOCKS = 16  # of a bank, so that several processes have a share of it
-KNN_TEMPERATURE = 0.07  # Source: Wu et al. (arXiv 1805.01978), section 3.4
+MAX_BLOCK = 8192  # bank images compared at once; 268 MB of similarities with as many queries
+MIN_BLOCKS = 16  # blocks of a bank, so that several processes can share it
 
 
 class KnnResult(NamedTuple):
-    """Of a vote: the share of the queries that it got right, for each k, and who voted on whom."""
+    """Result of a kNN evaluation."""
 
-    accuracies: dict[int, float]
+    accuracies: dict[int, float]  # share of the queries classified correctly, for each k
     num_bank: int
     num_queries: int
-    num_broken: int  # images of both that cannot be decoded, and are left out
+    num_broken: int  # images of bank and queries that cannot be decoded, and are left out
     fingerprints: tuple[str, str]  # of bank and queries
 
 
@@ -50,66 +49,71 @@ def measure_knn(
     config: ImageSettings,
     accelerator: Accelerator,
     ks: Sequence[int] = (20,),
-    temperature: float = KNN_TEMPERATURE,
+    temperature: float = KnnConfig.temperature,
     after_batch: Callable[[], None] | None = None,
 ) -> KnnResult:
-    """Weighted kNN accuracy of an encoder: labelled `queries` by labelled `bank`; a collective call.
+    """Classify labelled `queries` by their nearest neighbours in the labelled `bank`. A collective call.
 
-    Each process holds its share of the bank's features, in the main memory, and all those of the queries.
-    `after_batch` is as in `embed_images`.
+    Each process keeps its share of the bank's features in main memory, and the features of all queries on its device.
+
+    Args:
+        after_batch: see `embed_images`.
 
     Raises:
-        ConfigurationError: none of the images can be decoded; the same on every process.
+        ConfigurationError: no image of the bank or of the queries can be decoded; the same on every process.
     """
     size = block_size(len(bank))
-    blocks = list(joined(embed_images(encoder, bank, config, accelerator, size // BATCH_SIZE, after_batch), size))
+    blocks = list(join_blocks(embed_images(encoder, bank, config, accelerator, size // BATCH_SIZE, after_batch), size))
     found = gather_features(
         list(embed_images(encoder, queries, config, accelerator, after_batch=after_batch)), accelerator
     )
-    no_number = torch.empty(0, dtype=torch.int64)
-    voters, voter_digests = gather_rows(
-        [torch.cat([no_number, *column]) for column in zip(*((b.samples, b.digests) for b in blocks), strict=True)]
-        or [no_number, no_number],
-        accelerator,
-    )
-    if not len(voters) or not len(found.samples):
-        raise ConfigurationError(f"--dataset {config.dataset}: of the images to measure kNN with, none can be decoded")
-    similarities, samples = merged(*nearest(blocks, found.features, max(ks)), accelerator)
-    bank_labels, query_labels = (torch.from_numpy(labels_of(images)).to(samples.device) for images in (bank, queries))
-    labels = query_labels[found.samples]
+    no_numbers = torch.empty(0, dtype=torch.int64)
+    bank_columns = [(block.samples, block.digests) for block in blocks]
+    bank_samples, bank_digests = gather_rows((no_numbers, no_numbers), bank_columns, accelerator)
+    if not len(bank_samples) or not len(found.samples):
+        raise ConfigurationError(f"--dataset {config.dataset}: none of the images for kNN can be decoded")
+    similarities, neighbours = merge_shares(*find_nearest(blocks, found.features, max(ks)), accelerator)
+    labels = sample_labels(queries, found.samples)
+    bank_labels = torch.from_numpy(read_labels(bank)).to(labels.device)
     return KnnResult(
-        {k: vote(similarities, bank_labels[samples], labels, num_classes, k, temperature) for k in ks},
-        len(voters),
+        {k: knn_accuracy(similarities, bank_labels[neighbours], labels, num_classes, k, temperature) for k in ks},
+        len(bank_samples),
         len(found.samples),
-        len(bank) + len(queries) - len(voters) - len(found.samples),
-        (fingerprint(voter_digests, bank_labels[voters]), fingerprint(found.digests, labels)),
+        len(bank) + len(queries) - len(bank_samples) - len(found.samples),
+        (fingerprint(bank_digests, bank_labels[bank_samples]), fingerprint(found.digests, labels)),
     )
 
 
 def block_size(num_images: int) -> int:
-    """Images of a bank that meet the queries at once: whole batches, and the same on any number of processes."""
+    """Return the number of bank images to compare at once: whole batches, the same on any number of processes."""
     return max(BATCH_SIZE, min(MAX_BLOCK, num_images // MIN_BLOCKS // BATCH_SIZE * BATCH_SIZE))
 
 
-def joined(parts: Iterable[Features], size: int) -> Iterator[Features]:
-    """The features of batches as those of blocks, in the main memory."""
-    waiting: list[Features] = []
-    for part in parts:
-        if not len(part.samples):
+def join_blocks(batches: Iterable[Features], size: int) -> Iterator[Features]:
+    """Join the features of batches to blocks of `size` images, in main memory."""
+    block: list[Features] = []
+    for batch in batches:
+        if not len(batch.samples):
             continue
-        if waiting and part.samples[0] // size != waiting[0].samples[0] // size:
-            yield Features(*(torch.cat(rows) for rows in zip(*waiting, strict=True)))
-            waiting = []
-        waiting.append(Features(*(rows.cpu() for rows in part)))
-    if waiting:
-        yield Features(*(torch.cat(rows) for rows in zip(*waiting, strict=True)))
+        if block and batch.samples[0] // size != block[0].samples[0] // size:
+            yield Features(*(torch.cat(rows) for rows in zip(*block, strict=True)))
+            block = []
+        block.append(Features(*(rows.cpu() for rows in batch)))
+    if block:
+        yield Features(*(torch.cat(rows) for rows in zip(*block, strict=True)))
 
 
-def nearest(blocks: Iterable[Features], queries: Tensor, k: int, chunk: int = 2048) -> tuple[Tensor, Tensor]:
-    """The k most similar of a bank to each query (N, C): cosines (N, k), falling, and the bank's samples (N, k).
+def find_nearest(blocks: Iterable[Features], queries: Tensor, k: int, chunk: int = 2048) -> tuple[Tensor, Tensor]:
+    """Find the k images of a bank that are most similar to each query.
 
-    Where the bank has fewer than k, the rest have the cosine -inf, and the sample 0. Memory: the results, a block and
-    its similarities to `chunk` queries.
+    Memory: the results, one block, and its similarities to `chunk` queries.
+
+    Args:
+        queries: features (N, C).
+
+    Returns:
+        The cosines (N, k) in descending order, and the sample numbers (N, k). A bank of fewer than k images leaves
+        cosines of -inf and sample numbers of 0.
     """
     queries = functional.normalize(queries, dim=1)
     similarities = queries.new_full((len(queries), k), -torch.inf)
@@ -120,19 +124,19 @@ def nearest(blocks: Iterable[Features], queries: Tensor, k: int, chunk: int = 20
         for start in range(0, len(queries), chunk):
             rows = slice(start, start + chunk)
             best, places = (queries[rows] @ bank).topk(min(k, len(numbers)), dim=1)
-            similarities[rows], samples[rows] = best_of(
+            similarities[rows], samples[rows] = most_similar(
                 torch.cat([similarities[rows], best], dim=1), torch.cat([samples[rows], numbers[places]], dim=1), k
             )
     return similarities, samples
 
 
-def best_of(similarities: Tensor, samples: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def most_similar(similarities: Tensor, samples: Tensor, k: int) -> tuple[Tensor, Tensor]:
     best, places = similarities.topk(k, dim=1)
     return best, samples.gather(1, places)
 
 
-def merged(similarities: Tensor, samples: Tensor, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-    """The nearest among the shares of all processes; a collective call."""
+def merge_shares(similarities: Tensor, samples: Tensor, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+    """Return the nearest images (N, k) among those that each process found in its share. A collective call."""
     if accelerator.num_processes == 1:
         return similarities, samples
     k = similarities.shape[1]
@@ -146,17 +150,22 @@ def merged(similarities: Tensor, samples: Tensor, accelerator: Accelerator) -> t
             .flatten(1)
             for part in rows
         )
-        parts.append(best_of(*shares, k))
+        parts.append(most_similar(*shares, k))
     return tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
 
 
-def vote(
+def knn_accuracy(
     similarities: Tensor, neighbour_labels: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float
 ) -> float:
-    """Share of the queries that a vote of their k nearest, weighted by exp(cosine / temperature), gets right.
+    """Return the share of the queries that their k nearest neighbours classify correctly.
 
-    similarities and neighbour_labels (N, K), falling, K at least k; labels (N,).
+    Each neighbour votes for its label with the weight exp(cosine / temperature).
     Source: Wu et al. (arXiv 1805.01978), section 3.4.
+
+    Args:
+        similarities: cosines (N, K) in descending order; K is at least k.
+        neighbour_labels: (N, K).
+        labels: (N,).
     """
     num_correct = 0
     for start in range(0, len(labels), MAX_BLOCK):
@@ -169,30 +178,28 @@ def vote(
 
 
 def evaluate_knn(config: KnnConfig) -> dict[str, object]:
-    """Weighted kNN accuracy of the encoder on the validation split; writes result.json and prints a line.
+    """Measure the kNN accuracy of an encoder on the validation split. A collective call.
 
-    A collective call. Its result comes back.
+    Writes result.json and config.yaml, prints a summary and returns the result.
 
     Raises:
-        ConfigurationError: the launch, the encoder, the images or the folder do not allow it.
+        ConfigurationError: the launch, the encoder, the images or the output folder do not allow it.
     """
     evaluation = start_evaluation(config)
-    accelerator, images = evaluation.accelerator, evaluation.images
-    result = open_folder(evaluation)
-    if result is None:
-        accelerator.print(f"{evaluation.loaded.note}\n{images.note}")
+    images = evaluation.images
+
+    def measure() -> dict[str, object]:
         started = time.perf_counter()
-        with dead_workers_in_one_line():
-            found = measure_knn(
-                evaluation.encoder,
-                images.bank,
-                images.validation,
-                len(images.class_names),
-                evaluation.config,
-                accelerator,
-                config.k,
-                config.temperature,
-            )
+        found = measure_knn(
+            evaluation.encoder,
+            images.bank,
+            images.validation,
+            len(images.class_names),
+            evaluation.config,
+            evaluation.accelerator,
+            config.k,
+            config.temperature,
+        )
         bank, test = found.fingerprints
         data = {
             "bank": {"images": found.num_bank, "fingerprint": bank},
@@ -200,6 +207,6 @@ def evaluate_knn(config: KnnConfig) -> dict[str, object]:
             "undecodable": found.num_broken,
         }
         figures = {f"top1_k{k}": share for k, share in found.accuracies.items()}
-        result = write_result(evaluation, figures, data, time.perf_counter() - started)
-    say(result, evaluation)
-    return result
+        return write_result(evaluation, figures, data, time.perf_counter() - started)
+
+    return run_once(evaluation, measure)

@@ -1,11 +1,10 @@
-"""Linear evaluation of a frozen encoder."""
+"""Linear probe: linear classifiers trained on the features of a frozen encoder."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,152 +12,141 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from m2t_accel.config.data import check_enough_images
 from m2t_accel.config.evaluation import LinearProbeConfig
 from m2t_accel.config.fields import ConfigurationError, one_line
-from m2t_accel.data.loader import create_loader, dead_workers_in_one_line, read
+from m2t_accel.data.loader import create_loader, read
 from m2t_accel.data.order import ShuffledOrder, num_steps_per_epoch
 from m2t_accel.data.photometry import flipped_view
 from m2t_accel.data.requests import DeviceBatches
 from m2t_accel.data.views import FlippedCrops
-from m2t_accel.distributed.processes import broadcast_object, on_all_processes
-from m2t_accel.evaluation.features import embed_images, fingerprint, gather_features, gather_rows, labels_of
-from m2t_accel.evaluation.heads import Heads, classifier, folded, rate_factor, save_classifier
-from m2t_accel.evaluation.setup import Evaluation, open_folder, say, start_evaluation, write_result
+from m2t_accel.distributed.processes import broadcast_object, gather_to_all, on_all_processes
+from m2t_accel.evaluation.features import embed_images, gather_features, read_labels, sample_labels
+from m2t_accel.evaluation.heads import Heads, build_classifier, fold_batch_norm, rate_factor
+from m2t_accel.evaluation.setup import Evaluation, start_evaluation
+from m2t_accel.evaluation.supervised import Trained, rank_classes, train_and_measure
+from m2t_accel.files import atomic_write
 from m2t_accel.model import embed
 from m2t_accel.progress import progress_bar
 
-# Of the training split, to choose among learning rates. Always the same images.
-CHOICE_FRACTION = 0.1
+HELD_OUT_SHARE = 0.1  # of the training images, to choose a learning rate; always the same images
 CHECKPOINT = "checkpoint.pt"
 
 
 def evaluate_linear(config: LinearProbeConfig) -> dict[str, object]:
-    """Train linear classifiers on the frozen encoder, and measure the best on the validation split, seen once.
+    """Train linear classifiers on the frozen encoder, and measure the best on the validation split.
 
-    Writes result.json, config.yaml and classifier/, a stock transformers model, and prints a line. After each epoch
-    there is a checkpoint, from which the same command goes on. A collective call; the result comes back.
+    A collective call. Writes result.json, config.yaml and classifier/ (a stock transformers model), prints a summary
+    and returns the result. A checkpoint is written after each epoch; an interrupted probe resumes from it.
 
     Raises:
-        ConfigurationError: the launch, the encoder, the images or the folder do not allow it.
+        ConfigurationError: the launch, the encoder, the images or the output folder do not allow it.
     """
     evaluation = start_evaluation(config)
-    config, accelerator = evaluation.config, evaluation.accelerator
-    train, held_out = split_for_choice(evaluation.images.train, len(config.learning_rates))
-    check_enough_images(len(train), config)
-    result = open_folder(evaluation)
-    if result is None:
-        accelerator.print(introduction(evaluation, train, held_out))
-        with dead_workers_in_one_line():
-            result = train_and_measure(evaluation, train, held_out)
-    say(result, evaluation)
+    train, held_out = split_held_out(evaluation.images.train, len(config.learning_rates))
+    result = train_and_measure(evaluation, train, lambda: train_probe(evaluation, train, held_out))
+    if evaluation.accelerator.is_main_process:
+        (Path(config.output_dir) / CHECKPOINT).unlink(missing_ok=True)
     return result
 
 
-def split_for_choice(images: Dataset, num_rates: int) -> tuple[Dataset, Dataset | None]:
-    """The images to train on and, where there are several learning rates, those to choose among them with."""
+def split_held_out(images: Dataset, num_rates: int) -> tuple[Dataset, Dataset | None]:
+    """Return the images to train on and, if there are several learning rates, the images to choose among them."""
     if num_rates == 1:
         return images, None
-    order = np.random.default_rng(1).permutation(len(images))  # apart from what load_images may have held out
-    number = max(1, round(CHOICE_FRACTION * len(images)))
+    order = np.random.default_rng(1).permutation(len(images))  # load_images uses another seed
+    number = max(1, round(HELD_OUT_SHARE * len(images)))
     return images.select(np.sort(order[number:])), images.select(np.sort(order[:number]))
 
 
-def introduction(evaluation: Evaluation, train: Dataset, held_out: Dataset | None) -> str:
+def train_probe(evaluation: Evaluation, train: Dataset, held_out: Dataset | None) -> Trained:
+    """Train a head for each learning rate, and choose the one with the best accuracy on `held_out`."""
+    config, accelerator = evaluation.config, evaluation.accelerator
+    accelerator.print("\n".join(introduction(evaluation, train, held_out)))
+    missing = why_no_classifier(evaluation)
+    if missing is not None:
+        accelerator.print(f"no classifier/ will be written: {missing}")
+    heads, broken, seconds = train_heads(evaluation, train)
+    chosen, protocol = 0, {}
+    if held_out is not None:
+        found = rank_classes(evaluation.encoder, heads.heads, held_out, evaluation)
+        accuracies = (found.classes[:, :, 0] == found.labels[:, None]).double().mean(dim=0)
+        chosen = int(accuracies.argmax())
+        protocol = {
+            "held_out_top1": dict(zip(map(str, config.learning_rates), accuracies.tolist(), strict=True)),
+            "chosen_learning_rate": config.learning_rates[chosen],
+        }
+    head = heads.heads[chosen]
+    model = create_model(evaluation, head) if missing is None else None
+    return Trained(evaluation.encoder, head, model, broken, seconds, protocol)
+
+
+def introduction(evaluation: Evaluation, train: Dataset, held_out: Dataset | None) -> list[str]:
     config = evaluation.config
     rates = ", ".join(f"{rate:g}" for rate in config.learning_rates)
     lines = [
-        evaluation.loaded.note,
-        evaluation.images.note,
         f"protocol {config.protocol}: {config.epochs} epochs of {len(train):,} images in batches of "
-        f"{config.batch_size}, learning rate {rates} for each 256, {config.schedule}",
+        f"{config.batch_size}, learning rate {rates} for each 256, {config.schedule}"
     ]
     if held_out is not None:
         lines.append(
             f"{len(config.learning_rates)} heads; the best on {len(held_out):,} other training images is chosen"
         )
     if config.features == "cached":
-        lines.append("--features cached: of centre crops, computed once. This is quick, and not the protocol")
-    return "\n".join(lines)
-
-
-def train_and_measure(evaluation: Evaluation, train: Dataset, held_out: Dataset | None) -> dict[str, object]:
-    """Train the heads, choose one, measure it, and write the classifier and the result."""
-    config, accelerator, images = evaluation.config, evaluation.accelerator, evaluation.images
-    without_classifier = why_no_classifier(evaluation)
-    if without_classifier is not None:
-        accelerator.print(f"no classifier/ will be written: {without_classifier}")
-    started = time.perf_counter()
-    heads, broken, before = train_heads(evaluation, train)
-    chosen, told = 0, {}
-    if held_out is not None:
-        samples, classes, _ = ranked(evaluation, held_out, heads.heads)
-        labels = torch.from_numpy(labels_of(held_out)).to(samples.device)[samples]
-        accuracies = (classes[:, :, 0] == labels[:, None]).double().mean(dim=0)
-        chosen = int(accuracies.argmax())
-        told["held_out_top1"] = dict(zip(map(str, config.learning_rates), accuracies.tolist(), strict=True))
-        told["chosen_learning_rate"] = config.learning_rates[chosen]
-    head = heads.heads[chosen]
-    samples, classes, digests = ranked(evaluation, images.validation, torch.nn.ModuleList([head]))
-    labels = torch.from_numpy(labels_of(images.validation)).to(samples.device)[samples]
-    data = {
-        "train": {"images": len(train)},
-        "test": {"images": len(samples), "fingerprint": fingerprint(digests, labels)},
-        "undecodable": len(broken) + len(images.validation) - len(samples),
-    }
-    seconds = before + time.perf_counter() - started
-
-    def finish() -> dict[str, object] | None:
-        if not accelerator.is_main_process:
-            return None
-        figures = accuracy(classes[:, 0], labels, len(images.class_names))
-        if without_classifier is None:
-            write_classifier(evaluation, head)
-        result = write_result(evaluation, figures, data, seconds, **told)
-        (Path(config.output_dir) / CHECKPOINT).unlink(missing_ok=True)
-        return result
-
-    return broadcast_object(on_all_processes(accelerator, finish))
-
-
-def accuracy(classes: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
-    """Top-1 and top-5 of ranked classes (N, 5) and labels (N,)."""
-    from m2t_accel.evaluation.metrics import TopKAccuracy  # late: `evaluate` takes 7 seconds to import
-
-    return TopKAccuracy(num_classes).compute(predictions=classes.tolist(), references=labels.tolist())
+        lines.append("--features cached: features of the centre crops, computed once: quick, but not the protocol")
+    return lines
 
 
 def why_no_classifier(evaluation: Evaluation) -> str | None:
-    """Why encoder and head cannot be one model of transformers, or None; better known before the training."""
+    """Return why encoder and head cannot form one model of transformers, or None if they can."""
     try:
-        linear = torch.nn.Linear(evaluation.num_features, len(evaluation.images.class_names))
-        classifier(evaluation.encoder, linear, evaluation.images.class_names)
+        linear = nn.Linear(evaluation.num_features, len(evaluation.images.class_names))
+        build_classifier(evaluation.encoder, linear, evaluation.images.class_names)
     except ConfigurationError as error:
         return str(error)
     return None
 
 
+def create_model(evaluation: Evaluation, head: nn.Sequential) -> PreTrainedModel:
+    """Return encoder and head as one stock transformers model.
+
+    Raises:
+        ValueError: its logits differ from those of encoder and head.
+    """
+    size, device = evaluation.config.image_size, evaluation.accelerator.device
+    model = build_classifier(evaluation.encoder, fold_batch_norm(head), evaluation.images.class_names).to(device)
+    images = torch.rand(4, 3, size, size, device=device)
+    with torch.no_grad():
+        expected = head(embed(evaluation.encoder, images))
+        difference = (model(pixel_values=images).logits - expected).abs().max().item()
+    if not difference <= 1e-4 * max(1.0, expected.abs().max().item()):
+        raise ValueError(f"the logits of the folded classifier differ by {difference:.2g}")
+    return model
+
+
 def train_heads(evaluation: Evaluation, train: Dataset) -> tuple[Heads, set[int], float]:
-    """The heads, trained, which images could not be decoded, and the seconds of earlier runs.
+    """Train one head for each learning rate, the same on every process. A collective call.
 
-    Every process trains all heads, alike.
-
-    The processes share the work of the encoder. Its features are gathered, which is less to send than the gradients of
+    The processes share the work of the encoder. Its features are gathered, since they are smaller than the gradients of
     one head, and every process takes the same step on the whole batch.
+
+    Returns:
+        The heads, the images that this process could not decode, and the seconds of training in earlier runs.
     """
     config, accelerator = evaluation.config, evaluation.accelerator
     source = CachedFeatures(evaluation, train) if config.features == "cached" else AugmentedFeatures(evaluation, train)
-    set_seed(config.seed)  # whatever was made before
+    set_seed(config.seed)  # the number of models created before must not change the heads
     heads = Heads(evaluation.num_features, len(evaluation.images.class_names), config.learning_rates).to(
         accelerator.device
     )
     steps_per_epoch = num_steps_per_epoch(source.num_images, config.batch_size)
     total_steps = config.epochs * steps_per_epoch
     checkpoint = Path(config.output_dir) / CHECKPOINT
-    first_step, before = load_checkpoint(checkpoint, heads, source.broken, evaluation)
-    started = time.perf_counter() - before
+    first_step, earlier_seconds = load_checkpoint(checkpoint, heads, source.broken, evaluation)
+    started = time.perf_counter() - earlier_seconds
     bar = progress_bar("step", total_steps, initial=first_step, disable=not accelerator.is_main_process)
     with contextlib.closing(bar):
         losses = []
@@ -173,24 +161,27 @@ def train_heads(evaluation: Evaluation, train: Dataset) -> tuple[Heads, set[int]
                 if step + 1 < total_steps:
                     seconds = time.perf_counter() - started
                     save_checkpoint(checkpoint, heads, step + 1, source.broken, seconds, evaluation)
-    return heads.eval(), source.broken, before
+    return heads.eval(), source.broken, earlier_seconds
 
 
 class AugmentedFeatures:
-    """Features of a new crop of each image in each epoch."""
+    """Features of a new random crop of each image in each epoch."""
 
     def __init__(self, evaluation: Evaluation, train: Dataset) -> None:
         self.evaluation = evaluation
         self.train = train
         self.num_images = len(train)
-        self.broken: set[int] = set()  # of this process
+        self.broken: set[int] = set()  # images that this process could not decode
 
     @torch.no_grad()
     def batches(self, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each step to come the features (batch_size, C) and labels of the whole batch, on every process alike."""
+        """Yield features (batch_size, C) and labels (batch_size,) of each step from `first_step` on.
+
+        Every process receives the whole batch.
+        """
         config, accelerator = self.evaluation.config, self.evaluation.accelerator
         requests = DeviceBatches(self.train, config, accelerator.num_processes, accelerator.process_index, first_step)
-        labels = torch.from_numpy(labels_of(self.train))
+        labels = torch.from_numpy(read_labels(self.train))
         parts: list[tuple[Tensor, Tensor]] = []
         loader = create_loader(FlippedCrops(self.train, config), requests, config, accelerator.device)
         for batch in read(loader, accelerator.device):
@@ -200,14 +191,14 @@ class AugmentedFeatures:
                 features = embed(self.evaluation.encoder, views).float()
             parts.append((features, labels[batch.samples].to(accelerator.device, non_blocking=True)))
             if len(parts) == len(requests.devices):
-                yield tuple(whole_batch(torch.stack(rows), accelerator) for rows in zip(*parts, strict=True))
+                yield tuple(gather_batch(torch.stack(rows), accelerator) for rows in zip(*parts, strict=True))
                 parts = []
 
 
-def whole_batch(rows: Tensor, accelerator: Accelerator) -> Tensor:
-    """This process's sub-batches (turns, n, …) as the whole batch, in the order of the virtual devices."""
+def gather_batch(rows: Tensor, accelerator: Accelerator) -> Tensor:
+    """Return the rows of all virtual devices in order, from this process's rows (devices, n, …). A collective call."""
     rows = accelerator.gather(rows).unflatten(0, (accelerator.num_processes, -1))
-    return rows.transpose(0, 1).flatten(0, 2)  # processes take the devices in turn
+    return rows.transpose(0, 1).flatten(0, 2)  # the processes take the virtual devices in turn
 
 
 class CachedFeatures:
@@ -218,13 +209,13 @@ class CachedFeatures:
         found = gather_features(list(embed_images(evaluation.encoder, train, config, accelerator)), accelerator)
         self.config = config
         self.features = found.features
-        self.labels = torch.from_numpy(labels_of(train)).to(found.samples.device)[found.samples]
+        self.labels = sample_labels(train, found.samples)
         self.num_images = len(found.samples)
         check_enough_images(self.num_images, config)
         self.broken = set(range(len(train))) - set(found.samples.tolist())
 
     def batches(self, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """As AugmentedFeatures.batches."""
+        """Yield the same as `AugmentedFeatures.batches`."""
         order = ShuffledOrder(self.num_images, self.config)
         steps_per_epoch = num_steps_per_epoch(self.num_images, self.config.batch_size)
         for step in range(first_step, self.config.epochs * steps_per_epoch):
@@ -235,46 +226,27 @@ class CachedFeatures:
             yield self.features[rows], self.labels[rows]
 
 
-@torch.no_grad()
-def ranked(evaluation: Evaluation, images: Dataset, heads: Sequence[torch.nn.Module]) -> list[Tensor]:
-    """Of all images that can be decoded, on every process: samples (N,), their most likely classes (N, heads, 5) and
-    their files' digests (N,). No image comes twice, whether or not the processes divide them.
-    """
-    columns = []
-    for samples, features, digests in embed_images(
-        evaluation.encoder, images, evaluation.config, evaluation.accelerator
-    ):
-        logits = torch.stack([head(features) for head in heads], dim=1)
-        columns.append((samples, logits.topk(min(5, logits.shape[2]), dim=2).indices, digests))
-    num_classes = len(evaluation.images.class_names)
-    nothing = torch.empty(0, dtype=torch.int64)
-    empty = (nothing, torch.empty(0, len(heads), min(5, num_classes), dtype=torch.int64), nothing)
-    device = evaluation.accelerator.device
-    rows = [torch.cat([part.to(device) for part in column]) for column in zip(empty, *columns, strict=True)]
-    found = gather_rows(rows, evaluation.accelerator)
-    if not len(found[0]):
-        raise ConfigurationError(f"--dataset {evaluation.config.dataset}: no image to measure on can be decoded")
-    return found
-
-
 def save_checkpoint(
     path: Path, heads: Heads, step: int, broken: set[int], seconds: float, evaluation: Evaluation
 ) -> None:
-    """Write the state after `step` steps, whole or not at all; of the first process."""
+    """Write the state after `step` steps atomically, on the main process. A collective call."""
+    broken = set().union(*gather_to_all(broken))
     if not evaluation.accelerator.is_main_process:
         return
     state = {"step": step, "weights": evaluation.weights, "broken": sorted(broken), "seconds": seconds}
     state |= {"heads": heads.state_dict(), "optimizer": heads.optimizer.state_dict()}
-    temporary = path.with_name(f".{path.name}")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with atomic_write(path) as temporary:
+        torch.save(state, temporary)
 
 
 def load_checkpoint(path: Path, heads: Heads, broken: set[int], evaluation: Evaluation) -> tuple[int, float]:
-    """Take up the state of a checkpoint, if there is one; its steps and seconds, else 0. A collective call.
+    """Load the state of a checkpoint into `heads` and `broken`, if there is one. A collective call.
+
+    Returns:
+        The steps and the seconds of training that are done.
 
     Raises:
-        ConfigurationError: it cannot be read, or is of an encoder with other weights; the same on every process.
+        ConfigurationError: it cannot be read, or belongs to other encoder weights; the same on every process.
     """
     accelerator = evaluation.accelerator
 
@@ -284,10 +256,10 @@ def load_checkpoint(path: Path, heads: Heads, broken: set[int], evaluation: Eval
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             weights = state["weights"]
-        except Exception as error:  # of torch, zipfile and pickle
-            raise ConfigurationError(f"{path} cannot be read ({one_line(error)}): remove it to begin anew") from None
+        except Exception as error:  # torch, zipfile and pickle raise many types
+            raise ConfigurationError(f"{path} cannot be read ({one_line(error)}): remove it to start again") from None
         if weights != evaluation.weights:
-            raise ConfigurationError(f"{path} is of an encoder with other weights: remove it to begin anew")
+            raise ConfigurationError(f"{path} belongs to an encoder with other weights: remove it to start again")
         return state
 
     state = broadcast_object(on_all_processes(accelerator, load))
@@ -296,22 +268,5 @@ def load_checkpoint(path: Path, heads: Heads, broken: set[int], evaluation: Eval
     heads.load_state_dict(state["heads"])
     heads.optimizer.load_state_dict(state["optimizer"])
     broken |= set(state["broken"])
-    accelerator.print(f"goes on after {state['step']} steps, from {path}")
+    accelerator.print(f"resumes after step {state['step']}, from {path}")
     return state["step"], state["seconds"]
-
-
-def write_classifier(evaluation: Evaluation, head: torch.nn.Sequential) -> None:
-    """Write classifier/: the encoder and the head folded into one stock transformers model.
-
-    Raises:
-        ValueError: its logits are not those of encoder and head.
-    """
-    config, device = evaluation.config, evaluation.accelerator.device
-    model = classifier(evaluation.encoder, folded(head), evaluation.images.class_names).to(device)
-    images = torch.rand(4, 3, config.image_size, config.image_size, device=device)
-    with torch.no_grad():
-        wanted = head(embed(evaluation.encoder, images))
-        difference = (model(pixel_values=images).logits - wanted).abs().max().item()
-    if not difference <= 1e-4 * max(1.0, wanted.abs().max().item()):
-        raise ValueError(f"the folded classifier's logits differ by {difference:.2g}")
-    save_classifier(model, config, Path(config.output_dir) / "classifier")

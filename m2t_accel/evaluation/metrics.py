@@ -1,4 +1,4 @@
-"""Accuracy as a metric of Hugging Face's `evaluate`, without its Hub. Importing this takes that library's 7 seconds."""
+"""Accuracy as a metric of Hugging Face's `evaluate`, without the Hub. Importing `evaluate` takes 7 seconds."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import numpy as np
 
 
 class TopKAccuracy(evaluate.Metric):
-    """Top-1 and, of more than five classes, top-5 accuracy, from 0 to 1.
+    """Top-1 accuracy and, with more than five classes, top-5 accuracy, from 0 to 1.
 
-    predictions: for each image its classes, the most likely first, (N, K) with K at least 5 or the number of
-    classes; references (N,). On several processes the predictions are gathered first and every process may compute
-    the whole: the library's own distributed mode hangs at its second use.
+    predictions: the classes of each image, the most likely first, (N, K); K is at least 5 or the number of classes.
+    references: the labels (N,).
+
+    Gather predictions of several processes before `compute`: the distributed mode of `evaluate` hangs when it is used
+    a second time.
     """
 
     def __init__(self, num_classes: int) -> None:

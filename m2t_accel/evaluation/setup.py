@@ -1,4 +1,4 @@
-"""What every evaluation shares: the encoder and its labelled images at the start, the result's file at the end."""
+"""Start and end of every evaluation: load the encoder and the images, then write the result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from torch import nn
 from m2t_accel.config.data import TrainingSettings, check_dataset
 from m2t_accel.config.evaluation import EvaluationSettings, check_encoder
 from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.data.loader import dead_workers_in_one_line
 from m2t_accel.data.sources import ImageData, load_images
 from m2t_accel.distributed.launch import command, hardware, start_accelerator
 from m2t_accel.distributed.processes import broadcast_object, check_same_images, on_all_processes
@@ -30,23 +31,23 @@ from m2t_accel.model import embed
 PACKAGES = ("m2t_accel", "torch", "torchvision", "transformers", "accelerate", "datasets", "opencv-python-headless")
 
 # Settings that may differ between two runs of the same evaluation.
-FREE = ("output_dir", "num_workers", "push_to_hub")
+IGNORED_SETTINGS = ("output_dir", "num_workers", "push_to_hub")
 
 
 class Evaluation(NamedTuple):
-    """An evaluation that may begin: everything found and checked, nothing written yet."""
+    """An evaluation that is loaded and checked, and has written nothing yet."""
 
-    config: EvaluationSettings  # its views settled
+    config: EvaluationSettings  # with the view's settings from the encoder where they were not given
     accelerator: Accelerator
     encoder: nn.Module  # frozen, in evaluation mode, on the device
     loaded: LoadedEncoder
-    weights: str  # a fingerprint of the encoder's
+    weights: str  # fingerprint of the encoder's weights
     num_features: int
-    images: ImageData  # with labels, and a validation split, where something is measured
+    images: ImageData  # labelled and with a validation split, unless the evaluation needs no labels
 
 
 def start_evaluation(config: EvaluationSettings) -> Evaluation:
-    """Load the encoder and the labelled images; a collective call.
+    """Load the encoder and the images. A collective call.
 
     Raises:
         ConfigurationError: the launch, the encoder or the images do not allow it; the same on every process.
@@ -59,7 +60,7 @@ def start_evaluation(config: EvaluationSettings) -> Evaluation:
     images = on_all_processes(accelerator, lambda: load_images(config))
     check_same_images(accelerator, images.note, images.fingerprint)
     if images.lacks and config.evaluates:
-        raise ConfigurationError(f"nothing can be measured on --dataset {config.dataset}: it has {images.lacks}")
+        raise ConfigurationError(f"--dataset {config.dataset} cannot be evaluated on: it has {images.lacks}")
     set_seed(getattr(config, "seed", 0))
     encoder = random_weights(loaded.model) if config.random_weights else loaded.model
     encoder.requires_grad_(False).eval().to(accelerator.device, memory_format=torch.channels_last)
@@ -69,41 +70,57 @@ def start_evaluation(config: EvaluationSettings) -> Evaluation:
     return Evaluation(config, accelerator, encoder, loaded, weights_fingerprint(encoder), num_features, images)
 
 
+def run_once(evaluation: Evaluation, measure: Callable[[], dict[str, object]]) -> dict[str, object]:
+    """Return and print the result of an evaluation: the stored one, or else that of `measure`. A collective call.
+
+    Raises:
+        ConfigurationError: the output folder does not allow it, or a worker of the loader died.
+    """
+    result = open_folder(evaluation)
+    if result is None:
+        evaluation.accelerator.print(f"{evaluation.loaded.note}\n{evaluation.images.note}")
+        with dead_workers_in_one_line():
+            result = measure()
+    evaluation.accelerator.print("\n".join(describe(result, Path(evaluation.config.output_dir))))
+    return result
+
+
 def open_folder(evaluation: Evaluation) -> dict[str, object] | None:
-    """Make the folder of the result, with its config.yaml; or the result, if this very evaluation was done before.
+    """Create the output folder with config.yaml, or return the result if it already holds this evaluation's.
 
     A collective call.
 
     Raises:
-        ConfigurationError: it holds another evaluation, or cannot be written; the same on every process.
+        ConfigurationError: the folder holds another evaluation, or cannot be written; the same on every process.
     """
     is_main = evaluation.accelerator.is_main_process
-    result = on_all_processes(evaluation.accelerator, lambda: open_folder_here(evaluation) if is_main else None)
+    result = on_all_processes(evaluation.accelerator, lambda: open_on_main(evaluation) if is_main else None)
     return broadcast_object(result)
 
 
-def open_folder_here(evaluation: Evaluation) -> dict[str, object] | None:
+def open_on_main(evaluation: Evaluation) -> dict[str, object] | None:
     config, folder = evaluation.config, Path(evaluation.config.output_dir)
+    config_file, result_file = folder / "config.yaml", folder / "result.json"
     try:
-        if not (folder / "config.yaml").exists():
+        if not config_file.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / "config.yaml", config.to_yaml())
+            write_text(config_file, config.to_yaml())
             return None
-        there, wanted = (yaml.safe_load(text) for text in ((folder / "config.yaml").read_text(), config.to_yaml()))
-        result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else None
-        other = [name for name in wanted if name not in FREE and there.get(name) != wanted[name]]
+        stored, given = (yaml.safe_load(text) for text in (config_file.read_text(), config.to_yaml()))
+        result = json.loads(result_file.read_text()) if result_file.exists() else None
+        changes = [name for name in given if name not in IGNORED_SETTINGS and stored.get(name) != given[name]]
         if result is not None and result["weights"] != evaluation.weights:
-            other.append("encoder's weights")
+            changes.append("encoder's weights")
     except OSError as error:
         raise ConfigurationError(f"--output_dir {folder} cannot be written ({error.strerror})") from None
     except (ValueError, AttributeError, KeyError, TypeError, yaml.YAMLError):
         raise ConfigurationError(
             f"--output_dir {folder} holds a config.yaml or result.json that is not an evaluation's: give another folder"
         ) from None
-    if other:
+    if changes:
         raise ConfigurationError(
-            f"--output_dir {folder} holds another evaluation (another {', '.join(other)}): give another folder, or "
-            "remove that one"
+            f"--output_dir {folder} holds another evaluation (another {', '.join(changes)}): give another folder, or "
+            "remove this one"
         )
     return result
 
@@ -111,9 +128,12 @@ def open_folder_here(evaluation: Evaluation) -> dict[str, object] | None:
 def write_result(
     evaluation: Evaluation, figures: Mapping[str, float], data: Mapping[str, object], seconds: float, **more: object
 ) -> dict[str, object]:
-    """Write result.json, the figures with all that they depend on, by the first process; the same comes back.
+    """Return the result: the figures and everything they depend on. The main process also writes it to result.json.
 
-    figures: shares from 0 to 1 by name; data: by its part (bank, train, test), how many images and their fingerprint.
+    Args:
+        figures: shares from 0 to 1, by name.
+        data: number of images and fingerprint of each part (bank, train, test).
+        more: further entries of the result's `protocol`.
     """
     config, accelerator = evaluation.config, evaluation.accelerator
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(config).items()}
@@ -125,7 +145,7 @@ def write_result(
         "dataset": config.dataset,
         "data": dict(data),
         "protocol": {
-            **{k: v for k, v in settings.items() if k not in (*FREE, "encoder", "dataset", "seed")},
+            **{k: v for k, v in settings.items() if k not in (*IGNORED_SETTINGS, "encoder", "dataset", "seed")},
             "network": "random weights" if config.random_weights else evaluation.loaded.network,
             "batch_norm": "running statistics",
             "interpolation": "bilinear, antialiased",
@@ -145,21 +165,18 @@ def write_result(
     return result
 
 
-def in_one_line(result: Mapping[str, object]) -> str:
-    """A result for people, such as `runs/digits: knn of digits: top1_k20 98.06 %, top1_k200 95.00 %`."""
+def describe(result: Mapping[str, object], folder: Path) -> list[str]:
+    """Return the lines that tell the user the figures, where the protocol is and how to load the classifier."""
     figures = ", ".join(f"{name} {100 * share:.2f} %" for name, share in result["figures"].items())
     network = " with random weights" if result["protocol"]["random_weights"] else ""
-    return f"{result['encoder']}{network}, {result['evaluation']} on {result['dataset']}: {figures}"
-
-
-def say(result: dict[str, object], evaluation: Evaluation) -> None:
-    """A line for people, and where the rest is."""
     broken = result["data"]["undecodable"]
     note = f" ({broken} images cannot be decoded, and are left out)" if broken else ""
-    file = Path(evaluation.config.output_dir) / "result.json"
-    lines = [f"{in_one_line(result)}{note}", f"Protocol: {file}"]
-    if (file.parent / "classifier").is_dir():
+    lines = [
+        f"{result['encoder']}{network}, {result['evaluation']} on {result['dataset']}: {figures}{note}",
+        f"Protocol: {folder / 'result.json'}",
+    ]
+    if (folder / "classifier").is_dir():
         lines.append(
-            f"Load it:  from transformers import pipeline; pipeline('image-classification', '{file.parent}/classifier')"
+            f"Load it:  from transformers import pipeline; pipeline('image-classification', '{folder}/classifier')"
         )
-    evaluation.accelerator.print("\n".join(lines))
+    return lines

@@ -2,7 +2,16 @@ import pytest
 
 from m2t_accel.config import evaluation
 from m2t_accel.config.command_line import parse_settings
-from m2t_accel.config.evaluation import PROTOCOLS, LinearProbeConfig, build_knn, build_linear_probe
+from m2t_accel.config.evaluation import (
+    FINETUNE_PROTOCOLS,
+    PROTOCOLS,
+    FinetuneConfig,
+    LinearProbeConfig,
+    build_embed,
+    build_finetune,
+    build_knn,
+    build_linear_probe,
+)
 from m2t_accel.config.fields import ConfigurationError
 
 GIVEN = {"encoder": "someone/encoder", "dataset": "/data/imagenet"}
@@ -14,101 +23,118 @@ def parse(*arguments):
     )[0]
 
 
-# Source: arXiv 2101.07525 and its published code.
 @pytest.mark.parametrize(
     ("name", "rate", "epochs", "schedule"), [("byol", 0.2, 80, "cosine"), ("moco", 30.0, 100, "steps")]
 )
-def test_the_published_protocols(name, rate, epochs, schedule):
+def test_the_linear_protocols_are_the_published_ones(name, rate, epochs, schedule):
+    """Source: arXiv 2101.07525 and its published code."""
     config = build_linear_probe({**GIVEN, "protocol": name})
     assert (config.learning_rates, config.epochs, config.schedule) == ((rate,), epochs, schedule)
     assert (config.batch_size, config.crop_scale, config.flip_probability) == (256, (0.08, 1.0), 0.5)
     assert config.features == "augmented"
 
 
-def test_knn_defaults_are_the_usual():
+@pytest.mark.parametrize(
+    ("name", "labels", "epochs"), [("1percent", 0.01, 50), ("10percent", 0.1, 50), ("all", 1.0, 30)]
+)
+def test_the_fine_tuning_protocols_are_those_of_byol(name, labels, epochs):
+    """Source: BYOL (arXiv 2006.07733), semi-supervised: SGD with Nesterov momentum, 1024 images, no weight decay."""
+    config = build_finetune({**GIVEN, "protocol": name})
+    assert (config.labels, config.epochs, config.batch_size, config.weight_decay) == (labels, epochs, 1024, 0)
+    assert config.learning_rate_per_256 * 4 in (0.005, 0.01, 0.02, 0.05, 0.1)
+
+
+def test_the_defaults_of_knn_are_those_of_wu_et_al():
     config = build_knn(GIVEN)
     assert (config.k, config.temperature) == ((20, 200), 0.07)
-    assert config.image_size is None, "the encoder's"
+    assert config.image_size is None, "it is read from the encoder"
 
 
-def test_the_protocol_goes_by_the_dataset_unless_it_is_named():
+def test_the_default_protocol_depends_on_the_dataset():
     assert build_linear_probe(GIVEN).protocol == "byol"
-    assert build_linear_probe({**GIVEN, "dataset": "digits"}).protocol == "digits"
+    assert build_finetune(GIVEN).protocol == "1percent"
+    for build in (build_linear_probe, build_finetune):
+        assert build({**GIVEN, "dataset": "digits"}).protocol == "digits"
     assert build_linear_probe({**GIVEN, "dataset": "digits", "protocol": "moco"}).learning_rates == (30.0,)
 
 
-@pytest.mark.parametrize("text", [["0.1,1,10"], ["0.1", "1", "10"], ["0.1,", "1,10"]])
-def test_several_learning_rates(text):
-    if text == ["0.1,", "1,10"]:
-        with pytest.raises(ConfigurationError, match="--learning_rates : a number is needed"):
-            parse("--encoder", "a/b", "--dataset", "digits", "--learning_rates", *text)
-    else:
-        config = parse("--encoder", "a/b", "--dataset", "digits", "--learning_rates", *text)
-        assert config.learning_rates == (0.1, 1.0, 10.0)
+@pytest.mark.parametrize("words", [["0.1,1,10"], ["0.1", "1", "10"]])
+def test_several_learning_rates_are_separated_by_commas_or_spaces(words):
+    config = parse("--encoder", "a/b", "--dataset", "digits", "--learning_rates", *words)
+    assert config.learning_rates == (0.1, 1.0, 10.0)
 
 
-def test_a_configuration_reads_back_as_itself(tmp_path):
+def test_a_configuration_file_gives_the_same_configuration(tmp_path):
     config = parse("--encoder", "a/b", "--dataset", "digits", "--learning_rates", "0.1,0.3", "--image_size", "64")
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert parse("--config", str(tmp_path / "config.yaml")) == config
 
 
-def test_the_list(capsys):
+@pytest.mark.parametrize(
+    ("kind", "build", "table", "protocols"),
+    [
+        (LinearProbeConfig, build_linear_probe, evaluation.protocol_table, PROTOCOLS),
+        (FinetuneConfig, build_finetune, evaluation.finetune_table, FINETUNE_PROTOCOLS),
+    ],
+)
+def test_the_table_lists_all_protocols(capsys, kind, build, table, protocols):
     with pytest.raises(SystemExit):
-        parse("--protocol", "list")
+        parse_settings("test", "", kind, build, "protocol", table, arguments=("--protocol", "list"))
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["protocol", *PROTOCOLS]
+    assert [line.split()[0] for line in lines] == ["protocol", *protocols]
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("build", "given", "message"),
     [
-        ({"dataset": "digits"}, "--encoder is needed: the folder of a run such as runs/digits"),
-        ({"encoder": "a/b"}, "--dataset is needed"),
-        ({**GIVEN, "protocol": "mocov3"}, "--protocol mocov3: unknown, did you mean moco?; one of byol, moco, digits"),
-        ({**GIVEN, "features": "cache"}, "--features cache: unknown, did you mean cached?"),
-        ({**GIVEN, "learning_rates": []}, "--learning_rates is empty"),
-        ({**GIVEN, "learning_rates": [0.1, 0]}, "--learning_rates 0 is out of range: more than 0 is allowed"),
-        ({**GIVEN, "k": [20]}, "unknown setting k"),
+        (build_knn, {"dataset": "digits"}, "--encoder is needed"),
+        (build_knn, {"encoder": "a/b"}, "--dataset is needed"),
+        (build_linear_probe, {**GIVEN, "protocol": "mocov3"}, r"--protocol mocov3.*mean moco\?.*byol, moco, digits"),
+        (build_finetune, {**GIVEN, "protocol": "5percent"}, r"--protocol 5percent.*mean 1percent\?"),
+        (build_linear_probe, {**GIVEN, "features": "cache"}, r"--features cache.*mean cached\?"),
+        (build_linear_probe, {**GIVEN, "learning_rates": []}, "--learning_rates is empty"),
+        (build_linear_probe, {**GIVEN, "learning_rates": ["0.1,", "1,10"]}, "--learning_rates : a number"),
+        (build_linear_probe, {**GIVEN, "learning_rates": [0.1, 0]}, "--learning_rates 0 .*more than 0"),
+        (build_linear_probe, {**GIVEN, "k": [20]}, "unknown setting k"),
+        (build_embed, {**GIVEN, "format": "csv"}, "--format csv.*parquet, safetensors"),
     ],
 )
-def test_what_is_refused(given, message):
-    with pytest.raises(ConfigurationError) as caught:
-        build_linear_probe(given)
-    assert message in str(caught.value)
+def test_wrong_settings_are_refused(build, given, message):
+    with pytest.raises(ConfigurationError, match=message):
+        build(given)
 
 
-def test_where_a_result_goes(tmp_path):
+def test_results_go_to_the_folder_of_the_run(tmp_path):
     (tmp_path / "run" / "encoder").mkdir(parents=True)
     for encoder in (tmp_path / "run", tmp_path / "run" / "encoder"):
         assert build_knn({**GIVEN, "encoder": str(encoder)}).output_dir == str(tmp_path / "run" / "knn")
     assert build_linear_probe(GIVEN).output_dir == "runs/encoder/linear_probe"
+    assert build_finetune(GIVEN).output_dir == "runs/encoder/finetuning"
     assert build_knn({**GIVEN, "random_weights": True}).output_dir == "runs/encoder/knn_random_weights"
     assert build_knn({**GIVEN, "output_dir": "mine"}).output_dir == "mine"
     (tmp_path / "resnet.pth").write_bytes(b"")
     assert build_knn({**GIVEN, "encoder": str(tmp_path / "resnet.pth")}).output_dir == "runs/resnet/knn"
 
 
-def test_a_result_is_published_with_its_run(tmp_path, monkeypatch):
+def test_results_can_be_published_only_with_their_completed_run(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
     given = {**GIVEN, "encoder": str(tmp_path / "run"), "push_to_hub": "me/digits"}
     (tmp_path / "run" / "encoder").mkdir(parents=True)
-    with pytest.raises(ConfigurationError, match=r"a run is published with its results, but .*run is none"):
+    with pytest.raises(ConfigurationError, match=r"--push_to_hub .*run is not a completed run"):
         evaluation.check_publishing(build_linear_probe(given))
     (tmp_path / "run" / "training.json").write_text("{}")
     evaluation.check_publishing(build_linear_probe(given))
-    evaluation.check_publishing(evaluation.build_finetune(given))
-    with pytest.raises(ConfigurationError, match="--output_dir is not directly in its folder"):
+    evaluation.check_publishing(build_finetune(given))
+    with pytest.raises(ConfigurationError, match="--output_dir"):
         evaluation.check_publishing(build_linear_probe({**given, "output_dir": str(tmp_path / "elsewhere")}))
-    with pytest.raises(ConfigurationError, match="--push_to_hub digits: a name on the Hub is needed"):
+    with pytest.raises(ConfigurationError, match=r"--push_to_hub digits: .*USER/NAME"):
         evaluation.check_publishing(build_linear_probe({**given, "push_to_hub": "digits"}))
     evaluation.check_publishing(build_linear_probe(GIVEN))
 
 
-def test_an_encoder_that_is_not_there(tmp_path, monkeypatch):
+@pytest.mark.parametrize("encoder", ["runs/digits", "runs/digits/encoder", "some/folder/below", "encoder.pth"])
+def test_a_missing_encoder_is_refused(tmp_path, monkeypatch, encoder):
     monkeypatch.chdir(tmp_path)
-    evaluation.check_encoder("a/b")
-    with pytest.raises(ConfigurationError, match="--encoder runs/digits/encoder: no such file or folder"):
-        evaluation.check_encoder("runs/digits/encoder")
-    with pytest.raises(ConfigurationError, match="--encoder runs/digits: no such file or folder"):
-        evaluation.check_encoder("runs/digits")
+    with pytest.raises(ConfigurationError, match=f"--encoder {encoder}: no such"):
+        evaluation.check_encoder(encoder)
+    evaluation.check_encoder("user/name")

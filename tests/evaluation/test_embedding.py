@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import cv2
 import numpy as np
@@ -11,48 +12,45 @@ from safetensors import safe_open
 
 from m2t_accel.config.evaluation import build_embed
 from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.data.crops import central_view
 from m2t_accel.data.decode import decode_image
 from m2t_accel.evaluation.embedding import embed_dataset
 from m2t_accel.hub.encoders import load_encoder
 from m2t_accel.model import embed
 
 
-@pytest.fixture
-def given(small_run, small_images):
-    return {"encoder": str(small_run), "dataset": str(small_images), "num_workers": 0}
-
-
-def test_features_with_paths_and_labels_and_pictures(given, small_images, small_run):
-    (small_images / "train" / "green" / "3.png").write_bytes(b"broken")
-    lines = embed_dataset(build_embed({**given, "query_images": 3, "nearest": 4}))
-    folder = small_run / "embedding"
+def test_features_are_written_with_paths_and_labels_and_drawn(given, small_images, small_run, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(small_images, images)
+    (images / "train" / "green" / "3.png").write_bytes(b"broken")
+    config = build_embed({**given, "dataset": str(images), "query_images": 3, "nearest": 4})
+    lines = embed_dataset(config)
+    folder = tmp_path / "result"
     assert "features.parquet: 41 images, 128 features each" in lines[0]
-    assert lines[1] == "1 images cannot be decoded, and are left out"
+    assert lines[1].startswith("1 images cannot be decoded")
     table = parquet.read_table(folder / "features.parquet").to_pydict()
     assert len(table["path"]) == 41
     assert not any(path.endswith("green/3.png") for path in table["path"])
     loaded = load_encoder(str(small_run))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (loaded.image_mean, loaded.image_std))
     for row in (0, 20, 40):
-        pixels = decode_image({"bytes": None, "path": table["path"][row]})
         assert table["path"][row].split("/")[-2] == table["class"][row]
-        from m2t_accel.data.crops import central_view
-
+        pixels = decode_image({"bytes": None, "path": table["path"][row]})
         crop = torch.from_numpy(central_view(pixels, 16, 0.8).copy()).permute(2, 0, 1)[None] / 255
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (loaded.image_mean, loaded.image_std))
         with torch.no_grad():
-            wanted = embed(loaded.model, (crop - mean) / std)[0]
-        torch.testing.assert_close(torch.tensor(table["features"][row]), wanted, rtol=1e-4, atol=1e-5)
+            expected = embed(loaded.model, (crop - mean) / std)[0]
+        torch.testing.assert_close(torch.tensor(table["features"][row]), expected, rtol=1e-4, atol=1e-5)
     for name in ("map.png", "neighbours.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     result = json.loads((folder / "result.json").read_text())
     assert result["data"]["train"]["images"] == 41
-    assert embed_dataset(build_embed({**given, "query_images": 3, "nearest": 4})) == [f"{folder}: done before"]
+    assert embed_dataset(config) == [f"{folder} is already complete"]
 
 
-def test_safetensors_of_the_validation_split(given, small_run):
+def test_features_of_the_validation_split_as_safetensors(given, tmp_path):
     settings = {"split": "validation", "format": "safetensors", "map_images": 0, "query_images": 0}
     embed_dataset(build_embed({**given, **settings}))
-    folder = small_run / "embedding"
+    folder = tmp_path / "result"
     with safe_open(folder / "features.safetensors", "np") as file:
         assert file.get_tensor("features").shape == (21, 128)
         assert np.bincount(file.get_tensor("labels")).tolist() == [7, 7, 7]
@@ -61,32 +59,32 @@ def test_safetensors_of_the_validation_split(given, small_run):
     assert not (folder / "map.png").exists()
 
 
-def test_images_without_labels(given, tmp_path, small_run):
+def test_labels_are_optional(given, tmp_path):
     for i in range(12):
         write_image(tmp_path / "plain" / f"{i}.png", value=20 * i)
     lines = embed_dataset(build_embed({**given, "dataset": str(tmp_path / "plain")}))
     assert "12 images" in lines[0]
-    assert set(parquet.read_table(small_run / "embedding" / "features.parquet").column_names) == {
+    assert set(parquet.read_table(tmp_path / "result" / "features.parquet").column_names) == {
         *("sample", "path", "features")
     }
-    assert (small_run / "embedding" / "map.png").exists()
+    assert (tmp_path / "result" / "map.png").exists()
 
 
-def test_a_row_without_an_image_is_left_out(given, tmp_path, small_run):
+def test_a_row_without_an_image_is_left_out(given, tmp_path):
     images = [cv2.imencode(".png", np.full((12, 12, 3), 20 * i, np.uint8))[1].tobytes() for i in range(10)]
     table = pyarrow.table({"image": [*images, None], "label": ["$a$"] * 5 + ["日$$"] * 6})
     (tmp_path / "rows").mkdir()
     parquet.write_table(table, tmp_path / "rows" / "train.parquet")
     lines = embed_dataset(build_embed({**given, "dataset": str(tmp_path / "rows"), "query_images": 2}))
-    assert lines[1] == "1 images cannot be decoded, and are left out"
-    assert (small_run / "embedding" / "neighbours.png").exists()
+    assert lines[1].startswith("1 images cannot be decoded")
+    assert (tmp_path / "result" / "neighbours.png").exists()
 
 
-def test_what_is_refused(given, tmp_path):
+def test_a_missing_split_and_broken_images_are_refused(given, tmp_path):
     write_image(tmp_path / "plain" / "a.png")
     settings = {**given, "dataset": str(tmp_path / "plain")}
-    with pytest.raises(ConfigurationError, match=r"--split validation: .* has no validation split"):
+    with pytest.raises(ConfigurationError, match="--split validation"):
         embed_dataset(build_embed({**settings, "split": "validation"}))
     (tmp_path / "plain" / "a.png").write_bytes(b"broken")
-    with pytest.raises(ConfigurationError, match="none of the 1 images can be decoded"):
+    with pytest.raises(ConfigurationError, match=r"--dataset .* none of the 1 images"):
         embed_dataset(build_embed(settings))

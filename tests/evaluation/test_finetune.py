@@ -2,6 +2,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,29 +12,19 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import pipeline
 
-from m2t_accel.config.evaluation import FINETUNE_PROTOCOLS, build_finetune
+from m2t_accel.config.evaluation import build_finetune
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.data.photometry import evaluation_view
 from m2t_accel.data.requests import DeviceBatches
 from m2t_accel.data.views import FlippedCrops
 from m2t_accel.evaluation import finetune
-from m2t_accel.evaluation.features import labels_of
+from m2t_accel.evaluation.features import read_labels
 from m2t_accel.evaluation.setup import start_evaluation
 from m2t_accel.model import embed
 
 
-@pytest.fixture
-def given(small_run, small_images):
-    return {"encoder": str(small_run), "dataset": str(small_images), "num_workers": 0, "batch_size": 16, "epochs": 2}
-
-
-def test_the_presets_are_byols():
-    """Source: BYOL (arXiv 2006.07733), semi-supervised: SGD with Nesterov momentum, 1024 images, no weight decay."""
-    for name, labels, epochs in (("1percent", 0.01, 50), ("10percent", 0.1, 50), ("all", 1.0, 30)):
-        config = build_finetune({"encoder": "a/b", "dataset": "c/d", "protocol": name})
-        assert (config.labels, config.epochs, config.batch_size, config.weight_decay) == (labels, epochs, 1024, 0)
-        assert config.learning_rate_per_256 * 4 in (0.005, 0.01, 0.02, 0.05, 0.1)
-    assert set(FINETUNE_PROTOCOLS) == {"1percent", "10percent", "all", "digits"}
+def settings(given, **others):
+    return build_finetune({**given, "batch_size": 16, "epochs": 2, **others})
 
 
 def test_a_subset_has_the_same_share_of_each_class():
@@ -49,8 +40,8 @@ def test_a_subset_has_the_same_share_of_each_class():
 
 
 def test_training_equals_a_plain_loop(given):
-    """One virtual device: torch's own BatchNorm, one batch after the other."""
-    config = build_finetune({**given, "labels": 1.0, "device_batch_size": 16, "learning_rate_per_256": 0.8})
+    """One virtual device: the loop trains with torch's own BatchNorm, one batch after the other."""
+    config = settings(given, labels=1.0, device_batch_size=16, learning_rate_per_256=0.8)
     result = finetune.evaluate_finetuned(config)
     evaluation = start_evaluation(config)
     train = evaluation.images.train
@@ -59,7 +50,7 @@ def test_training_equals_a_plain_loop(given):
     nn.init.zeros_(linear.bias)
     encoder = copy.deepcopy(evaluation.encoder).requires_grad_(True).train()
     optimizer = torch.optim.SGD([*encoder.parameters(), *linear.parameters()], lr=1, momentum=0.9, nesterov=True)
-    views, labels = FlippedCrops(train, evaluation.config), torch.from_numpy(labels_of(train))
+    views, labels = FlippedCrops(train, evaluation.config), torch.from_numpy(read_labels(train))
     requests = list(DeviceBatches(train, evaluation.config, 1, 0))
     assert len(requests) == 2 * (42 // 16)
     for step, request in enumerate(requests):
@@ -75,20 +66,20 @@ def test_training_equals_a_plain_loop(given):
         if not name.endswith("num_batches_tracked"):
             torch.testing.assert_close(written[f"resnet.{name}"], tensor, rtol=1e-4, atol=1e-6, msg=name)
     torch.testing.assert_close(written["classifier.1.weight"], linear.weight.detach(), rtol=1e-4, atol=1e-6)
-    moved = "resnet.embedder.embedder.normalization.running_mean"
-    assert written[moved].abs().max() > 0.01
+    name = "resnet.embedder.embedder.normalization.running_mean"
+    assert written[name].abs().max() > 0.01
     assert result["data"]["train"]["images"] == 42
 
 
-def test_a_few_labels(given, small_images):
-    config = build_finetune({**given, "labels": 0.4, "batch_size": 6, "device_batch_size": 6})
+def test_a_share_of_the_labels_is_listed_and_trained_on_once(given):
+    config = settings(given, labels=0.4, batch_size=6, device_batch_size=6)
     result = finetune.evaluate_finetuned(config)
     subset = json.loads((Path(config.output_dir) / "subset.json").read_text())
     assert len(subset["samples"]) == result["data"]["train"]["images"] == 18
     assert result["protocol"]["labels"] == 0.4
     classify = pipeline("image-classification", model=f"{config.output_dir}/classifier")
     assert set(classify.model.config.id2label.values()) == {"blue", "green", "red"}
-    assert finetune.evaluate_finetuned(config) == result, "read, not trained again"
+    assert finetune.evaluate_finetuned(config) == result, "it is read, not trained again"
 
 
 def test_statistics_do_not_depend_on_how_sub_batches_are_shared():
@@ -96,45 +87,30 @@ def test_statistics_do_not_depend_on_how_sub_batches_are_shared():
     norm = nn.BatchNorm1d(3)
     batches = torch.randn(4, 8, 3) * torch.arange(1, 5).view(4, 1, 1)
 
-    class Processes:
-        """Two that have two sub-batches each, as one reduces with the other."""
-
-        def __init__(self, other):
-            self.other = other
-
-        def reduce(self, tensor, reduction):
-            return (tensor + self.other) / 2
-
     statistics = finetune.RunningStatistics(norm)
     seen = torch.cat([batches.mean(1), batches.var(1)], dim=1)
     for batch in batches[:2]:
         norm(batch)
         statistics.add()
-    statistics.commit(Processes(seen[2:].mean(0)))
+    # The other process has the other two sub-batches.
+    statistics.commit(SimpleNamespace(reduce=lambda tensor, reduction: (tensor + seen[2:].mean(0)) / 2))
     torch.testing.assert_close(norm.running_mean, 0.1 * seen[:, :3].mean(0))
     torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * seen[:, 3:].mean(0))
 
 
-@pytest.mark.slow
-def test_two_processes_compute_the_same_to_rounding(given, tmp_path, run_script):
-    for file in ("cpu", "cpu2"):
-        done = run_script(
-            *("-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{file}.yaml"),
-            *("scripts/finetune.py", "--encoder", given["encoder"], "--dataset", given["dataset"], "--num_workers", 0),
-            *("--labels", 1.0, "--epochs", 2, "--batch_size", 16, "--device_batch_size", 8),
-            *("--output_dir", tmp_path / file),
-            environment={"OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr
-    a, b = (load_file(tmp_path / file / "classifier" / "model.safetensors") for file in ("cpu", "cpu2"))
-    for name, tensor in a.items():
-        if not name.endswith("num_batches_tracked"):  # of the first process
-            torch.testing.assert_close(b[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
-
-
-def test_a_loss_that_is_not_finite_ends_it(given):
-    config = build_finetune(
-        {**given, "labels": 1.0, "device_batch_size": 16, "learning_rate_per_256": 1e30, "epochs": 4}
-    )
-    with pytest.raises(ConfigurationError, match=r"the loss is nan .*: try a --learning_rate_per_256 below 1e\+30"):
+def test_a_loss_that_is_not_finite_stops_the_training(given):
+    config = settings(given, labels=1.0, device_batch_size=16, learning_rate_per_256=1e30, epochs=4)
+    with pytest.raises(ConfigurationError, match=r"loss is nan .* --learning_rate_per_256 below 1e\+30"):
         finetune.evaluate_finetuned(config)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_network_up_to_rounding(given, tmp_path, evaluate_on_two_processes):
+    given = {**given, "labels": 1.0, "epochs": 2, "batch_size": 16, "device_batch_size": 8}
+    alone = finetune.evaluate_finetuned(build_finetune(given))
+    two = evaluate_on_two_processes("finetune", given, tmp_path / "two")
+    assert json.loads(json.dumps(alone["data"])) == two["data"]
+    a, b = (load_file(tmp_path / name / "classifier" / "model.safetensors") for name in ("result", "two"))
+    for name, tensor in a.items():
+        if not name.endswith("num_batches_tracked"):  # counts the sub-batches of the main process
+            torch.testing.assert_close(b[name], tensor, rtol=1e-3, atol=1e-5, msg=name)

@@ -5,12 +5,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from m2t_accel.evaluation.heads import Heads, classifier, folded, rate_factor
+from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.evaluation.heads import Heads, build_classifier, fold_batch_norm, rate_factor
 from m2t_accel.model import create_encoder, embed
 
 
 def trained_by_hand(weight, features, labels, rates, momentum=0.9):
-    """Linear, BatchNorm1d, cross entropy and SGD written out in numpy; weight, bias, gain, shift and statistics out."""
+    """Return weight, bias, gain, shift and statistics after Linear, BatchNorm1d, cross entropy and SGD in numpy."""
     num_classes = len(weight)
     parameters = [weight.copy(), np.zeros(num_classes), np.ones(num_classes), np.zeros(num_classes)]
     buffers = [np.zeros_like(p) for p in parameters]
@@ -36,14 +37,14 @@ def trained_by_hand(weight, features, labels, rates, momentum=0.9):
     return [*parameters, mean_history, var_history]
 
 
-def some_batches(num_steps=7, batch=12, num_features=6, num_classes=4):
+def random_batches(num_steps=7, batch=12, num_features=6, num_classes=4):
     rng = np.random.default_rng(0)
     return rng.normal(size=(num_steps, batch, num_features)), rng.integers(0, num_classes, (num_steps, batch))
 
 
 def test_every_head_equals_one_trained_by_hand():
     torch.manual_seed(0)
-    features, labels = some_batches()
+    features, labels = random_batches()
     learning_rates = (0.05, 0.5, 3.0)
     heads = Heads(6, 4, learning_rates).double()
     start = heads.heads[0][0].weight.detach().numpy().copy()
@@ -52,13 +53,13 @@ def test_every_head_equals_one_trained_by_hand():
         losses = heads.train_step(torch.from_numpy(x), torch.from_numpy(y), factor)
         assert losses.shape == (3,)
     for rate, (linear, norm) in zip(learning_rates, heads.heads, strict=True):
-        wanted = trained_by_hand(start, features, labels, [rate * factor for factor in factors])
+        expected = trained_by_hand(start, features, labels, [rate * factor for factor in factors])
         found = [linear.weight, linear.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]
-        for a, b in zip(found, wanted, strict=True):
+        for a, b in zip(found, expected, strict=True):
             np.testing.assert_allclose(a.detach().numpy(), b, rtol=1e-9, atol=1e-12)
 
 
-def test_how_heads_start():
+def test_heads_start_with_the_same_small_weights():
     torch.manual_seed(0)
     heads = Heads(2048, 1000, (0.1, 1.0))
     for linear, norm in heads.heads:
@@ -83,25 +84,23 @@ def test_how_heads_start():
         ("steps", 99, 0.01),
     ],
 )
-def test_schedules(schedule, step, factor):
+def test_schedules_of_the_learning_rate(schedule, step, factor):
     assert rate_factor(schedule, step, 100) == pytest.approx(factor, rel=1e-12)
 
 
 def test_a_folded_head_gives_the_same_logits():
     torch.manual_seed(0)
-    features, labels = some_batches(num_steps=20)
+    features, labels = random_batches(num_steps=20)
     heads = Heads(6, 4, (1.0,))
     for x, y in zip(torch.from_numpy(features).float(), torch.from_numpy(labels), strict=True):
         heads.train_step(x, y, 1.0)
-    heads.eval()
+    head = heads.eval().heads[0]
     x = torch.randn(50, 6)
-    torch.testing.assert_close(folded(heads.heads[0])(x), heads.heads[0](x), rtol=0, atol=1e-5)
-    heads.heads[0][1].running_mean += 0.1
-    assert (folded(heads.heads[0])(x) - heads.heads[0](x)).abs().max() < 1e-5, "the statistics are folded too"
+    torch.testing.assert_close(fold_batch_norm(head)(x), head(x), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["resnet", "regnet"])
-def test_a_classifier_of_transformers(kind):
+def test_a_stock_classifier_gives_the_logits_of_encoder_and_head(kind):
     torch.manual_seed(0)
     encoder = create_encoder("resnet10-quarter")
     if kind == "regnet":
@@ -113,7 +112,22 @@ def test_a_classifier_of_transformers(kind):
         features = embed(encoder, images)
         heads = Heads(features.shape[1], 3, (1.0,))
         heads.heads[0][1].running_mean.normal_()
-        model = classifier(encoder, folded(heads.eval().heads[0]), ["cat", "dog", "owl"])
+        model = build_classifier(encoder, fold_batch_norm(heads.eval().heads[0]), ["cat", "dog", "owl"])
         torch.testing.assert_close(model(images).logits, heads.heads[0](features), rtol=0, atol=1e-5)
     assert type(model).__name__ == {"resnet": "ResNet", "regnet": "RegNet"}[kind] + "ForImageClassification"
     assert model.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda encoder: setattr(encoder, "config", AutoConfig.for_model("clap")), "no image classifier with a ResNet"),
+        (lambda encoder: setattr(encoder.config, "hidden_sizes", [8] * 4), "does not end in one linear layer"),
+    ],
+)
+def test_an_encoder_without_a_stock_classifier_is_refused(change, message):
+    encoder = create_encoder("resnet10-quarter")
+    linear = torch.nn.Linear(encoder.config.hidden_sizes[-1], 3)
+    change(encoder)
+    with pytest.raises(ConfigurationError, match=message):
+        build_classifier(encoder, linear, ["cat", "dog", "owl"])

@@ -1,57 +1,47 @@
-import contextlib
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import set_seed
 from helpers import write_image
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import pipeline
 
-from m2t_accel.config.evaluation import build_knn, build_linear_probe
+from m2t_accel.config.evaluation import build_linear_probe
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.data.photometry import evaluation_view
 from m2t_accel.data.requests import DeviceBatches
 from m2t_accel.data.views import FlippedCrops
-from m2t_accel.evaluation import knn
-from m2t_accel.evaluation import linear as linear_module
-from m2t_accel.evaluation.features import labels_of
+from m2t_accel.evaluation import linear
+from m2t_accel.evaluation.features import read_labels
 from m2t_accel.evaluation.heads import Heads
 from m2t_accel.evaluation.setup import start_evaluation
+from m2t_accel.evaluation.supervised import rank_classes
 from m2t_accel.model import embed
 
 
-@pytest.fixture
-def given(small_run, small_images):
-    return {"encoder": str(small_run), "dataset": str(small_images), "num_workers": 0}
-
-
-def linear(given, **others):
+def probe(given, **others):
     return build_linear_probe({**given, "epochs": 3, "batch_size": 16, "device_batch_size": 4, **others})
 
 
-def test_knn(given, capsys):
-    result = knn.evaluate_knn(build_knn({**given, "k": [1, 5]}))
-    assert set(result["figures"]) == {"top1_k1", "top1_k5"}
-    assert result["figures"]["top1_k1"] > 0.8, "three colours"
-    assert (result["data"]["bank"]["images"], result["data"]["test"]["images"]) == (42, 21)
-    assert "knn on" in capsys.readouterr().out
-    again = knn.evaluate_knn(build_knn({**given, "k": [1, 5]}))
-    assert again == result, "read, not measured again"
+def weights_of(folder):
+    return load_file(Path(folder) / "classifier" / "model.safetensors")
 
 
 def test_a_linear_probe_equals_a_second_implementation(given):
-    """Crops by hand from the same random numbers, one forward each, the heads' own loop: the same test figure."""
-    config = linear(given, learning_rates=[0.5])
-    result = linear_module.evaluate_linear(config)
+    """The second implementation crops by the same random numbers, embeds whole batches and has a loop of its own."""
+    config = probe(given, learning_rates=[0.5])
+    result = linear.evaluate_linear(config)
     evaluation = start_evaluation(config)
     train, test = evaluation.images.train, evaluation.images.validation
-    torch.manual_seed(config.seed)
+    set_seed(config.seed)
     heads = Heads(evaluation.num_features, 3, (0.5,))
-    heads.load_state_dict(evaluation_start(evaluation, config))
-    views, labels = FlippedCrops(train, evaluation.config), torch.from_numpy(labels_of(train))
+    views, labels = FlippedCrops(train, evaluation.config), torch.from_numpy(read_labels(train))
     requests = list(DeviceBatches(train, evaluation.config, 1, 0))
     total = 3 * (42 // 16)
     for step in range(total):
@@ -63,164 +53,119 @@ def test_a_linear_probe_equals_a_second_implementation(given):
             features = embed(evaluation.encoder, evaluation_view(images, evaluation.config))
         factor = (1 + np.cos(np.pi * step / total)) / 2 * 16 / 256
         heads.train_step(features, labels[torch.cat([part.samples for part in parts])], factor)
-    samples, classes, _ = linear_module.ranked(evaluation, test, list(heads.eval().heads))
-    assert samples.tolist() == list(range(21))
-    hits = classes[:, 0, 0] == torch.from_numpy(labels_of(test))
-    assert result["figures"]["top1"] == hits.double().mean().item()
-    written = load_file(f"{config.output_dir}/classifier/model.safetensors")["classifier.1.weight"]
+    found = rank_classes(evaluation.encoder, heads.eval().heads, test, evaluation)
+    assert found.labels.tolist() == read_labels(test).tolist()
+    assert result["figures"] == {"top1": (found.classes[:, 0, 0] == found.labels).double().mean().item()}
     linear_layer, norm = heads.heads[0]
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    written = weights_of(config.output_dir)["classifier.1.weight"]
     torch.testing.assert_close(written, (linear_layer.weight * scale[:, None]).detach(), rtol=1e-4, atol=1e-6)
 
 
-def evaluation_start(evaluation, config):
-    """The heads as the probe starts them: the seed's, after the encoder's features were counted."""
-    from accelerate.utils import set_seed
-
-    set_seed(config.seed)
-    return Heads(evaluation.num_features, 3, config.learning_rates).state_dict()
-
-
-def test_the_classifier_runs_in_a_pipeline_with_label_names(given, small_images):
-    config = linear(given, learning_rates=[0.5, 5.0])
-    result = linear_module.evaluate_linear(config)
-    assert result["protocol"]["chosen_learning_rate"] in (0.5, 5.0)
-    assert set(result["protocol"]["held_out_top1"]) == {"0.5", "5.0"}
-    assert result["data"]["train"]["images"] == 38, "a tenth is held out to choose"
-    classify = pipeline("image-classification", model=f"{config.output_dir}/classifier")
+@pytest.mark.parametrize("features", ["augmented", "cached"])
+def test_an_interrupted_probe_resumes_to_the_same_bits(given, small_images, tmp_path, monkeypatch, capsys, features):
+    """The whole probe also shows that a rate is chosen, and that its classifier runs in a pipeline."""
+    given = {**given, "learning_rates": [0.5, 5.0], "features": features}
+    whole, stopped = (probe({**given, "output_dir": str(tmp_path / name)}) for name in ("whole", "stopped"))
+    expected = linear.evaluate_linear(whole)
+    assert expected["protocol"]["chosen_learning_rate"] in (0.5, 5.0)
+    assert expected["data"]["train"]["images"] == 38, "a tenth is held out to choose"
+    classify = pipeline("image-classification", model=str(tmp_path / "whole" / "classifier"))
     files = sorted((small_images / "val").rglob("*.png"))
     hits = [classify(Image.open(file))[0]["label"] == file.parent.name for file in files]
-    assert np.mean(hits) == pytest.approx(result["figures"]["top1"], abs=1e-9)
+    assert np.mean(hits) == pytest.approx(expected["figures"]["top1"], abs=1e-9)
 
-
-@pytest.mark.parametrize("features", ["augmented", "cached"])
-def test_a_probe_that_was_stopped_goes_on_as_if_it_had_not_been(given, tmp_path, monkeypatch, capsys, features):
-    whole = linear(given, output_dir=str(tmp_path / "whole"), learning_rates=[0.1, 1.0], features=features)
-    stopped = linear(given, output_dir=str(tmp_path / "stopped"), learning_rates=[0.1, 1.0], features=features)
-    wanted = linear_module.evaluate_linear(whole)
     train_step, steps = Heads.train_step, []
 
-    def stopping(self, *arguments):
+    def interrupt(self, *arguments):
         steps.append(1)
         if len(steps) == 6:
             raise KeyboardInterrupt
         return train_step(self, *arguments)
 
-    monkeypatch.setattr(Heads, "train_step", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        linear_module.evaluate_linear(stopped)
-    monkeypatch.setattr(Heads, "train_step", train_step)
+    with monkeypatch.context() as patch:
+        patch.setattr(Heads, "train_step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            linear.evaluate_linear(stopped)
     assert not (tmp_path / "stopped" / "result.json").exists()
-    with pytest.raises(ConfigurationError, match=r"another evaluation \(another epochs\)"):
-        linear_module.evaluate_linear(
-            linear(given, output_dir=str(tmp_path / "stopped"), epochs=4, features=features, learning_rates=[0.1, 1.0])
-        )
+    with pytest.raises(ConfigurationError, match=r"--output_dir .*\(another epochs\)"):
+        linear.evaluate_linear(probe({**given, "output_dir": stopped.output_dir}, epochs=4))
     capsys.readouterr()
-    found = linear_module.evaluate_linear(stopped)
-    assert "goes on after 4 steps" in capsys.readouterr().out
-    assert found["figures"] == wanted["figures"]
-    assert found["protocol"]["held_out_top1"] == wanted["protocol"]["held_out_top1"]
-    a, b = (load_file(tmp_path / name / "classifier" / "model.safetensors") for name in ("whole", "stopped"))
+    found = linear.evaluate_linear(stopped)
+    assert "resumes after step 4" in capsys.readouterr().out
+    assert found["figures"] == expected["figures"]
+    assert found["protocol"] == expected["protocol"]
+    a, b = weights_of(tmp_path / "whole"), weights_of(tmp_path / "stopped")
     assert all(torch.equal(a[key], b[key]) for key in a)
-    assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == [
-        "classifier",
-        "config.yaml",
-        "result.json",
-    ]
+    names = sorted(path.name for path in (tmp_path / "stopped").iterdir())
+    assert names == ["classifier", "config.yaml", "result.json"]
 
 
-def test_an_encoder_that_transformers_has_no_classifier_of(given, monkeypatch, capsys):
-    def none(*_):
+def test_broken_images_are_counted_and_a_missing_classifier_is_announced(
+    given, small_images, tmp_path, monkeypatch, capsys
+):
+    def no_classifier(*_):
         raise ConfigurationError("transformers has none")
 
-    monkeypatch.setattr(linear_module, "classifier", none)
-    config = linear(given)
-    result = linear_module.evaluate_linear(config)
-    said = capsys.readouterr().out
-    assert "no classifier/ will be written: transformers has none" in said
-    assert "pipeline" not in said
-    assert result["figures"]["top1"] >= 0
+    monkeypatch.setattr(linear, "build_classifier", no_classifier)
+    images = tmp_path / "images"
+    shutil.copytree(small_images, images)
+    for name in ("val/red/3.png", "train/blue/5.png"):
+        (images / name).write_bytes(b"broken")
+    config = probe({**given, "dataset": str(images)})
+    result = linear.evaluate_linear(config)
+    assert result["data"]["undecodable"] == 2
+    assert result["data"]["test"]["images"] == 20
+    printed = capsys.readouterr().out
+    assert "2 images cannot be decoded" in printed
+    assert "no classifier/ will be written: transformers has none" in printed
+    assert "pipeline" not in printed
     assert sorted(path.name for path in Path(config.output_dir).iterdir()) == ["config.yaml", "result.json"]
 
 
-def test_a_broken_checkpoint_and_one_of_another_encoder(given, tmp_path):
-    config = linear(given, output_dir=str(tmp_path / "probe"))
-    evaluation = start_evaluation(config)
+def test_a_classifier_with_other_logits_is_refused(given, monkeypatch):
+    evaluation = start_evaluation(probe(given))
+    head = Heads(evaluation.num_features, 3, (0.5,)).eval().heads[0]
+    monkeypatch.setattr(linear, "fold_batch_norm", lambda head: torch.nn.Linear(evaluation.num_features, 3))
+    with pytest.raises(ValueError, match=r"logits .* differ"):
+        linear.create_model(evaluation, head)
+
+
+def test_checkpoints_that_are_broken_or_of_another_encoder_are_refused(given, tmp_path):
+    evaluation = start_evaluation(probe(given))
     path = tmp_path / "checkpoint.pt"
     heads = Heads(evaluation.num_features, 3, (0.2,))
-    linear_module.save_checkpoint(path, heads, 4, {7}, 1.5, evaluation)
+    linear.save_checkpoint(path, heads, 4, {7}, 1.5, evaluation)
     broken = set()
-    assert linear_module.load_checkpoint(path, heads, broken, evaluation) == (4, 1.5)
+    assert linear.load_checkpoint(path, heads, broken, evaluation) == (4, 1.5)
     assert broken == {7}
-    with pytest.raises(ConfigurationError, match="of an encoder with other weights: remove it to begin anew"):
-        linear_module.load_checkpoint(path, heads, broken, evaluation._replace(weights="other"))
+    with pytest.raises(ConfigurationError, match=r"checkpoint.pt .* other weights"):
+        linear.load_checkpoint(path, heads, broken, evaluation._replace(weights="other"))
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ConfigurationError, match="cannot be read"):
-        linear_module.load_checkpoint(path, heads, broken, evaluation)
+    with pytest.raises(ConfigurationError, match=r"checkpoint.pt cannot be read"):
+        linear.load_checkpoint(path, heads, broken, evaluation)
 
 
-def test_images_that_cannot_be_decoded_are_counted(given, small_images, capsys):
-    (small_images / "val" / "red" / "3.png").write_bytes(b"broken")
-    (small_images / "train" / "blue" / "5.png").write_bytes(b"broken")
-    result = linear_module.evaluate_linear(linear(given))
-    assert result["data"]["undecodable"] == 2
-    assert result["data"]["test"]["images"] == 20
-    assert "2 images cannot be decoded" in capsys.readouterr().out
+def test_gathered_batches_are_in_the_order_of_the_virtual_devices():
+    # The other process has the devices 1 and 3; this one has 0 and 2, of two images each.
+    two_processes = SimpleNamespace(num_processes=2, gather=lambda rows: torch.cat([rows, rows + 10]))
+    rows = torch.tensor([[0, 1], [20, 21]])
+    assert linear.gather_batch(rows, two_processes).tolist() == [0, 1, 10, 11, 20, 21, 30, 31]
+
+
+def test_one_training_image_is_refused(given, tmp_path):
+    for name in ("a", "b"):
+        write_image(tmp_path / "few" / name / "1.png")
+    with pytest.raises(ConfigurationError, match=r"--dataset .* one image to train on"):
+        linear.evaluate_linear(probe({**given, "dataset": str(tmp_path / "few"), "validation_fraction": 0.5}))
 
 
 @pytest.mark.slow
-def test_figures_do_not_depend_on_the_number_of_processes(given, tmp_path, run_script):
-    """kNN and a probe of two heads, here and on two processes: the figures to the last digit, the classifier's bits."""
-    probe_flags = {"epochs": 2, "batch_size": 16, "device_batch_size": 4, "learning_rates": [0.1, 1]}
-    for script, flags, build, evaluate in (
-        ("knn", {}, build_knn, knn.evaluate_knn),
-        ("linear_probe", probe_flags, build_linear_probe, linear_module.evaluate_linear),
-    ):
-        with one_thread():
-            here = evaluate(build({**given, **flags, "output_dir": str(tmp_path / f"{script}-1")}))
-        words = [word for name, value in {**given, **flags}.items() for word in (f"--{name}", value)]
-        words = [",".join(map(str, word)) if isinstance(word, list) else word for word in words]
-        launch = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu2.yaml"]
-        folder = tmp_path / f"{script}-2"
-        done = run_script(
-            *launch,
-            f"scripts/{script}.py",
-            *words,
-            "--output_dir",
-            folder,
-            environment={"OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr
-        there = json.loads((folder / "result.json").read_text())
-        for key in ("figures", "data", "protocol", "weights"):
-            assert json.loads(json.dumps(here[key])) == there[key]
-    a, b = (load_file(tmp_path / f"linear_probe-{n}" / "classifier" / "model.safetensors") for n in (1, 2))
+def test_two_processes_train_the_same_heads(given, tmp_path, evaluate_on_two_processes):
+    settings = {**given, "epochs": 2, "batch_size": 16, "device_batch_size": 4, "learning_rates": [0.1, 1]}
+    alone = linear.evaluate_linear(build_linear_probe(settings))
+    two = evaluate_on_two_processes("linear_probe", settings, tmp_path / "two")
+    for key in ("figures", "data", "protocol", "weights"):
+        assert json.loads(json.dumps(alone[key])) == two[key]
+    a, b = weights_of(tmp_path / "result"), weights_of(tmp_path / "two")
     assert all(torch.equal(a[key], b[key]) for key in a)
-
-
-@contextlib.contextmanager
-def one_thread():
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(number)
-
-
-def test_whole_batches_are_in_the_order_of_the_virtual_devices():
-    class TwoProcesses:
-        num_processes = 2
-
-        def gather(self, rows):  # the other process has the devices 1 and 3
-            return torch.cat([rows, rows + 10])
-
-    rows = torch.tensor([[0, 1], [20, 21]])  # this one has 0 and 2, of two images each
-    assert linear_module.whole_batch(rows, TwoProcesses()).tolist() == [0, 1, 10, 11, 20, 21, 30, 31]
-
-
-def test_too_few_images(given, tmp_path):
-    write_image(tmp_path / "few" / "a" / "1.png")
-    write_image(tmp_path / "few" / "b" / "1.png")
-    with pytest.raises(ConfigurationError, match="has one image to train on: two are the least"):
-        linear_module.evaluate_linear(linear({**given, "dataset": str(tmp_path / "few"), "validation_fraction": 0.5}))
