@@ -1,4 +1,4 @@
-"""The settings of the data path: which images, how evaluation sees them, in which order and crops training does.
+"""Settings of the data: the images, their crops in training and evaluation, and the batches.
 
 This module imports no torch.
 """
@@ -16,46 +16,46 @@ from m2t_accel.config.fields import ConfigurationError, check_all_limits, fields
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
-    """Which images there are, and how evaluation sees them.
+    """Settings of the images, and of their crop in evaluation.
 
     Raises:
-        ConfigurationError: a value out of range, or no dataset.
+        ConfigurationError: a value is out of range, or `dataset` is missing.
     """
 
-    streaming: ClassVar[bool] = False  # a setting of pretraining only
+    streaming: ClassVar[bool] = False  # only pretraining has this setting
 
     dataset: str | None = setting(
         None,
-        "`digits`, a folder of class folders or of images, of parquet files or of tars, or a Hub id",
+        "`digits`, a Hub id, or a folder of class folders, images, parquet files or tars",
         heading="the run",
     )
 
-    image_size: int = setting(224, "side of a view, in pixels", at_least=8, heading="views")
+    image_size: int = setting(224, "width and height of a view, in pixels", at_least=8, heading="views")
     image_mean: tuple[float, float, float] = setting(
-        (0.485, 0.456, 0.406), "mean per channel, 0 to 1", at_least=0, at_most=1
+        (0.485, 0.456, 0.406), "mean of each channel, from 0 to 1", at_least=0, at_most=1
     )
     image_std: tuple[float, float, float] = setting(
-        (0.229, 0.224, 0.225), "standard deviation per channel, of 0 to 1", above=0
+        (0.229, 0.224, 0.225), "standard deviation of each channel, from 0 to 1", above=0
     )
     evaluation_crop: float = setting(
-        0.875, "evaluation sees the centre: this share of the shorter side", above=0, at_most=1
+        0.875, "side of the central crop for evaluation, as a share of the shorter side of the image", above=0, at_most=1
     )
 
-    image_column: str | None = setting(None, "column of the images (default: found)", heading="data")
-    label_column: str | None = setting(None, "column of the labels (default: found)")
+    image_column: str | None = setting(None, "column of the images (default: found by type or name)", heading="data")
+    label_column: str | None = setting(None, "column of the labels (default: found by name)")
     validation_fraction: float = setting(
-        0.1, "labelled images without a validation split: share held out", at_least=0, at_most=0.5
+        0.1, "share of labelled training images to hold out if there is no validation split", at_least=0, at_most=0.5
     )
     num_workers: int | None = setting(
-        None, "processes that decode images, per device (default: the spare cores, at most 8)", at_least=0
+        None, "processes per device that decode images (default: the spare cores, at most 8)", at_least=0
     )
 
     def __post_init__(self) -> None:
         check_all_limits(self)
         if self.dataset is None:
             raise ConfigurationError(
-                "--dataset is needed: a folder of class folders (train/ and val/ in it, or not), of images, of "
-                "parquet files or of tars, or a Hub id such as ILSVRC/imagenet-1k"
+                "--dataset is needed: a folder of class folders (in train/ and val/, or not), images, parquet "
+                "files or tars, or a Hub id such as ILSVRC/imagenet-1k"
             )
         if self.image_column is not None and self.image_column == self.label_column:
             raise ConfigurationError(
@@ -63,7 +63,7 @@ class ImageSettings:
             )
 
     def to_yaml(self) -> str:
-        """The settings as YAML, in the order of `--help`; `--config` reads it back."""
+        """Return the settings as YAML, in the order of `--help`; `--config` reads it."""
         fields = [item for group in fields_by_heading(type(self)).values() for item in group]
         values = {item.name: getattr(self, item.name) for item in fields}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -71,37 +71,37 @@ class ImageSettings:
 
     @property
     def evaluates(self) -> bool:
-        """Whether something will be measured on labelled images."""
+        """Return whether labelled images will be used for evaluation."""
         return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(ImageSettings):
-    """In which batches training sees the images, and in which crops.
+    """Settings of the batches and crops in training.
 
     Raises:
-        ConfigurationError: as ImageSettings, or values that do not fit one another.
+        ConfigurationError: a value is out of range or missing, or two values contradict each other.
     """
 
     seed: int = setting(
-        0, "seed of the weights, the order and the views", at_least=0, at_most=2**32 - 1, heading="the run"
+        0, "seed of the weights, the order of the images and the views", at_least=0, at_most=2**32 - 1, heading="the run"
     )
 
     epochs: int = setting(100, "passes over the images", at_least=1, heading="training")
-    batch_size: int = setting(1024, "images per optimizer step, over all devices", at_least=2, at_most=2**20)
+    batch_size: int = setting(1024, "images per optimizer step, on all devices together", at_least=2, at_most=2**20)
     device_batch_size: int | None = setting(
         None,
-        "images that go through the network, and its BatchNorm, together; batch_size / device_batch_size virtual "
-        "devices (default: batch_size)",
+        "images that pass the network and its BatchNorm together; the number of virtual devices is "
+        "batch_size / device_batch_size (default: batch_size)",
         at_least=2,
     )
 
     crop_scale: tuple[float, float] = setting(
-        (0.08, 1.0), "area of a crop as a share of the image's", above=0, heading="views"
+        (0.08, 1.0), "smallest and largest area of a crop, as a share of the image", above=0, heading="views"
     )
-    crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "width / height of a crop", above=0)
-    rotation: float = setting(0.0, "crops are turned by up to this many degrees", at_least=0, at_most=180)
-    flip_probability: float = setting(0.5, "chance of a horizontal flip", at_least=0, at_most=1)
+    crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "smallest and largest width / height of a crop", above=0)
+    rotation: float = setting(0.0, "largest rotation of a crop, in degrees", at_least=0, at_most=180)
+    flip_probability: float = setting(0.5, "probability of a horizontal flip", at_least=0, at_most=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,20 +116,20 @@ class TrainingSettings(ImageSettings):
                 f"--batch_size {self.batch_size} is not a multiple of --device_batch_size {device_batch_size}: "
                 f"use --batch_size {choices}, or --device_batch_size {nearest}"
             )
-        # A frozen dataclass is written once more here, so that config.yaml shows what was used.
+        # Assigned although the dataclass is frozen, so that config.yaml contains the number that was used.
         object.__setattr__(self, "device_batch_size", device_batch_size)
 
     @property
     def num_virtual_devices(self) -> int:
-        """Sub-batches of one optimizer step, each of which goes through the encoder by itself."""
+        """Return the number of sub-batches of an optimizer step; each passes the encoder by itself."""
         return self.batch_size // self.device_batch_size
 
 
 def check_ordered(config: object, *names: str) -> None:
-    """Check that settings which are ranges begin with the lower end.
+    """Check that settings which are ranges do not end below their start.
 
     Raises:
-        ConfigurationError: one does not.
+        ConfigurationError: one does.
     """
     for name in names:
         low, high = getattr(config, name)
@@ -138,10 +138,10 @@ def check_ordered(config: object, *names: str) -> None:
 
 
 def check_dataset(dataset: str) -> None:
-    """Check that a dataset can be found, as far as this machine knows.
+    """Check that a data set is `digits`, exists as a folder, or has the form of a Hub id.
 
     Raises:
-        ConfigurationError: it cannot.
+        ConfigurationError: it is none of them.
     """
     if dataset != "digits" and not os.path.exists(dataset) and not is_hub_id(dataset):
         raise ConfigurationError(
@@ -150,26 +150,26 @@ def check_dataset(dataset: str) -> None:
 
 
 def check_push(repo_id: str | None) -> None:
-    """Check that the Hub can be asked to take what will be there in the end.
+    """Check that a push to the Hub at the end of the run has a valid name and a login.
 
     Raises:
-        ConfigurationError: `--push_to_hub` is no name on the Hub, or nobody is logged in.
+        ConfigurationError: the name does not have the form USER/NAME, or there is no token.
     """
     if repo_id is None:
         return
     if not is_hub_id(repo_id):
-        raise ConfigurationError(f"--push_to_hub {repo_id}: a name on the Hub is needed, USER/NAME")
-    from huggingface_hub import get_token  # late: few runs need it
+        raise ConfigurationError(f"--push_to_hub {repo_id}: not a name on the Hub; give USER/NAME")
+    from huggingface_hub import get_token  # late: only few runs need it
 
     if get_token() is None:
         raise ConfigurationError(f"--push_to_hub {repo_id} needs a login: type `hf auth login`, or set HF_TOKEN")
 
 
 def check_num_processes(config: TrainingSettings, num_processes: int) -> None:
-    """Check that the processes share the virtual devices evenly.
+    """Check that every process gets the same number of virtual devices.
 
     Raises:
-        ConfigurationError: they do not; the message names process counts and batches that work.
+        ConfigurationError: it does not; the message names numbers of processes and batch sizes that work.
     """
     devices = config.num_virtual_devices
     if devices % num_processes == 0:
@@ -189,13 +189,13 @@ def check_num_processes(config: TrainingSettings, num_processes: int) -> None:
 
 
 def check_enough_images(num_images: int, config: TrainingSettings) -> None:
-    """Check that there are images for one batch.
+    """Check that there are enough images for one batch.
 
     Raises:
         ConfigurationError: there are fewer.
     """
     if num_images < 2:
-        raise ConfigurationError(f"--dataset {config.dataset} has one image to train on: two are the least")
+        raise ConfigurationError(f"--dataset {config.dataset} has one image to train on: at least two are needed")
     if num_images < config.batch_size:
         smaller = f"use --batch_size {num_images // 2 * 2} --device_batch_size {num_images // 2 * 2} or smaller"
         raise ConfigurationError(
