@@ -1,4 +1,4 @@
-"""Images, shards and settings that several tests use."""
+"""Images, shards and settings for the tests."""
 
 import io
 import tarfile
@@ -6,18 +6,20 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow
 from datasets import ClassLabel, Dataset, Features, Image
 from pyarrow import parquet
 
 from m2t_accel.config.recipes import build_config
 from m2t_accel.data.decode import decode_image
+from m2t_accel.data.sources import load_images
 from m2t_accel.data.views import read_rows
 
 ROOT = Path(__file__).parents[1]
 
 
 def tiny(output_dir, **settings):
-    """Settings of a run that takes a second or two: digits, a quarter-width ResNet-10, few steps."""
+    """Return settings of a run of one or two seconds: digits, a quarter-width ResNet-10, few steps."""
     return {
         "recipe": "digits",
         "output_dir": str(output_dir),
@@ -34,14 +36,19 @@ def tiny(output_dir, **settings):
 
 
 def settings(dataset, **others):
-    """A configuration of pretraining: three epochs in batches of four."""
+    """Return a configuration of pretraining: three epochs in batches of four."""
     return build_config(
         {"recipe": "digits", "dataset": str(dataset), "batch_size": 4, "epochs": 3, "warmup_epochs": 1, **others}
     )
 
 
+def load(dataset, **others):
+    """Return the images that pretraining with these settings loads."""
+    return load_images(settings(dataset, **others))
+
+
 def natural_image(height, width, seed=0):
-    """Smooth colours, edges and noise: a stand-in for a photograph, (H, W, 3) uint8."""
+    """Return smooth colours, edges and noise in place of a photograph: (H, W, 3) uint8."""
     rng = np.random.default_rng(seed)
     image = cv2.resize(rng.integers(0, 256, (7, 9, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
     cv2.circle(image, (width // 3, height // 2), min(height, width) // 4, (250, 30, 60), -1)
@@ -49,7 +56,7 @@ def natural_image(height, width, seed=0):
 
 
 def write_image(path, value=0, size=(12, 10)):
-    """An image of one value, and a square of its opposite."""
+    """Write an image of one value with a square of the opposite value."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.full((*size, 3), value, np.uint8)
     pixels[2:5, 2:5] = 255 - value
@@ -57,7 +64,7 @@ def write_image(path, value=0, size=(12, 10)):
 
 
 def encoded(first, number):
-    """Images as undecoded rows, the first pixel's value their number."""
+    """Return PNG images as undecoded rows; every pixel of an image is its number, modulo 256."""
     images = [
         cv2.imencode(".png", np.full((12, 10, 3), value % 256, np.uint8))[1] for value in range(first, first + number)
     ]
@@ -65,7 +72,7 @@ def encoded(first, number):
 
 
 def write_parquet(path, first, number, row_group_size, labels=True, names=("even", "odd")):
-    """A shard as `datasets` writes it, of images numbered from `first`."""
+    """Write a shard like `datasets` does, with images numbered from `first`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     features = Features({"image": Image()} | ({"label": ClassLabel(names=list(names))} if labels else {}))
     columns = {"image": encoded(first, number)} | ({"label": [i % 2 for i in range(number)]} if labels else {})
@@ -73,17 +80,30 @@ def write_parquet(path, first, number, row_group_size, labels=True, names=("even
     parquet.write_table(table, path, row_group_size=row_group_size)
 
 
+def write_table(path, row_group_size=None, **columns):
+    """Write a parquet file without the metadata of `datasets`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=row_group_size)
+
+
 def write_tar(path, first, number, labels=True):
-    """A WebDataset shard of images numbered from `first`."""
+    """Write a WebDataset shard of images numbered from `first`."""
     with tarfile.open(path, "w") as tar:
         for i, image in enumerate(encoded(first, number)):
-            files = {"png": image["bytes"]} | ({"cls": str(i % 2).encode()} if labels else {})
-            for extension, content in files.items():
-                member = tarfile.TarInfo(f"{first + i:06}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+            add_member(tar, f"{first + i:06}.png", image["bytes"])
+            if labels:
+                add_member(tar, f"{first + i:06}.cls", str(i % 2).encode())
+
+
+def add_member(tar, name, content):
+    """Add a file to an open tar: its bytes, or a number that stands for the image of that value."""
+    if isinstance(content, int):
+        content = encoded(content, 1)[0]["bytes"]
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
 
 
 def pixel(images, sample):
-    """The first value of one of the images."""
+    """Return the first value of one of the images."""
     return decode_image(read_rows(images, [sample])[0])[0, 0, 0]

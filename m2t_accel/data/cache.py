@@ -1,11 +1,11 @@
-"""Small Arrow tables kept between starts, below ~/.cache/m2t_accel (or $XDG_CACHE_HOME/m2t_accel)."""
+"""Small Arrow tables kept between runs, in ~/.cache/m2t_accel or $XDG_CACHE_HOME/m2t_accel."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,53 +13,65 @@ import pyarrow
 import pyarrow.feather
 
 from m2t_accel.data.shards import is_remote, unreadable_shard
+from m2t_accel.files import atomic_write
 
-CACHE_VERSION = 6  # of what is kept; another one is not read
-
-
-def times_of_change(status: os.stat_result) -> list[int]:
-    """Both times in ns: the first can be set back, as tar and rsync do; the second cannot."""
-    return [status.st_mtime_ns, status.st_ctime_ns]
+CACHE_VERSION = 7  # increase it when the content of a table changes; tables of other versions are ignored
 
 
-def kept_for_files(
-    kind: str, files: Sequence[str], build: Callable[[Sequence[str]], pyarrow.Table], *words: str
+def cached_table(
+    kind: str, files: Sequence[str], build: Callable[[Sequence[str]], pyarrow.Table], *parameters: str
 ) -> pyarrow.Table:
-    """The table built of some files, kept for as long as their sizes and times are the same, and the words."""
-    kept = place_for_files(kind, files, *words)
-    table = read_cache(kept)
+    """Return build(files), from the cache if neither the files nor the parameters have changed.
+
+    Raises:
+        ConfigurationError: a file is missing.
+    """
+    path = cache_path(kind, json.dumps([*parameters, *(file_fingerprint(file) for file in files)]))
+    table = read_cache(path)
     if table is None:
         table = build(files)
-        write_cache(kept, table)
+        write_cache(path, table)
     return table
 
 
-def place_for_files(kind: str, files: Sequence[str], *words: str) -> Path:
-    """Where something is kept of files as they are now."""
-    return cache_file(kind, json.dumps([*words, *(file_fingerprint(file) for file in files)]))
-
-
 def file_fingerprint(file: str) -> list[object]:
-    """What says that a local file is the same; a remote one is named with its revision, and does not change."""
+    """Return what identifies the content of a file: its path, size, inode and times.
+
+    The name of a remote file contains its revision, so the name is enough.
+    """
     if is_remote(file):
         return [file]
-    try:
-        status = os.stat(file)
-    except OSError as error:
-        raise unreadable_shard(file, error) from None
+    status = file_status(file)
     return [os.path.realpath(file), status.st_size, status.st_ino, *times_of_change(status)]
 
 
-def cache_file(kind: str, key: str) -> Path:
+def file_status(file: str) -> os.stat_result:
+    """Return os.stat(file).
+
+    Raises:
+        ConfigurationError: the file is missing.
+    """
+    try:
+        return os.stat(file)
+    except OSError as error:
+        raise unreadable_shard(file, error) from None
+
+
+def times_of_change(status: os.stat_result) -> list[int]:
+    """Return both times in ns: tar and rsync set the first back, but nothing can set the second back."""
+    return [status.st_mtime_ns, status.st_ctime_ns]
+
+
+def cache_path(kind: str, key: str) -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    kind = f"{kind}-{CACHE_VERSION}"
-    return Path(root, "m2t_accel", f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow")
+    digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return Path(root, "m2t_accel", f"{kind}-{CACHE_VERSION}-{digest}.arrow")
 
 
 def read_cache(path: Path) -> pyarrow.Table | None:
-    """The table kept in the file; None if there is none, or it is broken."""
+    """Return the table in a file; None if the file is missing or damaged."""
     try:
-        # Not mapped: a process may hold 65 530 maps, and there may be more tars.
+        # Not memory-mapped: Linux allows a process 65 530 maps, and a data set may have more tars.
         with pyarrow.OSFile(str(path)) as source:
             return pyarrow.ipc.open_file(source).read_all()
     except (OSError, pyarrow.ArrowInvalid):
@@ -67,15 +79,8 @@ def read_cache(path: Path) -> pyarrow.Table | None:
 
 
 def write_cache(path: Path, table: pyarrow.Table) -> None:
-    """Keep the table, whole or not at all; a cache that cannot be written only costs time."""
-    try:
+    """Write a table atomically; if that fails, the next run builds the table again."""
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            try:
-                pyarrow.feather.write_feather(table, file, compression="uncompressed")
-            except OSError:  # the disk is full
-                os.unlink(file.name)
-                raise
-        os.replace(file.name, path)
-    except OSError:
-        return
+        with atomic_write(path) as temporary:
+            pyarrow.feather.write_feather(table, str(temporary), compression="uncompressed")

@@ -1,26 +1,30 @@
-"""Which labelled images there are to measure kNN with: a validation split, or some held out of training."""
+"""The labelled images for evaluation: a validation split, or images held out of the training split."""
 
 from __future__ import annotations
 
 import numpy as np
 import pyarrow
 import pyarrow.types
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.data.labels import find_columns, has_labels, label_names, standard_columns, with_names
+from m2t_accel.data.labels import find_classes, find_columns, standard_columns
 from m2t_accel.data.parquet import ParquetShards
-from m2t_accel.data.shards import dataset_of
+from m2t_accel.data.shards import to_dataset
 
-# What streaming holds in memory to measure kNN: of ImageNet, 1.1 and 0.2 GB a process.
+# Images that streaming holds in memory for kNN: 1.1 and 0.2 GB of ImageNet's in each process.
 MAX_STREAMED_BANK, MAX_STREAMED_QUERIES = 10_000, 2_000
+IMAGE_TYPES = (pyarrow.binary(), pyarrow.large_binary(), pyarrow.string(), pyarrow.large_string())
 
 
-def with_held_out(
+def hold_out_images(
     train: Dataset, validation: Dataset | None, config: ImageSettings
 ) -> tuple[Dataset, Dataset | None, Dataset | None]:
-    """Training images, the same again where they have labels, and validation images, which may be held out of them."""
+    """Return training images, the same images again if they have labels, and validation images.
+
+    Without a validation split, a share of the training images is held out, unless nothing is evaluated.
+    """
     if "label" not in train.features:
         return train, None, None
     if validation is not None and "label" in validation.features:
@@ -28,58 +32,63 @@ def with_held_out(
     if config.validation_fraction == 0 or not config.evaluates:
         return train, train, None
     held_out = np.zeros(len(train), bool)
-    # Not the run's seed: the figure must not depend on a lucky split. Scattered: files come class by class.
+    # A fixed seed, not that of the run, so that runs are measured on the same images. Shuffled, because files are often
+    # sorted by class.
     order = np.random.default_rng(0).permutation(len(train))
     held_out[order[: max(1, round(config.validation_fraction * len(train)))]] = True
-    train, validation = choose(train, ~held_out), choose(train, held_out)
+    train, validation = select_images(train, ~held_out), select_images(train, held_out)
     return train, train, validation
 
 
-def choose(images: Dataset, chosen: np.ndarray) -> Dataset:
-    """Some of the images: chosen (N,) bool.
+def select_images(images: Dataset, chosen: np.ndarray) -> Dataset:
+    """Return some of the images: chosen (N,) bool.
 
-    Names in memory become a table of their own: through the indices of a selection, `datasets` would need 10 s to hand
-    out the places in a tar of a million images.
+    A table in memory is filtered, because reading the places of a million images in tars through the indices of a
+    selection takes `datasets` 10 s. A table on disk is not copied.
     """
-    if images.cache_files:  # what is on a disk stays there
+    if images.cache_files:
         return images.select(np.flatnonzero(chosen))
-    return dataset_of(images.data.table.filter(pyarrow.array(chosen)), images.info)
+    return to_dataset(images.data.table.filter(pyarrow.array(chosen)), images.info)
 
 
-def streamed(
+def hold_out_pieces(
     train: ParquetShards, validation: ParquetShards | None, config: ImageSettings, remarks: list[str]
 ) -> tuple[ParquetShards, Dataset | None, Dataset | None]:
-    """Training images as shards and, where they have labels, some of them and of the validation images in memory."""
+    """Return training images as shards and, if they have labels, some training and validation images in memory.
+
+    Without a validation split, whole pieces of the training split are held out.
+
+    Args:
+        train: training split.
+        validation: validation split, if there is one.
+        config: settings of the data set and of evaluation.
+        remarks: list to which this adds what the user should know.
+
+    Raises:
+        ConfigurationError: a column is missing or of the wrong kind, or a validation label is not among the training
+            labels.
+    """
     image, label = find_columns(train.features, config)
-    kind = train.features.arrow_schema.field(image).type
-    is_image = pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    if not is_image and kind not in (
-        pyarrow.binary(),
-        pyarrow.large_binary(),
-        pyarrow.string(),
-        pyarrow.large_string(),
-    ):
-        raise ConfigurationError(f"--image_column {image}: not a column of images but {kind}")
+    check_image_column(image, train, validation, config)
     for shards in (train, validation):
         if shards is not None:
-            if image not in shards.features:
-                raise ConfigurationError(
-                    f"--dataset {config.dataset}: the validation split has no column {image}, which the training split "
-                    f"has, but {', '.join(shards.features)}; rename it, or move the split away"
-                )
             shards.column = image
-    if label is None or not config.evaluates:  # what serves evaluation alone would be held in memory
+    if label is None or not config.evaluates:  # images for evaluation would only take memory
         return train, None, None
-    # Which classes there are say all labels, not those of the images in memory.
-    names = label_names(train.features[label], train, label)
-    if names is None:
-        if config.label_column is not None:
-            raise ConfigurationError(f"--label_column {label}: not class labels for all images")
-        remarks.append(f"no labels, because the column {label} has not one for all images")
+    kind = train.features[label]
+
+    def read_labels() -> pyarrow.ChunkedArray:
+        # The classes of a ClassLabel are known without reading the labels of all training images.
+        return pyarrow.array([]) if isinstance(kind, ClassLabel) else train.distinct_values(label)
+
+    classes = find_classes(kind, read_labels, len(train), label, config, remarks)
+    if classes is None:
         return train, None, None
-    if validation is not None and not has_labels(validation, label, names):
+    if validation is not None and not (
+        label in validation.features and classes.cover(validation.distinct_values(label), label, config)
+    ):
         validation = None
-    whole, held_out = train, np.empty(0, int)
+    all_images = train
     if validation is None:
         limit = min(MAX_STREAMED_QUERIES, config.validation_fraction * len(train))
         held_out = spread_pieces(train.piece_sizes, limit)
@@ -89,28 +98,48 @@ def streamed(
             train, validation = train.select(~chosen), train.select(chosen)
         elif limit:
             remarks.append(
-                f"no image is held out, because the smallest row group has {smallest(train.piece_sizes)[1]:,}, more "
-                f"than the {limit:,.0f} wanted"
+                f"no image is held out, because the smallest row group has {smallest(train.piece_sizes)[1]:,} images, "
+                f"more than the {limit:,.0f} wanted"
             )
     parts = {"train": (train, MAX_STREAMED_BANK)} | ({"val": (validation, MAX_STREAMED_QUERIES)} if validation else {})
     splits = {}
     for name, (shards, limit) in parts.items():
-        # Where the least is too much, it is taken all the same: at least one piece.
         pieces = spread_pieces(shards.piece_sizes, limit)
-        splits[name] = shards.dataset(
-            pieces if len(pieces) else np.array(smallest(shards.piece_sizes)[:1]), [image, label]
-        )
-    splits = {name: with_names(split, label, names) for name, split in splits.items()}
+        if not len(pieces):  # at least one piece, even if it exceeds the limit
+            pieces = np.array(smallest(shards.piece_sizes)[:1])
+        splits[name] = classes.apply(shards.dataset(pieces, [image, label]), label)
     splits = standard_columns(splits, config, remarks)
     if any("label" not in split.features for split in splits.values()):
-        return whole, None, None
+        return all_images, None, None
     if len(splits["train"]) < len(train):
-        remarks.append(f"its neighbours are looked for among {len(splits['train']):,}")
+        remarks.append(f"kNN looks for neighbours among {len(splits['train']):,} of them")
     return train, splits["train"], splits.get("val")
 
 
+def check_image_column(
+    column: str, train: ParquetShards, validation: ParquetShards | None, config: ImageSettings
+) -> None:
+    """Check that a column may hold images, and that both splits have it.
+
+    Raises:
+        ConfigurationError: it may not, or the validation split lacks it.
+    """
+    kind = train.features.arrow_schema.field(column).type
+    is_image = pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    if not is_image and kind not in IMAGE_TYPES:
+        raise ConfigurationError(f"--image_column {column}: not a column of images but {kind}")
+    if validation is not None and column not in validation.features:
+        raise ConfigurationError(
+            f"--dataset {config.dataset}: the validation split has no column {column}, which the training split has, "
+            f"but {', '.join(validation.features)}; rename it, or move the split away"
+        )
+
+
 def spread_pieces(sizes: np.ndarray, num_images: float) -> np.ndarray:
-    """Pieces evenly spread that hold at most so many images: all if they do, none where the smallest holds more."""
+    """Return pieces that are evenly spread and together hold at most `num_images`.
+
+    These are all pieces if they fit, and none if the smallest does not fit.
+    """
     filled = np.flatnonzero(sizes)
     if sizes.sum(dtype=np.int64) <= num_images:
         return filled
@@ -123,7 +152,7 @@ def spread_pieces(sizes: np.ndarray, num_images: float) -> np.ndarray:
 
 
 def smallest(sizes: np.ndarray) -> tuple[int, int]:
-    """The smallest piece that is not empty, and its size."""
+    """Return the smallest piece that is not empty, and its size."""
     filled = np.flatnonzero(sizes)
     piece = int(filled[sizes[filled].argmin()])
     return piece, int(sizes[piece])

@@ -1,4 +1,4 @@
-"""Data sets from the Hub, and files loaded by `datasets`."""
+"""Data sets from the Hub, and files that `datasets` loads."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from datasets import Dataset
 
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError, one_line
-from m2t_accel.data.parquet import ParquetShards
-from m2t_accel.data.splits import parquet_splits
+from m2t_accel.data.parquet import ParquetShards, parquet_splits
 
 
 def load_hub(config: ImageSettings) -> dict[str, Dataset] | dict[str, ParquetShards]:
-    """The splits of a dataset on the Hub, downloaded to the cache or, with `--streaming`, where they are."""
+    """Return the splits of a data set on the Hub: downloaded to the cache or, with `--streaming`, left on the Hub.
+
+    Raises:
+        ConfigurationError: it cannot be loaded, or is to be streamed but not stored as parquet.
+    """
     if not config.streaming:
-        return call_datasets(config, config.dataset)
-    with datasets_errors(config):
+        return load_by_datasets(config, config.dataset)
+    with errors_in_one_line(config):
         files = datasets.load_dataset_builder(config.dataset).config.data_files
     splits = {str(name): list(paths) for name, paths in (files or {}).items()}
     other = next((path for paths in splits.values() for path in paths if not path.endswith(".parquet")), None)
@@ -31,21 +34,25 @@ def load_hub(config: ImageSettings) -> dict[str, Dataset] | dict[str, ParquetSha
     return parquet_splits(splits, config)
 
 
-def call_datasets(config: ImageSettings, *arguments: object, **options: object) -> dict[str, Dataset]:
-    """`datasets.load_dataset`, its many ways to fail as one line."""
-    with datasets_errors(config):
+def load_by_datasets(config: ImageSettings, *arguments: object, **options: object) -> dict[str, Dataset]:
+    """Return the splits that `datasets.load_dataset` loads.
+
+    Raises:
+        ConfigurationError: it fails.
+    """
+    with errors_in_one_line(config):
         return dict(datasets.load_dataset(*arguments, **options))
 
 
 @contextlib.contextmanager
-def datasets_errors(config: ImageSettings) -> Iterator[None]:
+def errors_in_one_line(config: ImageSettings) -> Iterator[None]:
     verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it writes of an error, at length, and then raises it
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log an error at length and then raise it
     try:
         yield
-    except Exception as error:  # of datasets, huggingface_hub, pyarrow, fsspec, httpx: no common ancestor
+    except Exception as error:  # datasets, huggingface_hub, pyarrow, fsspec and httpx have no common base class
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
-            error = error.__cause__  # what the wrapper says is only that something went wrong
+            error = error.__cause__  # the wrapper does not say what went wrong
         raise ConfigurationError(
             f"--dataset {config.dataset} cannot be loaded ({one_line(error)}); give a folder that exists, "
             "or a Hub id that you can reach (`hf auth login` for a gated one)"

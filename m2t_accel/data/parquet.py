@@ -14,45 +14,63 @@ import pyarrow
 from datasets import Dataset, Features
 from pyarrow import parquet
 
+from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError, one_line
-from m2t_accel.data.parquet_index import class_names, columns_differ, index_parquet, index_values, remote_footer
-from m2t_accel.data.shards import HELD, Reader, attempts, dataset_of, in_attempts, is_remote, open_shard
+from m2t_accel.data.labels import label_column
+from m2t_accel.data.parquet_index import (
+    class_conflicts,
+    class_names,
+    columns_differ,
+    distinct_values,
+    index_parquet,
+    remote_footer,
+)
+from m2t_accel.data.shards import (
+    MAX_HELD_BYTES,
+    Reader,
+    is_remote,
+    open_shard,
+    read_file,
+    to_dataset,
+    with_retries,
+)
+from m2t_accel.data.splits import used_splits
 
-READERS = 8  # threads that read what is then held in memory
-ROWS = 64  # of a row group, that are decoded at once
+READERS = 8  # threads that read row groups into memory
+BATCH_ROWS = 64  # rows that are decoded at once
 
-# Bytes of a row group that are read at once: one of 4320 of ImageNet's images, 500 MB, took 0.15 s and 0.1 GB so, in
-# rows from begin to end; 0.33 s with 1 MB, 0.16 s with 32; and as a whole 0.8 s and 2 GB.
-BUFFER = 8 << 20
-PAGE_ROWS = 1024  # of a page that pyarrow writes, if nobody tells it otherwise
+# Bytes that are read at once. ImageNet has row groups of 4320 images, 500 MB: to read one from its first row to its
+# last took 0.15 s and 0.1 GB of memory with 8 MB, 0.33 s with 1 MB, 0.16 s with 32 MB, and as a whole 0.8 s and 2 GB.
+BUFFER_BYTES = 8 << 20
+PAGE_ROWS = 1024  # rows of a page, by pyarrow's default
 
 
 class ParquetShards:
-    """The row groups of parquet files; nothing of them is copied to a disk."""
+    """The row groups of parquet files, each a piece. Nothing is copied to a disk."""
 
     def __init__(self, files: Sequence[str]) -> None:
-        """Of these files, paths or URLs."""
+        """Index the files: local paths or URLs."""
         self.files = files
-        self.column = "image"  # of the images
+        self.column = "image"  # name of the column of images
         index = index_parquet(files)
         self.metadata = index.schema.metadata
         groups = index["rows"].combine_chunks()
-        self.starts = groups.offsets.to_numpy()  # (F + 1,) int32, the first piece of each file
-        # The only array of all row groups: of the ten million of a billion images it takes 40 MB.
+        self.first_pieces = groups.offsets.to_numpy()  # (F + 1,) int32, number of each file's first piece
+        # The only array with an entry for each row group: a billion images have ten million, which take 40 MB.
         self.set_sizes(groups.values.to_numpy())
 
     @property
     def features(self) -> Features:
-        """The columns of the files.
+        """Return the columns of the files.
 
         Raises:
-            ConfigurationError: what `datasets` has written of them is damaged.
+            ConfigurationError: the metadata that `datasets` has written is damaged.
         """
         try:
             return Features.from_arrow_schema(self.schema)
-        except Exception as error:  # of json and of whatever is made of its words
+        except Exception as error:  # of json, or of anything that is built from it
             raise ConfigurationError(
-                f"the columns of {self.files[0]} cannot be told ({one_line(error)}): write it anew"
+                f"the columns of {self.files[0]} cannot be read ({one_line(error)}); rewrite the file"
             ) from None
 
     @property
@@ -66,12 +84,12 @@ class ParquetShards:
 
     @property
     def class_names(self) -> dict[str, list[str]]:
-        """The classes of each column of class labels."""
+        """Return the class names of each ClassLabel column."""
         return class_names((self.schema.metadata or {}).get(b"huggingface", b"{}"))
 
     @property
     def conflicts(self) -> dict[str, str]:
-        """As class_conflicts has found them."""
+        """Return error messages by column; see class_conflicts."""
         return json.loads(self.metadata[b"conflicts"])
 
     def __len__(self) -> int:
@@ -79,64 +97,87 @@ class ParquetShards:
 
     def set_sizes(self, piece_sizes: np.ndarray) -> None:
         self.piece_sizes = piece_sizes
-        self.file_sizes, filled = np.zeros(len(self.files), np.int64), np.diff(self.starts) > 0
+        self.file_sizes, filled = np.zeros(len(self.files), np.int64), np.diff(self.first_pieces) > 0
         if filled.any():
-            self.file_sizes[filled] = np.add.reduceat(piece_sizes, self.starts[:-1][filled], dtype=np.int64)
-        self.firsts = np.cumsum(self.file_sizes) - self.file_sizes  # the first sample of each file
+            self.file_sizes[filled] = np.add.reduceat(piece_sizes, self.first_pieces[:-1][filled], dtype=np.int64)
+        self.first_samples = np.cumsum(self.file_sizes) - self.file_sizes  # (F,) int64, each file's first sample
 
     def select(self, chosen: np.ndarray) -> ParquetShards:
-        """The same with all pieces empty but those chosen: (P,) bool."""
-        some = copy.copy(self)
-        some.set_sizes(self.piece_sizes * chosen)
-        return some
+        """Return the same shards with all pieces empty except those chosen: (P,) bool."""
+        selection = copy.copy(self)
+        selection.set_sizes(self.piece_sizes * chosen)
+        return selection
 
     def place(self, piece: int) -> tuple[int, int]:
-        """The number of a piece's file, and that of the row group in it."""
-        file = int(np.searchsorted(self.starts, piece, side="right")) - 1
-        return file, piece - int(self.starts[file])
+        """Return the number of a piece's file, and the number of its row group in that file."""
+        file = int(np.searchsorted(self.first_pieces, piece, side="right")) - 1
+        return file, piece - int(self.first_pieces[file])
 
     def first_sample(self, piece: int) -> int:
         file, _ = self.place(piece)
-        return int(self.firsts[file] + self.piece_sizes[self.starts[file] : piece].sum(dtype=np.int64))
+        before = self.piece_sizes[self.first_pieces[file] : piece].sum(dtype=np.int64)
+        return int(self.first_samples[file] + before)
 
-    def open(self, piece: int, may_hold: int = HELD) -> Reader:
+    def open(self, piece: int, max_held_bytes: int = MAX_HELD_BYTES) -> Reader:
         file, group = self.place(piece)
-        begin = self.first_sample(piece)
-        rows = RowGroup(self.files[file], group, self.column, int(self.piece_sizes[piece]), may_hold)
+        first_sample = self.first_sample(piece)
+        rows = RowGroup(self.files[file], group, self.column, int(self.piece_sizes[piece]), max_held_bytes)
 
         def read(first: int, stop: int) -> tuple[np.ndarray, list[dict[str, object]]]:
             place = f"of row group {group} of {self.files[file]}"
             images = [
                 undecoded(row, f"row {number} {place}") for number, row in enumerate(rows.read(first, stop), first)
             ]
-            return begin + np.arange(first, stop), images
+            return first_sample + np.arange(first, stop), images
 
         return read
 
     def dataset(self, pieces: np.ndarray, columns: list[str]) -> Dataset:
-        """Some of the pieces in memory.
+        """Return some of the pieces in memory.
 
         Raises:
-            ConfigurationError: a file is missing or cut, the network stays away, or the files' columns differ.
+            ConfigurationError: a file is missing or damaged, the network fails, or the files' columns differ.
         """
         schema = Features({name: self.features[name] for name in columns}).arrow_schema
 
         def read(piece: int) -> pyarrow.Table:
             number, group = self.place(int(piece))
             file = self.files[number]
-            part = in_attempts(file, functools.partial(read_row_group, file=file, group=group, columns=columns))
+            part = read_file(file, functools.partial(read_row_group, file=file, group=group, columns=columns))
             try:
                 return part.select(columns).cast(schema)
             except pyarrow.ArrowException as error:
                 raise columns_differ(columns, file, error) from None
 
         with ThreadPoolExecutor(READERS) as readers:
-            return dataset_of(pyarrow.concat_tables(readers.map(read, pieces)))
+            return to_dataset(pyarrow.concat_tables(readers.map(read, pieces)))
 
-    def values(self, column: str) -> pyarrow.ChunkedArray:
-        """The different values of a column in all files, such as the labels."""
-        filled = [self.files[number] for number in np.flatnonzero(self.file_sizes)]  # others may have no such column
-        return index_values(filled, column, self.features.arrow_schema.field(column).type)
+    def distinct_values(self, column: str) -> pyarrow.ChunkedArray:
+        """Return the distinct values of a column in all files that have rows, such as the labels."""
+        filled = [self.files[number] for number in np.flatnonzero(self.file_sizes)]  # others may lack the column
+        return distinct_values(filled, column, self.features.arrow_schema.field(column).type)
+
+
+def parquet_splits(files: dict[str, list[str]], config: ImageSettings) -> dict[str, ParquetShards]:
+    """Return the training and the validation split of parquet files.
+
+    Args:
+        files: local paths or URLs by split.
+        config: names the column of labels.
+
+    Raises:
+        ConfigurationError: a file cannot be read, or the files number the classes differently.
+    """
+    splits = {name: ParquetShards(paths) for name, paths in files.items()}
+    splits = {name: split for name, split in splits.items() if len(split)}
+    splits = {name: splits[name] for name in (used_splits(splits) if splits else ())}
+    first_files = [(split.files[int(np.argmax(split.file_sizes > 0))], split.class_names) for split in splits.values()]
+    for split in splits.values():
+        label = label_column(split.columns, config)
+        for conflicts in (split.conflicts, class_conflicts(first_files)):
+            if label in conflicts:
+                raise ConfigurationError(conflicts[label])
+    return splits
 
 
 def read_row_group(source: IO[bytes], file: str, group: int, columns: list[str]) -> pyarrow.Table:
@@ -145,12 +186,12 @@ def read_row_group(source: IO[bytes], file: str, group: int, columns: list[str])
 
 def open_parquet(source: IO[bytes], file: str, **options: object) -> parquet.ParquetFile:
     footer = remote_footer(file) if is_remote(file) else None
-    # Not pre_buffer: its threads call Python, and may still do so when the interpreter has gone.
+    # No pre_buffer: its threads call Python, and may do so even after the interpreter has shut down.
     return parquet.ParquetFile(source, metadata=footer, pre_buffer=False, **options)
 
 
 def undecoded(row: object, place: str) -> dict[str, object]:
-    """The image of a row as m2t_accel.decode takes it; `place` is what stands for a path if it has none."""
+    """Return the image of a row as decode_image takes it; `place` serves as its path if it has none."""
     content, path = row, None
     if isinstance(row, dict):
         content, path = row.get("bytes"), row.get("path")
@@ -162,53 +203,55 @@ def undecoded(row: object, place: str) -> dict[str, object]:
 
 
 class RowGroup:
-    """A row group's column, read onwards: of a large one nothing is held but the rows asked for and a page.
+    """Reader of one column of a row group, which holds no more than a page and the rows that were asked for.
 
-    Where even a page is more than `may_hold` bytes, it is let go of after each call, and the next reads from the begin.
+    If even a page takes more than `max_held_bytes`, it is dropped after each call, and the next call reads the row
+    group from its first row.
     """
 
-    def __init__(self, file: str, group: int, column: str, size: int, may_hold: int = HELD) -> None:
-        self.file, self.group, self.column, self.size, self.may_hold = file, group, column, size, may_hold
+    def __init__(self, file: str, group: int, column: str, size: int, max_held_bytes: int = MAX_HELD_BYTES) -> None:
+        self.file, self.group, self.column, self.size = file, group, column, size
+        self.max_held_bytes = max_held_bytes
         self.source: IO[bytes] | None = None
 
     def read(self, first: int, stop: int) -> list[object]:
-        """The values of some rows; those before the rows of the last call are found by reading from the begin.
+        """Return the values of some rows. To go back to earlier rows, read the row group from its first row.
 
         Raises:
-            ConfigurationError: the file is missing or cut, or the network stays away.
+            ConfigurationError: the file is missing or damaged, or the network fails.
         """
-        return attempts(self.file, functools.partial(self.read_once, first, stop))
+        return with_retries(self.file, functools.partial(self.read_once, first, stop))
 
     def read_once(self, first: int, stop: int) -> list[object]:
         rows: list[object] = []
         try:
-            if self.source is None or first < self.begin:
+            if self.source is None or first < self.batch_start:
                 self.start()
             while first < stop:
-                if first < self.begin + len(self.batch):
-                    part = self.batch.slice(first - self.begin, stop - first)
+                if first < self.batch_start + len(self.batch):
+                    part = self.batch.slice(first - self.batch_start, stop - first)
                     rows += part.to_pylist()
                     first += len(part)
                 else:
-                    self.begin += len(self.batch)
+                    self.batch_start += len(self.batch)
                     batch = next(self.batches, None)
                     if batch is None:
-                        raise EOFError(f"row group {self.group} ends at row {self.begin}")
+                        raise EOFError(f"row group {self.group} ends at row {self.batch_start}")
                     self.batch = batch[self.column]
         except BaseException:
             self.close()
             raise
-        if stop == self.size or self.page > self.may_hold:
+        if stop == self.size or self.page_bytes > self.max_held_bytes:
             self.close()
         return rows
 
     def start(self) -> None:
         self.close()
         self.source = open_shard(self.file)
-        shard = open_parquet(self.source, self.file, buffer_size=BUFFER)
-        self.batches = shard.iter_batches(ROWS, row_groups=[self.group], columns=[self.column], use_threads=False)
-        self.begin, self.batch = 0, pyarrow.nulls(0)  # the row that a batch begins with
-        self.page = page_bytes(shard.metadata.row_group(self.group), self.column)
+        shard = open_parquet(self.source, self.file, buffer_size=BUFFER_BYTES)
+        self.batches = shard.iter_batches(BATCH_ROWS, row_groups=[self.group], columns=[self.column], use_threads=False)
+        self.batch_start, self.batch = 0, pyarrow.nulls(0)
+        self.page_bytes = max_page_bytes(shard.metadata.row_group(self.group), self.column)
 
     def close(self) -> None:
         if self.source is not None:
@@ -219,12 +262,12 @@ class RowGroup:
         self.close()
 
 
-def page_bytes(group: parquet.RowGroupMetaData, column: str) -> int:
-    """What a page of a column takes at most, if its writer was not told otherwise: as it is read, and decompressed."""
+def max_page_bytes(group: parquet.RowGroupMetaData, column: str) -> int:
+    """Return the memory of a page, as stored and decompressed, if it was written with pyarrow's default size."""
     parts = [group.column(i) for i in range(group.num_columns)]
     parts = [part for part in parts if part.path_in_schema.split(".")[0] == column]
-    whole = sum(
+    total = sum(
         part.total_uncompressed_size + part.total_compressed_size * (part.compression != "UNCOMPRESSED")
         for part in parts
     )
-    return whole * min(group.num_rows, PAGE_ROWS) // max(group.num_rows, 1)
+    return total * min(group.num_rows, PAGE_ROWS) // max(group.num_rows, 1)

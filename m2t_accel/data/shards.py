@@ -1,4 +1,4 @@
-"""Images that are read in pieces: the protocol of their sources, and access to local and remote files."""
+"""The protocol of image sources that are read in pieces, and reading of local and remote files."""
 
 from __future__ import annotations
 
@@ -14,60 +14,68 @@ from datasets import Dataset, DatasetInfo
 
 from m2t_accel.config.fields import ConfigurationError, one_line
 
-Read = TypeVar("Read")
-ATTEMPTS = 5  # at reading from a network, with 1, 2, 4 and 8 seconds between them
-HELD = 1 << 30  # bytes that all readers of a process may hold of the pieces that they have begun
+Result = TypeVar("Result")
+RETRY_DELAYS = (1, 2, 4, 8)  # seconds before a remote file is tried again
+MAX_HELD_BYTES = 1 << 30  # memory that all readers of a process together may hold between two reads
 
-# What reads rows `first` to `stop` of a piece: the samples (n,) int64 and their n undecoded images.
+# Called with a first row and a stop row of a piece; returns their sample numbers, (n,) int64, and n undecoded images.
 Reader = Callable[[int, int], tuple[np.ndarray, list[dict[str, object]]]]
 
 
 @runtime_checkable
 class Shards(Protocol):
-    """Images in pieces, some of them empty; a sample is the number of a row, over all of them."""
+    """Images stored in pieces: row groups of parquet files, or runs of images in tars. A piece may be empty.
 
-    piece_sizes: np.ndarray  # (P,) int32, images of each piece
+    Samples are numbered from 0 through all pieces, in their order.
+    """
+
+    piece_sizes: np.ndarray  # (P,) int32, images in each piece
 
     def __len__(self) -> int: ...
 
-    def open(self, piece: int, may_hold: int = HELD) -> Reader:
-        """What reads a piece; rows that are asked for in their order are read once, if for that it need not hold more
-        than so many bytes between two calls.
+    def open(self, piece: int, max_held_bytes: int = MAX_HELD_BYTES) -> Reader:
+        """Return a reader of one piece.
+
+        If rows are asked for in ascending order, each is read once, unless the reader would have to hold more than
+        `max_held_bytes` between two calls.
         """
         ...
 
 
-def dataset_of(table: pyarrow.Table, info: DatasetInfo | None = None) -> Dataset:
-    """The table as a Dataset, with a name of ours: for one of its own `datasets` would put the whole into one chunk."""
+def to_dataset(table: pyarrow.Table, info: DatasetInfo | None = None) -> Dataset:
+    """Return the table as a Dataset.
+
+    It gets a random fingerprint, because `datasets` would compute its own by copying the whole table into one chunk.
+    """
     return Dataset(table, info, fingerprint=uuid.uuid4().hex[:16])
 
 
-def in_attempts(file: str, read: Callable[[IO[bytes]], Read]) -> Read:
-    """What `read` makes of an open shard; a remote one is tried again when it fails.
+def read_file(file: str, read: Callable[[IO[bytes]], Result]) -> Result:
+    """Open a local or remote file and return the result of `read`; see with_retries."""
 
-    Raises:
-        ConfigurationError: the file is missing or cut, or the network stays away.
-    """
-
-    def open_and_read() -> Read:
+    def open_and_read() -> Result:
         with open_shard(file) as source:
             return read(source)
 
-    return attempts(file, open_and_read)
+    return with_retries(file, open_and_read)
 
 
-def attempts(file: str, read: Callable[[], Read]) -> Read:
-    """As in_attempts, where `read` opens the shard itself."""
-    for attempt in range(ATTEMPTS):
+def with_retries(file: str, read: Callable[[], Result]) -> Result:
+    """Return the result of `read`; if the file is remote, call it up to five times until it succeeds.
+
+    Raises:
+        ConfigurationError: the file is missing or damaged, or the network fails.
+    """
+    for delay in (*RETRY_DELAYS, None):
         try:
             return read()
         except ConfigurationError:
             raise
-        except Exception as error:  # of pyarrow, fsspec, huggingface_hub and httpx: no common ancestor
-            if not is_remote(file) or isinstance(error, FileNotFoundError) or attempt == ATTEMPTS - 1:
+        except Exception as error:  # pyarrow, fsspec, huggingface_hub and httpx have no common base class
+            if delay is None or not is_remote(file) or isinstance(error, FileNotFoundError):
                 raise unreadable_shard(file, error) from error
-            time.sleep(2**attempt)
-    raise AssertionError("not reached")
+            time.sleep(delay)
+    raise AssertionError
 
 
 def is_remote(file: str) -> bool:
@@ -75,15 +83,15 @@ def is_remote(file: str) -> bool:
 
 
 def open_shard(file: str) -> IO[bytes]:
-    """A file, local or remote, open for reading at any place."""
+    """Open a local or remote file for reading at any position."""
     if not is_remote(file):
         return open(file, "rb")
     filesystem, path = fsspec.core.url_to_fs(file)
-    return filesystem.open(path, "rb", cache_type="none")  # pyarrow asks for what it needs
+    return filesystem.open(path, "rb", cache_type="none")  # pyarrow asks for exactly the bytes that it needs
 
 
 def unreadable_shard(file: str, error: Exception) -> ConfigurationError:
     return ConfigurationError(
-        f"the shard {file} cannot be read ({one_line(error)}): it is missing, cut or no parquet file; fetch it again, "
-        "or move it away and start anew"
+        f"the shard {file} cannot be read ({one_line(error)}): it is missing, truncated or damaged; download it again, "
+        "or move it away and start again"
     )

@@ -1,49 +1,26 @@
-"""Which files and splits are for training and which for validation."""
+"""The split that the name of a file or a folder stands for."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
-from m2t_accel.config.data import ImageSettings
-from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.data.labels import label_column
-from m2t_accel.data.parquet import ParquetShards
-from m2t_accel.data.parquet_index import class_conflicts
-
 TRAIN_NAMES = ("train", "training")
-VALIDATION_NAMES = ("val", "validation", "valid", "test", "testing")  # the first that can be used is
+VALIDATION_NAMES = ("val", "validation", "valid", "test", "testing")  # in order of preference
 
 
-def wanted_splits(names: Iterable[str]) -> list[str]:
-    """The split to train on and, if there is one, that to validate with."""
+def used_splits(names: Iterable[str]) -> list[str]:
+    """Return the name of the training split and, if there is one, of the validation split."""
     names = list(names)
     train_name = "train" if "train" in names else names[0]
     return [train_name, *[name for name in VALIDATION_NAMES if name in names and name != train_name][:1]]
 
 
-def parquet_splits(files: dict[str, list[str]], config: ImageSettings) -> dict[str, ParquetShards]:
-    """The splits of parquet files that are wanted.
-
-    Raises:
-        ConfigurationError: a file cannot be read, or their labels are not numbered alike.
-    """
-    splits = {name: ParquetShards(paths) for name, paths in files.items()}
-    splits = {name: split for name, split in splits.items() if len(split)}
-    splits = {name: splits[name] for name in (wanted_splits(splits) if splits else ())}
-    firsts = [(split.files[int(np.argmax(split.file_sizes > 0))], split.class_names) for split in splits.values()]
-    for split in splits.values():
-        label = label_column(split.columns, config)
-        for conflicts in (split.conflicts, class_conflicts(firsts)):
-            if label in conflicts:
-                raise ConfigurationError(conflicts[label])
-    return splits
-
-
 def files_by_split(files: Sequence[str]) -> dict[str, list[str]]:
-    """Shards by their split, told by a word of their name or else of a folder's: `train-00000-of-00002.parquet`."""
+    """Group shards by the split that their name, or else the name of a folder, contains as a word.
+
+    Example: `train-00000-of-00002.parquet` belongs to `train`.
+    """
     by_split: dict[str, list[str]] = {}
     for path in files:
         by_split.setdefault(split_of(path), []).append(path)
@@ -57,6 +34,6 @@ def split_of(path: str) -> str:
         if words.isdisjoint(TRAIN_NAMES):
             if validation is not None:
                 return validation
-        elif validation is None:  # a name of both, such as train-test-split, says nothing
+        elif validation is None:  # a name that contains both, such as train-test-split, says nothing
             return "train"
     return "train"

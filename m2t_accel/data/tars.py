@@ -1,185 +1,86 @@
-"""Where the images are in tar files: found by their headers, and kept for the next start."""
+"""Images in WebDataset tars: an index of where each one lies, and reading of runs of neighbours."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-import multiprocessing
 import os
 import posixpath
-import signal
 import tarfile
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import IO
 
 import numpy as np
 import pyarrow
 from datasets import Dataset, Features, Image, Value
 from pyarrow import compute
-from tqdm import tqdm
 
 from m2t_accel.config.fields import ConfigurationError, one_line
-from m2t_accel.data.cache import place_for_files, read_cache, write_cache
+from m2t_accel.data.cache import cached_table, file_status
 from m2t_accel.data.folders import IMAGE_EXTENSIONS, image_column, is_hidden
-from m2t_accel.data.parquet_index import FOOTER_READERS
-from m2t_accel.data.shards import HELD, Reader, dataset_of, unreadable_shard
-from m2t_accel.distributed.launch import num_cores
-from m2t_accel.progress import PATIENCE, late_progress_bar
+from m2t_accel.data.shards import MAX_HELD_BYTES, Reader, to_dataset, unreadable_shard
+from m2t_accel.progress import late_progress_bar
 
-MAX_RUN = 1 << 30  # bytes of a tar that are read at once at most; Linux would give 2 GB
-TAR_RUN = 64  # images of a tar that are read at once: of ImageNet's, 7 MB
-PART = 1 << 20  # bytes read at once of what is behind a tar's end: if that is damaged, it may be nearly all of the tar
-MAX_DIGITS = 18  # of a label
-SMALL = 32 << 20  # bytes of tars, for which no process is started: of 10 000 small images, a third of a second
+MAX_RUN_BYTES = 1 << 30  # read at once at most; Linux limits one read to 2 GB
+RUN_IMAGES = 64  # images of a tar that are read at once, 7 MB of ImageNet's
+TAIL_BYTES = 1 << 20  # read at once after the end of a tar: a damaged header may leave nearly all of the tar there
+MAX_LINKS = 40  # symbolic links that are followed one after the other, as Linux does
+MAX_DIGITS = 18  # of a label, so that it fits into 64 bits
 
 
 def index_tars(folder: Path, files: Sequence[str]) -> list[pyarrow.Table]:
-    """Where each image is in WebDataset tars: of each `offset` and `size` in bytes, `label` (int, null without .cls).
+    """Return where the images are in WebDataset tars, a table for each tar. The tables are cached.
 
-    Members that share a name up to the first dot of its last part are one sample (000.jpg, 000.cls). Of several images
-    (000.depth.png, 000.jpg, 000.png) it is the first of those with the fewest dots; `others` is the number of the rest.
-    A link to what is not in the tar is an image without content.
+    Members with the same name up to the first dot of its last part are one sample (000.jpg, 000.cls). If a sample has
+    several images (000.depth.png, 000.jpg, 000.png), the first of those with the fewest dots counts.
+
+    Returns:
+        Tables with a row for each sample: `offset` and `size` of the image in bytes, `label` (int; null without a
+        .cls that holds a number), `others` (number of further images). A link to a missing file is an image of size 0.
 
     Raises:
-        ConfigurationError: a tar is cut, compressed or no tar.
+        ConfigurationError: a tar is missing, truncated, damaged, compressed or not a tar.
     """
     paths = [str(folder / file) for file in files]
-    # What is kept does not say where a file lies: it is the same one by another path.
-    places = [place_for_files("tar", [path]) for path in paths]
-    with ThreadPoolExecutor(FOOTER_READERS) as readers:
-        tables = list(readers.map(read_cache, places))
-    missing = [i for i, table in enumerate(tables) if table is None]
-    with late_progress_bar("looking for images in tars", "B", total=sum(size_of(paths[i]) for i in missing)) as bar:
-        if len(missing) > 1 and bar.total > SMALL:
-            keep_by_processes([paths[i] for i in missing], [places[i] for i in missing], bar)
-        for i in missing:
-            tables[i] = read_cache(places[i])
-            if tables[i] is None:
-                tables[i] = index_tar(paths[i], bar.update)
-                write_cache(places[i], tables[i])  # at once: a start that is interrupted was not for nothing
-    return tables
+    with late_progress_bar("indexing tars", "B", total=sum(file_status(path).st_size for path in paths)) as bar:
+        # One tar after the other, because the result is cached: a process indexes about 40 000 members a second.
+        return [cached_table("tar", [path], lambda files: index_tar(files[0], bar.update)) for path in paths]
 
 
-def keep_by_processes(paths: list[str], places: list[Path], bar: tqdm) -> None:
-    """Keep the images of each tar at its place, by as many processes as there are cores; they end with this.
-
-    By processes, because it is all Python: 800 000 headers in two tars took two threads of a slow machine 60 s, one
-    37 s, and two processes 16 s. What they cannot do, because they cannot be started, kept from or be killed, is left
-    undone.
-
-    Raises:
-        ConfigurationError: a tar is cut, compressed or no tar.
-    """
-    if multiprocessing.current_process().daemon:  # it may not have processes of its own
-        return
-    others = set(multiprocessing.active_children())
-    number = min(len(paths), num_cores())
-    with (
-        contextlib.suppress(OSError, ImportError, BrokenProcessPool),
-        ProcessPoolExecutor(number, initializer=settle_process) as processes,
-    ):
-        try:
-            ended: SimpleQueue[Future] = SimpleQueue()
-            with sigint_blocked():
-                tars = {processes.submit(keep_tar, *tar): tar for tar in zip(paths, places, strict=True)}
-            for tar in tars:
-                tar.add_done_callback(ended.put)
-            for _ in tars:
-                tar = next_completed(ended, bar)
-                tar.result()
-                path, place = tars[tar]
-                if not place.exists():  # no cache can be written
-                    raise OSError(f"{place} is not there")
-                bar.update(size_of(path))
-        except BaseException:  # Ctrl-C, or a tar that is broken: what else is under way is of no use
-            for process in set(multiprocessing.active_children()) - others:
-                process.kill()
-            raise
-
-
-def next_completed(ended: SimpleQueue[Future], bar: tqdm) -> Future:
-    """The next that has ended; of few large tars none may for long, so that the bar is shown meanwhile."""
-    while True:
-        try:
-            return ended.get(timeout=PATIENCE)
-        except Empty:
-            bar.refresh()
-
-
-@contextlib.contextmanager
-def sigint_blocked() -> Iterator[None]:
-    """Ctrl-C comes after this, and not while processes are forked, where it would get lost."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def settle_process() -> None:
-    """No ear for Ctrl-C, which is for the main process; and no life after it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def keep_tar(path: str, place: Path) -> None:
-    """A table of megabytes does not go back by the pool's pipe: the main process would wait for ever for the rest of
-    one whose sender is killed.
-    """
-    write_cache(place, index_tar(path))
-
-
-def size_of(path: str) -> int:
-    try:
-        return os.path.getsize(path)
-    except OSError:  # it is told where it is read
-        return 0
-
-
-def index_tar(path: str, advance: Callable[[int], object] = lambda size: None) -> pyarrow.Table:
-    """The images of one tar; as index_tars. It tells how many bytes it has gone on."""
+def index_tar(path: str, advance: Callable[[int], object] = lambda num_bytes: None) -> pyarrow.Table:
+    """Return where the images are in one tar; see index_tars. Call `advance` with the bytes of each member."""
     images: dict[str, tuple[int, int, int]] = {}
     others: Counter[str] = Counter()
     labels: dict[str, int] = {}
     try:
         with open(path, "rb") as file:
-            for member, (at, size) in tar_members(file, advance).items():
+            for member, (offset, size) in tar_members(file, advance).items():
                 if any(is_hidden(part) for part in member.split("/")):
                     continue
                 parent, _, name = member.rpartition("/")
                 stem, _, extension = name.partition(".")
                 key, extension = f"{parent}/{stem}", f".{extension.lower()}"
                 if extension == ".cls":
-                    word = os.pread(file.fileno(), size, at).strip()
+                    word = os.pread(file.fileno(), size, offset).strip()
                     if word.isdigit() and len(word) <= MAX_DIGITS:
                         labels[key] = int(word)
                 elif os.path.splitext(extension)[1] in IMAGE_EXTENSIONS or extension in IMAGE_EXTENSIONS:
                     others[key] += key in images
-                    image = (extension.count("."), at, size)
+                    image = (extension.count("."), offset, size)
                     images[key] = min(images.get(key, image), image, key=lambda image: image[0])
     except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(
-            f"{path} cannot be read as a tar ({one_line(error)}): it is cut, damaged, joined of several or "
-            "compressed; fetch it again, unpack it with gunzip, or move it away"
+            f"{path} cannot be read as a tar ({one_line(error)}): it is truncated, damaged, compressed or joined from "
+            "several tars; download it again, unpack it with gunzip, or move it away"
         ) from None
-    keys = sorted(images, key=lambda key: images[key][1])  # as they lie, so that a run of them is read at once
-    found = np.array([images[key] for key in keys], np.int64).reshape(-1, 3)
+    keys = sorted(images, key=lambda key: images[key][1])  # in the order of the file, so that a run is read at once
+    table = np.array([images[key] for key in keys], np.int64).reshape(-1, 3)
     return pyarrow.table(
         {
-            "offset": found[:, 1],
-            "size": found[:, 2],
+            "offset": table[:, 1],
+            "size": table[:, 2],
             "label": pyarrow.array([labels.get(key) for key in keys], pyarrow.int64()),
             "others": pyarrow.array([others[key] for key in keys], pyarrow.int32()),
         }
@@ -187,109 +88,122 @@ def index_tar(path: str, advance: Callable[[int], object] = lambda size: None) -
 
 
 def tar_members(file: IO[bytes], advance: Callable[[int], object]) -> dict[str, tuple[int, int]]:
-    """Where each file in a tar begins, and its size; links to files lead to what they are of, or are empty.
+    """Return the offset and size of each file in a tar; a link has those of its target, or size 0 without a target.
 
-    Of a name that comes again it is the last, as when a tar is unpacked. What is only to be reached by a link to a
-    folder is not found.
+    As when a tar is unpacked, the last member of a name counts, and a hard link keeps the earlier file even if a later
+    member replaces that. Links to folders are not followed.
 
     Raises:
-        tarfile.TarError: it is cut, compressed, joined of several or no tar.
+        tarfile.TarError: the file is truncated, damaged, compressed, joined from several tars or not a tar.
     """
     members: dict[str, tuple[int, int]] = {}
-    links: dict[str, tuple[str, int]] = {}  # to what, and where they stand
+    symlinks: dict[str, tuple[str, int]] = {}  # target as written, and offset of the link itself
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             name, target = posixpath.normpath(member.name), posixpath.normpath(member.linkname)
-            place, link = members.pop(name, None), links.pop(name, None)
+            earlier = members.pop(name, None), symlinks.pop(name, None)
             if member.isfile():
                 members[name] = (member.offset_data, member.size)
             elif member.issym():
-                links[name] = (member.linkname, member.offset_data)
-            elif member.islnk():  # to what came before; what comes later under that name is another file
-                if target != name:  # of a file that it is given twice, tar makes a link to itself
-                    place, link = members.get(target), links.get(target)
-                if link is not None:
-                    links[name] = link
+                symlinks[name] = (member.linkname, member.offset_data)
+            elif member.islnk():
+                # If tar is given a file twice, it stores a hard link to the same name.
+                place, symlink = earlier if target == name else (members.get(target), symlinks.get(target))
+                if symlink is not None:
+                    symlinks[name] = symlink
                 else:
                     members[name] = place or (member.offset_data, 0)
-            tar.members.clear()  # it would keep all of them, 0.7 kB each
+            tar.members.clear()  # tarfile would keep them all, 0.7 kB each
             advance(tar.offset - member.offset)
-        # A tar ends with a block of zeros, and nothing else after it. tarfile would also take the end of the file for
-        # it, a damaged header, or the first end of two tars that were joined.
+        # A tar ends with a block of zeros and nothing after it. tarfile also accepts the end of the file, a damaged
+        # header, or the first end in two tars that were joined.
         file.seek(tar.offset)
         zeros = 0
-        while (part := file.read(PART)) and part.count(0) == len(part):
+        while (part := file.read(TAIL_BYTES)) and part.count(0) == len(part):
             zeros += len(part)
         if part or zeros < tarfile.BLOCKSIZE:
             raise tarfile.ReadError(f"no end after {len(members):,} files")
-    for name, (_, at) in links.items():
-        target, passed = name, set()
-        while target in links and target not in passed:
-            passed.add(target)
-            target = posixpath.normpath(posixpath.join(posixpath.dirname(target), links[target][0]))
-        members[name] = members.get(target, (at, 0))
-    return members
+    return members | {name: follow(name, members, symlinks) for name in symlinks}
+
+
+def follow(name: str, members: dict[str, tuple[int, int]], symlinks: dict[str, tuple[str, int]]) -> tuple[int, int]:
+    """Return the offset and size of the file that a symbolic link leads to; size 0 if it leads to none."""
+    target = name
+    for _ in range(MAX_LINKS):
+        if target in symlinks:
+            target = posixpath.normpath(posixpath.join(posixpath.dirname(target), symlinks[target][0]))
+    return members.get(target, (symlinks[name][1], 0))
 
 
 class TarShards:
-    """Runs of the images that lie one after the other in tar files, each read at once."""
+    """Runs of images that lie one after the other in tars, each a piece that is read at once."""
 
     def __init__(self, images: Dataset) -> None:
-        """Of images with columns `image`, `offset` and `size`, in the order of the files."""
-        names = compute.struct_field(images.data.column("image"), "path").dictionary_encode().combine_chunks()
-        self.files, self.file = names.dictionary.to_pylist(), names.indices.to_numpy()
+        """Cut images into runs.
+
+        Args:
+            images: a Dataset with columns `image`, `offset` and `size`, in the order of the files.
+        """
+        paths = compute.struct_field(images.data.column("image"), "path").dictionary_encode().combine_chunks()
+        self.files, self.file = paths.dictionary.to_pylist(), paths.indices.to_numpy()
         self.offset, self.size = (images.data.column(name).to_numpy() for name in ("offset", "size"))
-        # A run ends after TAR_RUN images, and where its file ends.
+        # A run ends after RUN_IMAGES images, or with its file.
         starts = np.flatnonzero(np.diff(self.file, prepend=-1))
         ends = np.append(starts[1:], len(self.file))
-        runs = [np.arange(start, end, TAR_RUN) for start, end in zip(starts, ends, strict=True)]
-        self.starts = np.concatenate(runs)
-        self.piece_sizes = np.diff(np.append(self.starts, len(self.file))).astype(np.int32)
+        runs = [np.arange(start, end, RUN_IMAGES) for start, end in zip(starts, ends, strict=True)]
+        self.first_samples = np.concatenate(runs)
+        self.piece_sizes = np.diff(np.append(self.first_samples, len(self.file))).astype(np.int32)
 
     def __len__(self) -> int:
         return len(self.file)
 
-    def open(self, piece: int, may_hold: int = HELD) -> Reader:
+    def open(self, piece: int, max_held_bytes: int = MAX_HELD_BYTES) -> Reader:
         return functools.partial(self.read, piece)
 
     def read(self, piece: int, first: int, stop: int) -> tuple[np.ndarray, list[dict[str, object]]]:
-        """Rows of a piece.
+        """Return the sample numbers and images of rows `first` to `stop` of a piece.
 
         Raises:
-            ConfigurationError: the file is missing or cut.
+            ConfigurationError: the file is missing or truncated.
         """
-        samples = np.arange(self.starts[piece] + first, self.starts[piece] + stop)
+        samples = np.arange(self.first_samples[piece] + first, self.first_samples[piece] + stop)
         file = self.files[self.file[samples[0]]]
         places = list(zip(self.offset[samples].tolist(), self.size[samples].tolist(), strict=True))
-        begin, end = places[0][0], places[-1][0] + places[-1][1]
+        start, end = places[0][0], places[-1][0] + places[-1][1]
         try:
             with open(file, "rb") as source:
-                if end - begin > min(2 * sum(size for _, size in places), MAX_RUN):  # other things lie between
-                    contents = [read_at(source, at, size) for at, size in places]
+                if end - start > min(2 * sum(size for _, size in places), MAX_RUN_BYTES):  # mostly other things
+                    contents = [read_at(source, offset, size) for offset, size in places]
                 else:
-                    run = read_at(source, begin, end - begin)
-                    contents = [run[at - begin : at - begin + size] for at, size in places]
+                    run = read_at(source, start, end - start)
+                    contents = [run[offset - start : offset - start + size] for offset, size in places]
         except (OSError, EOFError) as error:
             raise unreadable_shard(file, error) from None
         return samples, [
-            {"bytes": content, "path": f"{file}, {size} bytes at {at}"}
-            for content, (at, size) in zip(contents, places, strict=True)
+            {"bytes": content, "path": f"{file}, {size} bytes at {offset}"}
+            for content, (offset, size) in zip(contents, places, strict=True)
         ]
 
 
-def read_at(source: IO[bytes], at: int, size: int) -> bytes:
-    content = os.pread(source.fileno(), size, at)
+def read_at(source: IO[bytes], offset: int, size: int) -> bytes:
+    content = os.pread(source.fileno(), size, offset)
     if len(content) < size:
-        raise EOFError(f"it ends at byte {at + len(content):,}")
+        raise EOFError(f"it ends at byte {offset + len(content):,}")
     return content
 
 
 def tars_to_dataset(folder: Path, files: Sequence[str], remarks: list[str]) -> Dataset:
-    """A Dataset of the images in tar files, where they lie; labelled where all have a .cls."""
+    """Return a Dataset of the places of all images in tars; it has labels if every image has a .cls.
+
+    Args:
+        folder: folder of the tars.
+        files: paths relative to it.
+        remarks: list to which this adds what the user should know.
+    """
     tables = index_tars(folder, files)
     table = pyarrow.concat_tables(tables).combine_chunks()
     if more := compute.sum(table["others"]).as_py():
-        remarks.append(f"not used: {more:,} more images of the same samples (of 0.depth.png and 0.jpg it is 0.jpg)")
+        remarks.append(f"not used: {more:,} more images of the same samples (0.jpg is preferred to 0.depth.png)")
     if 0 < table["label"].null_count < len(table):
         remarks.append(f"no labels, because {table['label'].null_count:,} of {len(table):,} images have no .cls")
     paths = (itertools.repeat(str(folder / file), len(part)) for file, part in zip(files, tables, strict=True))
@@ -298,4 +212,4 @@ def tars_to_dataset(folder: Path, files: Sequence[str], remarks: list[str]) -> D
     if len(table) and table["label"].null_count == 0:
         features["label"] = Value("int64")
         columns.append(table["label"])
-    return dataset_of(pyarrow.Table.from_arrays(columns, schema=features.arrow_schema))
+    return to_dataset(pyarrow.Table.from_arrays(columns, schema=features.arrow_schema))

@@ -1,21 +1,20 @@
 import os
 
-import pyarrow
 import pytest
-from helpers import write_image, write_parquet
-from pyarrow import parquet
+from helpers import load, pixel, write_image, write_tar
 
 from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.data import cache, folders, parquet_index, shards
+from m2t_accel.data import folders
+from m2t_accel.data.decode import DecodeError, decode_image
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder of three images that has lain still for long."""
+    """A folder of three images whose scan may be cached at once."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name in ("a/1.jpg", "a/2.png", "b/3.JPEG"):
-        write_image(tmp_path / "images" / name.replace("JPEG", "jpeg"))
-    monkeypatch.setattr(folders, "SETTLED", -10.0)  # as if it had lain still
+    for name in ("a/1.jpg", "a/2.png", "b/3.jpeg"):
+        write_image(tmp_path / "images" / name)
+    monkeypatch.setattr(folders, "SETTLED", -10.0)
     return tmp_path / "images"
 
 
@@ -27,11 +26,15 @@ def scans(monkeypatch):
     return seen
 
 
-def test_a_second_start_scans_nothing(folder, scans):
-    first = folders.find_files(folder).paths
-    assert first == ["a/1.jpg", "a/2.png", "b/3.jpeg"]
-    assert len(scans) == 3
-    assert folders.find_files(folder).paths == first
+def remove(folder):
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    folder.rmdir()
+
+
+def test_a_second_start_scans_no_folder(folder, scans):
+    for _ in range(2):
+        assert folders.find_files(folder).paths == ["a/1.jpg", "a/2.png", "b/3.jpeg"]
     assert len(scans) == 3
 
 
@@ -45,8 +48,7 @@ def test_a_changed_folder_is_scanned_again(folder, change):
     elif change == "new folder":
         write_image(folder / "c" / "5.png")
     elif change == "folder gone":
-        (folder / "b" / "3.jpeg").unlink()
-        (folder / "b").rmdir()
+        remove(folder / "b")
     else:
         (folder / "a" / "1.jpg").rename(folder / "a" / "9.jpg")
     assert folders.find_files(folder).paths == sorted(
@@ -54,15 +56,15 @@ def test_a_changed_folder_is_scanned_again(folder, change):
     )
 
 
-def test_what_may_still_change_under_the_same_time_stamp_is_not_kept(folder, scans, monkeypatch):
+def test_a_scan_of_a_folder_that_just_changed_is_not_cached(folder, scans, monkeypatch):
     monkeypatch.setattr(folders, "SETTLED", 2.0)
     for _ in range(2):
         folders.find_files(folder)
     assert len(scans) == 6
 
 
-def test_times_that_are_set_back_are_noticed(folder):
-    """As tar and rsync do after they have added a file."""
+def test_a_time_that_is_set_back_does_not_hide_a_new_file(folder):
+    """tar and rsync set the time of a folder back after they have added a file."""
     before = os.stat(folder / "a")
     folders.find_files(folder)
     write_image(folder / "a" / "0.png")
@@ -70,122 +72,167 @@ def test_times_that_are_set_back_are_noticed(folder):
     assert "a/0.png" in folders.find_files(folder).paths
 
 
-def test_a_link_to_a_folder_beside_is_followed_and_one_to_a_folder_above_is_not(folder):
+def test_a_link_is_followed_unless_it_leads_to_a_folder_above(folder):
     (folder / "val").symlink_to(folder / "a", target_is_directory=True)
     (folder / "b" / "loop").symlink_to(folder, target_is_directory=True)
     assert folders.find_files(folder).paths == ["a/1.jpg", "a/2.png", "b/3.jpeg", "val/1.jpg", "val/2.png"]
 
 
 @pytest.mark.parametrize("name", ["c", "c.png"])
-def test_what_a_link_leads_to_is_found_when_it_is_there(folder, scans, name):
-    """As after a disk is mounted, when none of the folders has changed."""
+def test_the_target_of_a_broken_link_is_found_when_it_appears(folder, scans, name):
+    """Mounting a disk changes no folder."""
     disk = folder.parent / "disk"
     (folder / name).symlink_to(disk, target_is_directory=True)
-    found = folders.find_files(folder)
-    assert found.paths == ["a/1.jpg", "a/2.png", "b/3.jpeg", *([name] if name == "c.png" else [])]
-    assert found.others == ({"": 1} if name == "c" else {})
-    write_image(disk / "4.png")
-    with_disk = ["a/1.jpg", "a/2.png", "b/3.jpeg", f"{name}/4.png"]
     for _ in range(2):
-        assert folders.find_files(folder) == (with_disk, {})
-    assert len(scans) == 3 + 4  # not in the end
+        found = folders.find_files(folder)
+        assert found.paths == ["a/1.jpg", "a/2.png", "b/3.jpeg", *([name] if name == "c.png" else [])]
+        assert found.others == ({"": 1} if name == "c" else {})
+    assert len(scans) == 3
+    write_image(disk / "4.png")
+    for _ in range(2):
+        assert folders.find_files(folder) == (["a/1.jpg", "a/2.png", "b/3.jpeg", f"{name}/4.png"], {})
+    assert len(scans) == 3 + 4
 
 
-@pytest.mark.parametrize("damage", [b"", b"ARROW1 but not really"])
-def test_a_broken_or_forbidden_cache_only_costs_a_scan(folder, damage, monkeypatch):
-    first = folders.find_files(folder).paths
-    (kept,) = (folder.parent / "cache" / "m2t_accel").iterdir()
-    kept.write_bytes(damage)
-    assert folders.find_files(folder).paths == first
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    assert folders.find_files(folder).paths == first
-
-
-def test_a_full_disk_leaves_nothing_of_what_was_to_be_kept(small_disk):
-    table = pyarrow.table({"path": [f"images/{i:08}.jpg" for i in range(20_000)]})
-    folder = small_disk(100)
-    cache.write_cache(folder / "kept.arrow", table)
-    assert list(folder.iterdir()) == []
-
-
-def test_a_footer_that_does_not_come_at_once_is_asked_for_again(tmp_path, monkeypatch):
-    write_parquet(tmp_path / "a.parquet", 0, 6, row_group_size=3)
-    tried, waited = [], []
-
-    def open_shard(file):
-        tried.append(file)
-        if len(tried) <= 2 or file.endswith("b.parquet"):
-            raise ConnectionError("503")
-        return open(tmp_path / "a.parquet", "rb")
-
-    monkeypatch.setattr(shards, "open_shard", open_shard)
-    monkeypatch.setattr(parquet_index.time, "sleep", waited.append)
-    assert parquet_index.remote_footer("hf://datasets/some/a.parquet").num_rows == 6
-    assert waited == [1, 2]
-    with pytest.raises(ConfigurationError, match=r"cannot be read \(ConnectionError: 503\)"):
-        parquet_index.remote_footer("hf://datasets/some/b.parquet")
-    assert waited == [1, 2, 1, 2, 4, 8]
-    assert parquet_index.remote_footer("hf://datasets/some/a.parquet").num_rows == 6
-    assert len(tried) == 3 + 5  # that of a is kept
-
-
-def test_links_to_what_is_no_file_are_left_out(folder, scans):
+def test_pipes_and_devices_are_left_out(folder):
     os.mkfifo(folder.parent / "fifo")
     for name, target in (("x.png", folder.parent / "fifo"), ("y.png", "/dev/null")):
         (folder / name).symlink_to(target)
-    for _ in range(2):
-        assert folders.find_files(folder).paths == ["a/1.jpg", "a/2.png", "b/3.jpeg"]
-    assert len(scans) == 3
+    assert folders.find_files(folder).paths == ["a/1.jpg", "a/2.png", "b/3.jpeg"]
 
 
-def test_classes_are_compared_with_those_of_the_first_file_that_has_any():
-    files = [("0", {}), ("1", {"label": ["a", "b"], "kind": ["x"]}), ("2", {"label": ["a", "b"]})]
-    assert parquet_index.class_conflicts(files) == {}
-    told = parquet_index.class_conflicts(
-        [*files, ("3", {"label": ["a", "c"]}), ("4", {"label": [], "kind": ["x", "missing"]})]
-    )
-    assert told.keys() == {"label", "kind"}
-    assert told["label"].startswith("the class 1 of the column label is b in 1 and c in 3: ")
-    assert told["kind"].startswith("the class 1 of the column kind is missing in 1 and missing in 4: ")
+def test_a_broken_link_is_an_image_that_cannot_be_decoded(image_net):
+    (image_net / "train" / "n01" / "a.jpg").symlink_to(image_net / "nowhere.jpg")
+    images = load(image_net).train
+    assert len(images) == 13
+    with pytest.raises(DecodeError, match="No such file or directory"):
+        decode_image(images[0]["image"])
+
+
+def test_a_file_name_must_be_utf_8(tmp_path):
+    write_image(tmp_path / "a.jpg")
+    os.rename(tmp_path / "a.jpg", os.fsencode(tmp_path) + b"/caf\xe9.jpg")
+    with pytest.raises(ConfigurationError, match=r"caf.*\.jpg is not UTF-8"):
+        load(tmp_path)
+
+
+def test_a_folder_must_be_readable(image_net, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ConfigurationError, match=r"--dataset .*Permission denied"):
+        load(image_net)
+
+
+def test_class_folders_in_splits(image_net):
+    (image_net / "train" / "n01" / "loop").symlink_to(image_net / "train", target_is_directory=True)
+    (image_net / "train" / "n01" / "folder.png").mkdir()
+    (image_net / "train" / "metadata.parquet").write_bytes(b"not read, because there are images")
+    write_image(image_net / "test" / "ILSVRC_test_0.JPEG")  # ImageNet's test images have no classes
+    images = load(image_net)
+    assert images.class_names == ["n01", "n02"]
+    assert images.train["label"] == [0] * 6 + [1] * 6
+    assert images.validation["label"] == [0] * 3 + [1] * 3
+    assert [os.path.basename(row["path"]) for row in images.train["image"]][:2] == ["n01_0.JPEG", "n01_1.JPEG"]
+
+
+def test_split_folders_in_other_spellings(image_net):
+    (image_net / "train").rename(image_net / "Training")
+    (image_net / "val").rename(image_net / "Test")
+    images = load(image_net)
+    assert (len(images.train), len(images.validation)) == (12, 6)
+
+
+def test_a_validation_folder_alone_is_the_data_set(image_net):
+    remove(image_net / "train")
+    assert load(image_net, batch_size=2).class_names == ["n01", "n02"]
+
+
+def test_a_validation_folder_without_class_folders_is_not_used(image_net):
+    remove(image_net / "val")
+    write_image(image_net / "val" / "ILSVRC_val_0.JPEG")
+    note = load(image_net).note
+    assert "val/ is not used" in note
+    assert "held out of the training images" in note
+
+
+def test_a_class_that_only_validation_has_is_an_error(image_net):
+    write_image(image_net / "val" / "n99" / "x.jpg")
+    with pytest.raises(ConfigurationError, match=r"--dataset.* class folder n99"):
+        load(image_net)
 
 
 @pytest.mark.parametrize(
-    "words",
-    [b"{not json", b"", b"\xff\xfe", b"null", b"3", b"[]", b"{}", b'{"info": {"features": []}}']
-    + [b'{"info": {"features": {"label": %s}}}' % kind for kind in (b"3", b"{}", b'{"_type": "ClassLabel"}')]
-    + [b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": null}}}}']
-    + [b'{"info": {"features": {"label": {"_type": "Value", "names": ["a"]}}}}'],
+    ("names", "reason"),
+    [
+        (["cats/1.png"], "all images are in one folder, cats"),
+        (["a/1.png", "b/1.png", "logo.png"], "logo.png is not directly in a class folder"),
+        (["a/1.png", "b/deep/2.png"], "b/deep/2.png is not directly in a class folder"),
+    ],
 )
-def test_odd_words_in_a_schema_tell_of_no_classes(words):
-    assert parquet_index.class_names(words) == {}
+def test_the_note_says_why_there_are_no_labels(tmp_path, names, reason):
+    for name in names:
+        write_image(tmp_path / name)
+    images = load(tmp_path)
+    assert (len(images.train), images.validation, images.class_names) == (len(names), None, None)
+    assert list(images.train.features) == ["image"]
+    assert f"no labels, because {reason}" in images.note
 
 
-def test_a_remote_shard_that_is_not_there_is_not_asked_for_again(monkeypatch):
-    def open_shard(file):
-        raise FileNotFoundError(file)
-
-    monkeypatch.setattr(shards, "open_shard", open_shard)
-    monkeypatch.setattr(parquet_index.time, "sleep", None)
-    with pytest.raises(ConfigurationError, match=r"gone\.parquet cannot be read \(FileNotFoundError"):
-        parquet_index.remote_footer("hf://datasets/some/gone.parquet")
+def test_the_note_names_the_folder_of_splits_that_are_deeper(tmp_path):
+    """Kaggle's ImageNet has this layout, and users give its top folder."""
+    for name in ("train/n01/1.JPEG", "train/n02/1.JPEG", "val/1.JPEG"):
+        write_image(tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / name)
+    assert f"mixed: --dataset {tmp_path}/ILSVRC/Data/CLS-LOC " in load(tmp_path).note
+    assert "mixed" not in load(tmp_path / "ILSVRC" / "Data" / "CLS-LOC").note
 
 
-def test_the_values_of_a_column_are_read_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    rows = {"a/../b": ["x", "y", "x", None], "label": [3, 1, 1, 3]}
-    files = [str(tmp_path / "1.parquet"), str(tmp_path / "2.parquet")]
-    for file in files:
-        parquet.write_table(pyarrow.table(rows), file, row_group_size=1)
-    read, whole = [], parquet.read_table
-    monkeypatch.setattr(
-        parquet_index.parquet, "read_table", lambda *a, **k: read.append(k["columns"]) or whole(*a, **k)
-    )
-    for _ in range(2):
-        assert parquet_index.index_values(files, "label", pyarrow.int64()).to_pylist() == [3, 1]
-        assert parquet_index.index_values(files, "a/../b", pyarrow.string()).to_pylist() == ["x", "y", None]
-    assert read == [["label"]] * 2 + [["a/../b"]] * 2
-    parquet.write_table(pyarrow.table(rows | {"label": [7, 1, 1, 3]}), files[0])
-    assert parquet_index.index_values(files, "label", pyarrow.int64()).to_pylist() == [7, 1, 3]
-    parquet.write_table(pyarrow.table(rows | {"label": list("abcd")}), files[1])
-    with pytest.raises(ConfigurationError, match=r"the columns label of .*2\.parquet differ from those of other files"):
-        parquet_index.index_values(files, "label", pyarrow.int64())
+def test_the_note_counts_images_outside_the_splits(tmp_path, image_net):
+    for name in ("unlabeled/1.png", "unlabeled/2.png", "test/n01/1.png", "logo.png"):
+        write_image(image_net / name)
+    assert load(image_net).note.endswith("not used: 4 images outside train/, in the top folder, test/, unlabeled/")
+    for name in ("train/1.png", "train/2.png", "bus/1.png", "car/1.png"):
+        write_image(tmp_path / "vehicles" / name)
+    note = load(tmp_path / "vehicles").note
+    assert note.endswith("not used: 2 images outside train/, in bus/, car/ (if train is a class, rename its folder)")
+
+
+def test_the_note_counts_files_that_are_not_images(tmp_path):
+    for name in ("a/1.jpg", "b/2.JFIF", "@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "__MACOSX/a/1.jpg", "a/._1.jpg"):
+        write_image(tmp_path / "images" / f"{name}.png")
+        (tmp_path / "images" / f"{name}.png").rename(tmp_path / "images" / name)
+    for name in ("a/3.heic", "a/4.HEIC", "b/tars.tar.gz", "LICENCE"):
+        (tmp_path / "images" / name).write_bytes(b"")
+    images = load(tmp_path / "images")
+    assert images.note.endswith("; not used: 1 without extension, 1 *.gz, 2 *.heic")
+    assert len(images.train) + len(images.validation) == 2
+    for path in (tmp_path / "images").glob("?/?.*[gF]"):
+        path.unlink()
+    with pytest.raises(ConfigurationError, match=r"holds no image: .*; found 1 without .* 2 \*\.heic"):
+        load(tmp_path / "images")
+
+
+@pytest.mark.parametrize("kind", ["folders", "tars", "streamed tars"])
+def test_the_chunks_of_a_table_change_nothing(tmp_path, monkeypatch, kind):
+    """The paths of 20 million images take more than the 2 GB that one chunk holds."""
+    if kind == "folders":
+        for i in range(30):
+            write_image(tmp_path / "ab"[i % 2] / f"{i:02}.png", value=i)
+    else:
+        for first, number in ((0, 13), (13, 11), (24, 6)):
+            write_tar(tmp_path / f"train-{first:02}.tar", first, number)
+    given = {"streaming": kind == "streamed tars", "validation_fraction": 0.2}
+    whole = load(tmp_path, **given)
+    monkeypatch.setattr(folders, "PATHS_PER_CHUNK", 4)
+    chunked = load(tmp_path, **given)
+    assert chunked.bank.data.column("image").num_chunks > 5
+    assert (len(whole.train), len(whole.validation)) == (len(chunked.train), len(chunked.validation)) == (24, 6)
+    assert (chunked.fingerprint, chunked.note) == (whole.fingerprint, whole.note)
+    for one, other in ((whole.bank, chunked.bank), (whole.validation, chunked.validation)):
+        assert [pixel(one, i) for i in range(len(one))] == [pixel(other, i) for i in range(len(one))]
+        assert one["label"][:] == other["label"][:]
+    if kind == "streamed tars":
+        assert whole.train.piece_sizes.tolist() == chunked.train.piece_sizes.tolist()
+        for piece, size in enumerate(chunked.train.piece_sizes):
+            assert whole.train.open(piece)(0, size)[1] == chunked.train.open(piece)(0, size)[1]

@@ -1,56 +1,59 @@
+import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, Value
-from helpers import encoded, pixel, settings, write_parquet
+from helpers import encoded, load, pixel, write_parquet, write_table
 from pyarrow import parquet
 
-from m2t_accel.data import held_out, sources
+from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.data import held_out
 from m2t_accel.data.decode import decode_image
+from m2t_accel.data.parquet import ParquetShards
 
 
-@pytest.mark.parametrize("alone", ["train", "val"])
-def test_one_split_alone_holds_out_a_part_that_no_seed_changes(image_net, alone):
-    found = []
+def test_the_choice_of_held_out_images_never_changes(image_net):
+    """Neither the seed of a run nor a new version may change it, or results could not be compared."""
     for seed in (0, 1):
-        images = sources.load_images(settings(image_net / alone, validation_fraction=0.34, seed=seed, batch_size=2))
-        paths = [[row["path"] for row in part["image"]] for part in (images.train, images.validation)]
-        assert not set(paths[0]) & set(paths[1])
-        number = {"train": 12, "val": 6}[alone]
-        assert len(paths[0]) + len(paths[1]) == number
-        assert len(paths[1]) == round(0.34 * number)
-        found.append(paths)
-    assert found[0] == found[1]
+        images = load(image_net / "train", validation_fraction=0.34, seed=seed, batch_size=2)
+        train, validation = (
+            [row["path"].rpartition("/")[2] for row in part["image"]] for part in (images.train, images.validation)
+        )
+        assert validation == ["n01_2.JPEG", "n01_4.JPEG", "n02_1.JPEG", "n02_3.JPEG"]
+        assert len(train) == 8
+        assert not set(train) & set(validation)
+    images = load(image_net / "val", validation_fraction=0.34, batch_size=2)
+    assert (len(images.train), len(images.validation)) == (4, 2)
 
 
-@pytest.mark.parametrize("wish", [{"validation_fraction": 0}, {"evaluate_every": 0}])
-def test_nothing_is_held_out_when_not_wanted(image_net, wish):
-    images = sources.load_images(settings(image_net / "train", **wish))
+@pytest.mark.parametrize("given", [{"validation_fraction": 0}, {"evaluate_every": 0}])
+def test_no_image_is_held_out_unless_it_is_used(image_net, given):
+    images = load(image_net / "train", **given)
     assert images.validation is None
     assert len(images.train) == 12
 
 
-def test_streaming_holds_no_image_in_memory_for_a_run_without_evaluation(tmp_path, monkeypatch):
+def test_without_evaluation_streaming_holds_no_image_in_memory(tmp_path, monkeypatch):
     for name in ("train", "val"):
         write_parquet(tmp_path / f"{name}.parquet", 0, 100, row_group_size=10)
-    assert sources.load_images(settings(tmp_path, streaming=True)).validation is not None
-    monkeypatch.setattr(sources.ParquetShards, "dataset", None)  # what would read them
-    images = sources.load_images(settings(tmp_path, streaming=True, evaluate_every=0))
+    assert load(tmp_path, streaming=True).validation is not None
+    monkeypatch.setattr(ParquetShards, "dataset", None)  # the method that would read them
+    images = load(tmp_path, streaming=True, evaluate_every=0)
     assert (len(images.train), images.bank, images.validation) == (100, None, None)
     assert "kNN" not in images.note
 
 
-def test_shards_of_which_none_can_be_held_out(tmp_path):
+def test_no_row_group_is_held_out_if_all_are_too_large(tmp_path):
     write_parquet(tmp_path / "train.parquet", 0, 100, row_group_size=50)
-    images = sources.load_images(settings(tmp_path, streaming=True))
+    images = load(tmp_path, streaming=True)
     assert (len(images.train), images.validation) == (100, None)
-    assert "no image is held out, because the smallest row group has 50, more than the 10 wanted" in images.note
-    assert "no row group is so small" in images.lacks
+    assert "smallest row group has 50 images, more than the 10 wanted" in images.note
+    assert "every row group is too large" in images.lacks
 
 
-def test_streamed_images_are_held_out_piece_by_piece(tmp_path):
+def test_streaming_holds_out_whole_row_groups(tmp_path):
     write_parquet(tmp_path / "all.parquet", 0, 100, row_group_size=10)
-    images = sources.load_images(settings(tmp_path, streaming=True, validation_fraction=0.2))
+    images = load(tmp_path, streaming=True, validation_fraction=0.2)
     assert (len(images.train), len(images.validation)) == (80, 20)
-    assert sorted(images.train.piece_sizes.tolist()) == [0, 0, *[10] * 8]
+    assert images.train.piece_sizes.tolist() == [10, 10, 10, 0, 10, 10, 0, 10, 10, 10]
     seen = {
         decode_image(row)[0, 0, 0]
         for piece, size in enumerate(images.train.piece_sizes)
@@ -63,13 +66,32 @@ def test_streamed_images_are_held_out_piece_by_piece(tmp_path):
     assert "evaluation on 20 others (held out of the training images)" in images.note
 
 
-def test_streamed_images_of_another_column_are_held_out(tmp_path):
-    """The held-out part and the rest must both read the column that is meant, not one called `image`."""
-    rows = {"image": encoded(0, 100)[:40], "mask": encoded(0, 100)[60:], "label": [i % 2 for i in range(40)]}
+def test_unequal_row_groups_do_not_hold_out_nearly_all_images(tmp_path):
+    write_parquet(tmp_path / "a.parquet", 0, 105, row_group_size=100)
+    images = load(tmp_path, streaming=True)
+    assert (len(images.train), len(images.validation)) == (100, 5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_images", "pieces"),
+    [
+        ([10] * 4, 40, [0, 1, 2, 3]),
+        ([10] * 10, 20, [3, 6]),
+        ([0, 10, 0, 10, 10], 10, [3]),
+        ([100, 5], 10, [1]),
+        ([100, 50], 10, []),
+    ],
+)
+def test_pieces_are_spread_evenly(sizes, num_images, pieces):
+    assert held_out.spread_pieces(np.array(sizes, np.int32), num_images).tolist() == pieces
+
+
+def test_both_parts_of_a_split_read_the_column_that_the_flag_names(tmp_path):
+    rows = {"image": encoded(0, 40), "mask": encoded(60, 40), "label": [i % 2 for i in range(40)]}
     features = Features({"image": Image(), "mask": Image(), "label": Value("int64")})
     table = Dataset.from_dict(rows, features=features).with_format("arrow")[:]
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=5)
-    images = sources.load_images(settings(tmp_path, streaming=True, image_column="mask", validation_fraction=0.2))
+    images = load(tmp_path, streaming=True, image_column="mask", validation_fraction=0.2)
     assert len(images.validation) < len(images.train) < 40
     samples, found = images.train.open(0)(0, 5)
     assert [decode_image(row)[0, 0, 0] for row in found] == (60 + samples).tolist()
@@ -78,31 +100,26 @@ def test_streamed_images_of_another_column_are_held_out(tmp_path):
 
 @pytest.mark.parametrize("sorted_by_class", [True, False])
 @pytest.mark.parametrize("words", [True, False])
-def test_streamed_labels_are_those_of_all_rows(tmp_path, sorted_by_class, words, monkeypatch):
-    """Also where the images in memory show only some of the classes."""
+def test_the_classes_are_those_of_all_rows(tmp_path, sorted_by_class, words, monkeypatch):
+    """The images in memory may show only some of the classes."""
     monkeypatch.setattr(held_out, "MAX_STREAMED_BANK", 20)
     labels = [i // 10 if sorted_by_class else i % 10 for i in range(100)]
-    rows = {"image": encoded(0, 100), "label": [f"c{label}" for label in labels] if words else labels}
-    features = Features({"image": Image(), "label": Value("string" if words else "int64")})
-    parquet.write_table(
-        Dataset.from_dict(rows, features=features).with_format("arrow")[:], tmp_path / "a.parquet", row_group_size=10
-    )
-    images = sources.load_images(settings(tmp_path, streaming=True))
+    labels = [f"c{label}" for label in labels] if words else labels
+    write_table(tmp_path / "a.parquet", row_group_size=10, image=encoded(0, 100), label=labels)
+    images = load(tmp_path, streaming=True)
     assert images.class_names == [f"c{i}" if words else str(i) for i in range(10)]
     assert (len(images.train), len(images.bank), len(images.validation)) == (90, 20, 10)
+    assert "neighbours among 20" in images.note
 
 
-def test_labels_that_are_none_hold_nothing_out(tmp_path):
-    rows = {"image": encoded(0, 40), "label": [None, *range(39)]}
-    features = Features({"image": Image(), "label": Value("int64")})
-    parquet.write_table(
-        Dataset.from_dict(rows, features=features).with_format("arrow")[:], tmp_path / "a.parquet", row_group_size=5
-    )
-    images = sources.load_images(settings(tmp_path, streaming=True))
-    assert (len(images.train), images.bank, images.validation) == (40, None, None)
+def test_a_streamed_column_must_hold_images(tmp_path):
+    write_parquet(tmp_path / "a.parquet", 0, 20, row_group_size=5)
+    with pytest.raises(ConfigurationError, match=r"--image_column label: .* int64"):
+        load(tmp_path, streaming=True, image_column="label", label_column="image")
 
 
-def test_pieces_of_unequal_size_do_not_hold_out_nearly_all(tmp_path):
-    write_parquet(tmp_path / "a.parquet", 0, 105, row_group_size=100)
-    images = sources.load_images(settings(tmp_path, streaming=True))
-    assert (len(images.train), len(images.validation)) == (100, 5)
+def test_both_streamed_splits_need_the_column_of_images(tmp_path):
+    write_parquet(tmp_path / "train.parquet", 0, 8, row_group_size=4)
+    write_table(tmp_path / "val.parquet", img=encoded(0, 4), label=[1, 0, 1, 1])
+    with pytest.raises(ConfigurationError, match=r"--dataset .* no column image, .* but img, label"):
+        load(tmp_path, streaming=True)
