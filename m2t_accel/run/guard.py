@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
 
@@ -26,27 +27,21 @@ from m2t_accel.schedules import Schedule
 from m2t_accel.step import SubBatchResult
 
 
+@dataclass
 class Guard:
     """Agrees with the other processes on what happens after a step, before any weight is changed."""
 
-    def __init__(
-        self,
-        config: PretrainConfig,
-        images: Dataset | Shards,
-        folder: RunFolder,
-        accelerator: Accelerator,
-        saver: Saver,
-        signals: StopSignals,
-        steps_per_epoch: int,
-    ) -> None:
-        self.config = config
-        self.images = images
-        self.folder = folder
-        self.accelerator = accelerator
-        self.saver = saver
-        self.signals = signals
-        self.steps_per_epoch = steps_per_epoch
-        self.timeout = timedelta(minutes=config.collective_timeout)
+    config: PretrainConfig
+    images: Dataset | Shards
+    folder: RunFolder
+    accelerator: Accelerator
+    saver: Saver
+    signals: StopSignals
+    steps_per_epoch: int
+
+    @property
+    def timeout(self) -> timedelta:
+        return timedelta(minutes=self.config.collective_timeout)
 
     def agree(
         self, step: int, now: Schedule, results: Sequence[SubBatchResult], samples: Sequence[Tensor]

@@ -224,7 +224,7 @@ class Report:
         self.last = time.perf_counter()
 
     def check_collapse(self, step: int, spread: float) -> None:
-        """Warn once, or end the run, if the teacher's embeddings have collapsed.
+        """Warn when the teacher's embeddings collapse, or end the run.
 
         Raises:
             ConfigurationError: they have, and --stop_on_collapse is given; on every process.
