@@ -1,4 +1,4 @@
-"""Write the features of a dataset's images to a file, with a map of them and a sheet of nearest neighbours.
+"""Write the features of a dataset's images to a file, draw a map of them, and show images with their neighbours.
 
 python scripts/embed.py --encoder runs/digits --dataset digits
 """

@@ -131,8 +131,8 @@ class LinearProbeConfig(EvaluationSettings, TrainingSettings):
 
     learning_rates: tuple[float, ...] = setting(
         (0.2,),
-        "peak learning rates for each 256 images of batch_size; of several, each trains a head, and the best head "
-        "on held-out training images is chosen",
+        "peak learning rate for each 256 images of batch_size; with several, a head is trained with each, and the one "
+        "that is best on held-out training images is chosen",
         above=0,
         heading="training",
     )
