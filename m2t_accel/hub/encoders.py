@@ -49,6 +49,11 @@ class LoadedEncoder:
     network: str  # "teacher" or "student" if the configuration says so, else "as loaded"
     note: str  # one line for the user: what was loaded, and which tensors were not used
 
+    @property
+    def preprocessing(self) -> dict[str, object]:
+        """Return sizes and normalisation under the names of ImageSettings."""
+        return {name: getattr(self, name) for name in ("image_size", "evaluation_crop", "image_mean", "image_std")}
+
 
 class Preprocessing(NamedTuple):
     """Sizes and normalisation: the shorter side is resized to int(size / crop), then the centre is cropped to size."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import logging
 import pickle
 import warnings
@@ -261,13 +262,8 @@ def export_onnx(encoder: LoadedEncoder, file: Path, output: Path) -> list[str]:
     finally:
         logger.setLevel(level)
     model = onnx.load(file)
-    metadata = {
-        "image_size": encoder.image_size,
-        "evaluation_crop": encoder.evaluation_crop,
-        "image_mean": list(encoder.image_mean),
-        "image_std": list(encoder.image_std),
-    }
-    onnx.helper.set_model_props(model, {name: str(value) for name, value in metadata.items()})
+    metadata = {name: json.dumps(value) for name, value in encoder.preprocessing.items()}
+    onnx.helper.set_model_props(model, metadata)
     onnx.checker.check_model(model)
     onnx.save(model, file)
     session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])

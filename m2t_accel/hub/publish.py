@@ -192,8 +192,7 @@ def check_outputs(
         ConfigurationError: the pixels differ by more than one level of 255, or the features by more than rounding.
     """
     pixels, features = torch.from_numpy(pixels), torch.from_numpy(features)
-    names = ("image_size", "evaluation_crop", "image_mean", "image_std")
-    settings = ImageSettings(dataset="none", **{name: getattr(encoder, name) for name in names})
+    settings = ImageSettings(dataset="none", **encoder.preprocessing)
     crops = [central_view(image, encoder.image_size, encoder.evaluation_crop) for image in images]
     expected_pixels = evaluation_view(torch.from_numpy(np.stack(crops)), settings)
     with torch.no_grad():

@@ -24,7 +24,7 @@ SETTINGS = {"image_size": 48, "image_mean": (0.4, 0.5, 0.6), "image_std": (0.2, 
 
 @pytest.fixture
 def run(tmp_path):
-    """The folder of a run with nothing but its encoder."""
+    """Write the encoder of a run, and return the folder of the run."""
     torch.manual_seed(0)
     encoder = create_encoder("resnet10-quarter").eval()
     encoder.config.momentum2_teacher = {"network": "teacher"}
@@ -117,8 +117,7 @@ def test_images_look_as_the_processor_shows_them(run, processor, shape):
     described = processor | {"resample": 2, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
     (run / "encoder" / "preprocessor_config.json").write_text(json.dumps(described))
     loaded = load_encoder(str(run))
-    names = ("image_size", "evaluation_crop", "image_mean", "image_std")
-    config = ImageSettings(dataset="digits", **{name: getattr(loaded, name) for name in names})
+    config = ImageSettings(dataset="digits", **loaded.preprocessing)
     picture = cv2.GaussianBlur(natural_image(*shape), (0, 0), 2)
     crop = torch.from_numpy(central_view(picture, config.image_size, config.evaluation_crop))
     theirs = AutoImageProcessor.from_pretrained(run / "encoder")

@@ -16,7 +16,7 @@ VIEW = (64, 0.875, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def encoder(name):
-    """An encoder of random weights, with different statistics in each layer, so that a swap shows."""
+    """Return an encoder of random weights, with different statistics in each layer, so that a swap shows."""
     torch.manual_seed(0)
     model = create_encoder(name).eval()
     for layer in model.modules():
@@ -51,15 +51,14 @@ def test_torchvision_computes_the_same(resnet18, tmp_path, ending):
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
 
 
-def test_timm_computes_the_same(tmp_path):
+def test_timm_computes_the_same(resnet18, tmp_path):
     pytest.importorskip("timm")
-    loaded, output = encoder("resnet50"), tmp_path / "weights.safetensors"
-    lines = export(loaded, "timm", output)
+    lines = export(resnet18, "timm", tmp_path / "weights.safetensors")
     names = {}
     exec(f"{lines[2]}; {lines[3]}", names)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(names["model"].eval()(images), features(loaded, images), rtol=0, atol=1e-5)
+        torch.testing.assert_close(names["model"].eval()(images), features(resnet18, images), rtol=0, atol=1e-5)
 
 
 def test_detectron2_gets_its_names_and_pixels(resnet18, tmp_path):

@@ -13,7 +13,7 @@ from m2t_accel.model import create_encoder, embed
 
 
 def published(prefix="module.", encoder="resnet10-quarter"):
-    """A small checkpoint as the published code writes it: two encoders with projectors, and a predictor."""
+    """Return a checkpoint in the format of the published code: two encoders with projectors, and a predictor."""
     torch.manual_seed(0)
     state = {}
     for network in ("student_encoder", "teacher_encoder"):

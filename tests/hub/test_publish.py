@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:De
 
 @pytest.fixture(scope="module")
 def evaluated_run(trained_run, tmp_path_factory):
-    """A run with two kNN results, one of them with random weights."""
+    """Return a run with two kNN results, one of them with random weights."""
     folder = tmp_path_factory.mktemp("evaluated") / "run"
     shutil.copytree(trained_run, folder)
     for random_weights in (False, True):
@@ -47,7 +47,7 @@ def run(evaluated_run, tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub that huggingface_hub asks in this process."""
+    """Start a Hub, and let huggingface_hub use it in this process."""
     (tmp_path / "hub").mkdir()
     with loopback_hub(tmp_path / "hub") as server:
         point_to(server.url, monkeypatch)
@@ -65,7 +65,7 @@ def point_to(url, monkeypatch):
 
 @pytest.fixture
 def no_clean_process(monkeypatch):
-    """Leave out the check in a process of its own, which takes seconds."""
+    """Skip the check in a clean process, which takes seconds."""
     monkeypatch.setattr(module, "check_in_clean_process", lambda *arguments: None)
 
 
@@ -168,7 +168,7 @@ def refused(run, repo_id="me/digits", *others):
 
 @pytest.fixture
 def logged_in(monkeypatch):
-    """A token, and no way to use it."""
+    """Provide a token, and fail if it is used."""
     monkeypatch.setattr(module, "get_token", lambda: TOKEN)
     monkeypatch.setattr(module, "send", lambda *arguments: pytest.fail("the Hub was asked"))
 
