@@ -38,7 +38,7 @@ class ImageSettings:
         (0.229, 0.224, 0.225), "standard deviation of each channel, from 0 to 1", above=0
     )
     evaluation_crop: float = setting(
-        0.875, "side of the central crop for evaluation, as a share of the shorter side of the image", above=0, at_most=1
+        0.875, "side of the central crop in evaluation, as a share of the image's shorter side", above=0, at_most=1
     )
 
     image_column: str | None = setting(None, "column of the images (default: found by type or name)", heading="data")
@@ -84,7 +84,7 @@ class TrainingSettings(ImageSettings):
     """
 
     seed: int = setting(
-        0, "seed of the weights, the order of the images and the views", at_least=0, at_most=2**32 - 1, heading="the run"
+        0, "seed of the weights, the order and the views", at_least=0, at_most=2**32 - 1, heading="the run"
     )
 
     epochs: int = setting(100, "passes over the images", at_least=1, heading="training")
