@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -21,6 +23,7 @@ from m2t_accel.run.resume import Progress
 from m2t_accel.run.state import RunState
 
 
+@dataclass
 class Saver:
     """Saves the state of a run every so many steps, epochs or minutes.
 
@@ -28,50 +31,36 @@ class Saver:
     a warning is printed and the next save tries again.
     """
 
-    def __init__(
-        self,
-        state: RunState,
-        folder: RunFolder,
-        config: PretrainConfig,
-        accelerator: Accelerator,
-        progress: Progress,
-        report: Report,
-        data: ImageData,
-        steps_per_epoch: int,
-    ) -> None:
-        self.state = state
-        self.folder = folder
-        self.config = config
-        self.accelerator = accelerator
-        self.progress = progress
-        self.report = report
-        self.data = data
-        self.steps_per_epoch = steps_per_epoch
-        self.last_good: Path | None = None  # the newest checkpoint that the run can go on from
-        every = config.checkpoint_intervals
-        self.every_steps = int(every.get("step", 0)) or None
-        self.every_epochs = every.get("epoch", 0) * steps_per_epoch or None
-        self.every_seconds = every.get("minute", 0) * 60 or None
+    state: RunState
+    folder: RunFolder
+    config: PretrainConfig
+    accelerator: Accelerator
+    progress: Progress
+    report: Report
+    data: ImageData
+    steps_per_epoch: int
+    last_good: Path | None = None  # the newest checkpoint that the run can go on from
+    reason: str | None = None  # why the last checkpoint could not be written
+    not_finite: bool = False  # whether the reason is a value that is not finite
+
+    def __post_init__(self) -> None:
+        self.intervals = self.config.checkpoint_intervals
         self.saved_at = time.monotonic()  # the wall clock may be set back
-        self.last_saved = (progress.step, progress.reported)
-        self.reason: str | None = None  # why the last checkpoint could not be written
-        self.not_finite = False  # whether the reason is a value that is not finite
-        self.writer = CheckpointWriter(folder.checkpoints, *config.keep)
+        self.last_saved = (self.progress.step, self.progress.reported)
+        self.writer = CheckpointWriter(self.folder.checkpoints, *self.config.keep)
 
     def is_due(self, step: int) -> bool:
         """Return whether to save after so many steps, by the intervals in steps and epochs."""
-        by_steps = self.every_steps is not None and step % self.every_steps == 0
+        if "step" in self.intervals and step % int(self.intervals["step"]) == 0:
+            return True
+        every = self.intervals.get("epoch", 0) * self.steps_per_epoch
         # The first step at or after each multiple; multiples need not be whole steps.
-        by_epochs = self.every_epochs is not None and step // self.every_epochs > (step - 1) // self.every_epochs
-        return by_steps or by_epochs
+        return bool(every) and step // every > (step - 1) // every
 
     def is_time(self) -> bool:
         """Return whether to save now, by the interval in minutes; False on all processes but process 0."""
-        return (
-            self.accelerator.is_main_process
-            and self.every_seconds is not None
-            and time.monotonic() - self.saved_at >= self.every_seconds
-        )
+        is_late = time.monotonic() - self.saved_at >= 60 * self.intervals.get("minute", math.inf)
+        return self.accelerator.is_main_process and is_late
 
     def begin(self) -> None:
         """Copy the state of the run, and start to write it. A collective call."""
