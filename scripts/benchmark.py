@@ -7,7 +7,7 @@ The views are those of recipe 8x2080Ti-b256-100ep unless you give another one. R
 
 import argparse
 
-from m2t_accel.config.command_line import errors_in_one_line, parse_with_options
+from m2t_accel.config.command_line import errors_in_one_line, parse_command_line
 from m2t_accel.config.fields import check_limits
 from m2t_accel.config.pretrain import check_inputs
 
@@ -22,7 +22,7 @@ def main() -> None:
         "--seconds", type=float, default=5.0, metavar="X", help="duration for each number of workers (default: 5)"
     )
     with errors_in_one_line():
-        config, given = parse_with_options(__doc__, options, "8x2080Ti-b256-100ep")
+        config, given = parse_command_line(__doc__, options=options, recipe="8x2080Ti-b256-100ep")
         check_inputs(config)
         check_limits("images", given.images, {"at_least": 16})
         check_limits("repeats", given.repeats, {"at_least": 1})

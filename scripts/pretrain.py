@@ -16,7 +16,7 @@ from m2t_accel.run.output_dir import check_output_dir
 
 def main() -> None:
     with errors_in_one_line():
-        config = parse_command_line(__doc__)
+        config, _ = parse_command_line(__doc__)
         num_processes = int(os.environ.get("WORLD_SIZE", "1"))
         check_inputs(config)
         check_num_processes(config, num_processes)

@@ -44,32 +44,26 @@ def read_yaml(path: str) -> dict[str, object]:
     return content
 
 
-def parse_command_line(description: str, arguments: Sequence[str] | None = None) -> PretrainConfig:
-    """Parse the command line of a pretraining run; `--recipe list` prints the recipes and exits.
-
-    Raises:
-        ConfigurationError: a flag, key or recipe is unknown, or a value is not allowed.
-    """
-    return parse_with_options(description, argparse.ArgumentParser(add_help=False), "digits", arguments)[0]
-
-
-def parse_with_options(
-    description: str, options: argparse.ArgumentParser, recipe: str, arguments: Sequence[str] | None = None
+def parse_command_line(
+    description: str,
+    arguments: Sequence[str] | None = None,
+    options: argparse.ArgumentParser | None = None,
+    recipe: str = "digits",
 ) -> tuple[PretrainConfig, argparse.Namespace]:
-    """Parse the settings of a pretraining run beside a script's own options, and return both.
+    """Parse the settings of a pretraining run, and a script's own options; return both.
 
     Args:
         description: text at the top of `--help`.
+        arguments: words of the command line (default: those of the process).
         options: the script's own options.
         recipe: the default recipe.
-        arguments: words of the command line (default: those of the process).
 
     Raises:
         ConfigurationError: a flag, key or recipe is unknown, or a value is not allowed.
     """
     usage = [
         f"[{action.option_strings[0]} {action.metavar}]" if action.option_strings else action.metavar
-        for action in options._actions
+        for action in (options._actions if options else ())
     ]
     return parse_settings(
         description,

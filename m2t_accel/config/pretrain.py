@@ -17,16 +17,8 @@ ENCODERS: Mapping[str, Mapping[str, object]] = {
     "resnet18": {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"},
     "resnet34": {"depths": [3, 4, 6, 3], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"},
     "resnet50": {"depths": [3, 4, 6, 3], "hidden_sizes": [256, 512, 1024, 2048], "layer_type": "bottleneck"},
-    "resnet101": {
-        "depths": [3, 4, 23, 3],
-        "hidden_sizes": [256, 512, 1024, 2048],
-        "layer_type": "bottleneck",
-    },
-    "resnet152": {
-        "depths": [3, 8, 36, 3],
-        "hidden_sizes": [256, 512, 1024, 2048],
-        "layer_type": "bottleneck",
-    },
+    "resnet101": {"depths": [3, 4, 23, 3], "hidden_sizes": [256, 512, 1024, 2048], "layer_type": "bottleneck"},
+    "resnet152": {"depths": [3, 8, 36, 3], "hidden_sizes": [256, 512, 1024, 2048], "layer_type": "bottleneck"},
     "resnet10-quarter": {
         "depths": [1, 1, 1, 1],
         "hidden_sizes": [16, 32, 64, 128],
@@ -134,17 +126,17 @@ class PretrainConfig(TrainingSettings):
 
     @property
     def evaluates(self) -> bool:
-        """Whether kNN evaluations run during training."""
+        """Return whether kNN evaluations run during training."""
         return self.evaluate_every != 0
 
     @property
     def checkpoint_intervals(self) -> Mapping[str, float]:
-        """Intervals between checkpoints by unit (`step`, `epoch`, `minute`); only the given units."""
+        """Return the given intervals between checkpoints, by unit (`step`, `epoch`, `minute`)."""
         return read_intervals(self.checkpoint_every)
 
     @property
     def learning_rate(self) -> float:
-        """Peak learning rate for the whole batch."""
+        """Return the peak learning rate for the whole batch."""
         return self.learning_rate_per_256 * self.batch_size / 256
 
     def schedule(self, step: int, steps_per_epoch: int) -> Schedule:

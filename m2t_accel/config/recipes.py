@@ -19,60 +19,39 @@ class Recipe:
     top1: float | None = None  # published accuracy of the linear probe on ImageNet, in per cent
 
 
+SGD = {"optimizer": "sgd", "weight_decay": 1e-4}
+LARS = {"optimizer": "lars", "weight_decay": 1e-6}
+Three = tuple[float, float, float]  # values for 100, 200 and 300 epochs
+
+
 def published(
-    hardware: str,
-    rates: tuple[float, float, float],
-    hours: tuple[float, float, float],
-    top1: tuple[float, float, float],
-    **settings: object,
+    hardware: str, optimizer: Mapping[str, object], batch_size: int, device_batch_size: int, *columns: Three
 ) -> dict[str, Recipe]:
-    """Return the recipes of 100, 200 and 300 epochs that were published for one kind of hardware."""
-    name = f"{hardware.replace(' ', 'x', 1).replace(' ', '')}-b{settings['batch_size']}"
+    """Return the recipes that were published for one kind of hardware.
+
+    Args:
+        hardware: number and name of the GPUs; part of the recipes' names.
+        optimizer: settings of the optimizer.
+        batch_size: images per step.
+        device_batch_size: images per GPU.
+        columns: learning rate per 256 images, hours, and top-1 in per cent.
+    """
+    name = f"{hardware.replace(' ', 'x', 1).replace(' ', '')}-b{batch_size}"
+    sizes = {"batch_size": batch_size, "device_batch_size": device_batch_size}
     return {
-        f"{name}-{epochs}ep": Recipe({"epochs": epochs, "learning_rate_per_256": rate, **settings}, hardware, *figures)
-        for epochs, rate, *figures in zip((100, 200, 300), rates, hours, top1, strict=True)
+        f"{name}-{epochs}ep": Recipe(
+            {"epochs": epochs, "learning_rate_per_256": rate, **sizes, **optimizer}, hardware, hours, top1
+        )
+        for epochs, rate, hours, top1 in zip((100, 200, 300), *columns, strict=True)
     }
 
 
-SGD = {"weight_decay": 1e-4}
-LARS = {"batch_size": 4096, "optimizer": "lars", "weight_decay": 1e-6}
-
 # Source: the tables and the published code of arXiv 2101.07525; its days are converted to hours.
 RECIPES: Mapping[str, Recipe] = {
-    **published(
-        "8 V100",
-        rates=(0.05, 0.05, 0.05),
-        hours=(43.2, 86.4, 132.0),
-        top1=(70.7, 72.7, 73.8),
-        **SGD,
-        batch_size=1024,
-        device_batch_size=128,
-    ),
-    **published(
-        "8 2080 Ti",
-        rates=(0.05, 0.05, 0.05),
-        hours=(60.0, 120.0, 180.0),
-        top1=(70.4, 72.3, 72.9),
-        **SGD,
-        batch_size=256,
-        device_batch_size=32,
-    ),
-    **published(
-        "32 V100",
-        rates=(0.45, 0.45, 0.3),
-        hours=(11.0, 22.0, 33.0),
-        top1=(70.3, 72.5, 73.7),
-        **LARS,
-        device_batch_size=128,
-    ),
-    **published(
-        "128 2080 Ti",
-        rates=(0.45, 0.45, 0.3),
-        hours=(5.0, 10.0, 15.0),
-        top1=(69.0, 71.5, 72.3),
-        **LARS,
-        device_batch_size=32,
-    ),
+    **published("8 V100", SGD, 1024, 128, (0.05, 0.05, 0.05), (43.2, 86.4, 132.0), (70.7, 72.7, 73.8)),
+    **published("8 2080 Ti", SGD, 256, 32, (0.05, 0.05, 0.05), (60.0, 120.0, 180.0), (70.4, 72.3, 72.9)),
+    **published("32 V100", LARS, 4096, 128, (0.45, 0.45, 0.3), (11.0, 22.0, 33.0), (70.3, 72.5, 73.7)),
+    **published("128 2080 Ti", LARS, 4096, 32, (0.45, 0.45, 0.3), (5.0, 10.0, 15.0), (69.0, 71.5, 72.3)),
     "digits": Recipe(
         {
             "dataset": "digits",

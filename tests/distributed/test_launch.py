@@ -116,13 +116,6 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def test_two_processes_equal_one_with_two_accumulation_steps(run_script, tmp_path, float64):
     """SGD and LARS, float64, 11 steps: losses and the teacher's weights and statistics to 1e-9."""
 
