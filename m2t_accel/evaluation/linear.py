@@ -25,7 +25,7 @@ from m2t_accel.data.requests import DeviceBatches
 from m2t_accel.data.views import FlippedCrops
 from m2t_accel.distributed.processes import broadcast_object, gather_to_all, on_all_processes
 from m2t_accel.evaluation.features import embed_images, gather_features, read_labels, sample_labels
-from m2t_accel.evaluation.heads import Heads, build_classifier, fold_batch_norm, rate_factor
+from m2t_accel.evaluation.heads import Heads, build_classifier, fold_batch_norm, last_linear, rate_factor
 from m2t_accel.evaluation.setup import Evaluation, start_evaluation
 from m2t_accel.evaluation.supervised import Trained, rank_classes, train_and_measure
 from m2t_accel.files import atomic_write
@@ -66,9 +66,12 @@ def train_probe(evaluation: Evaluation, train: Dataset, held_out: Dataset | None
     """Train a head for each learning rate, and choose the one with the best accuracy on `held_out`."""
     config, accelerator = evaluation.config, evaluation.accelerator
     accelerator.print("\n".join(introduction(evaluation, train, held_out)))
-    missing = why_no_classifier(evaluation)
-    if missing is not None:
-        accelerator.print(f"no classifier/ will be written: {missing}")
+    class_names = evaluation.images.class_names
+    try:
+        model = build_classifier(evaluation.encoder, nn.Linear(evaluation.num_features, len(class_names)), class_names)
+    except ConfigurationError as error:
+        model = None
+        accelerator.print(f"no classifier/ will be written: {error}")
     heads, broken, seconds = train_heads(evaluation, train)
     chosen, protocol = 0, {}
     if held_out is not None:
@@ -80,7 +83,8 @@ def train_probe(evaluation: Evaluation, train: Dataset, held_out: Dataset | None
             "chosen_learning_rate": config.learning_rates[chosen],
         }
     head = heads.heads[chosen]
-    model = create_model(evaluation, head) if missing is None else None
+    if model is not None:
+        insert_head(model, head, evaluation)
     return Trained(evaluation.encoder, head, model, broken, seconds, protocol)
 
 
@@ -100,31 +104,21 @@ def introduction(evaluation: Evaluation, train: Dataset, held_out: Dataset | Non
     return lines
 
 
-def why_no_classifier(evaluation: Evaluation) -> str | None:
-    """Return why encoder and head cannot form one model of transformers, or None if they can."""
-    try:
-        linear = nn.Linear(evaluation.num_features, len(evaluation.images.class_names))
-        build_classifier(evaluation.encoder, linear, evaluation.images.class_names)
-    except ConfigurationError as error:
-        return str(error)
-    return None
-
-
-def create_model(evaluation: Evaluation, head: nn.Sequential) -> PreTrainedModel:
-    """Return encoder and head as one stock transformers model.
+def insert_head(model: PreTrainedModel, head: nn.Sequential, evaluation: Evaluation) -> None:
+    """Copy a trained head into a classifier with the same encoder.
 
     Raises:
-        ValueError: its logits differ from those of encoder and head.
+        ValueError: the logits of the classifier differ from those of encoder and head.
     """
     size, device = evaluation.config.image_size, evaluation.accelerator.device
-    model = build_classifier(evaluation.encoder, fold_batch_norm(head), evaluation.images.class_names).to(device)
+    last_linear(model).load_state_dict(fold_batch_norm(head).state_dict())
+    model.to(device)
     images = torch.rand(4, 3, size, size, device=device)
     with torch.no_grad():
         expected = head(embed(evaluation.encoder, images))
         difference = (model(pixel_values=images).logits - expected).abs().max().item()
     if not difference <= 1e-4 * max(1.0, expected.abs().max().item()):
         raise ValueError(f"the logits of the folded classifier differ by {difference:.2g}")
-    return model
 
 
 def train_heads(evaluation: Evaluation, train: Dataset) -> tuple[Heads, set[int], float]:

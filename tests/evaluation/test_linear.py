@@ -19,7 +19,7 @@ from m2t_accel.data.requests import DeviceBatches
 from m2t_accel.data.views import FlippedCrops
 from m2t_accel.evaluation import linear
 from m2t_accel.evaluation.features import read_labels
-from m2t_accel.evaluation.heads import Heads
+from m2t_accel.evaluation.heads import Heads, build_classifier
 from m2t_accel.evaluation.setup import start_evaluation
 from m2t_accel.evaluation.supervised import rank_classes
 from m2t_accel.model import embed
@@ -126,9 +126,11 @@ def test_broken_images_are_counted_and_a_missing_classifier_is_announced(
 def test_a_classifier_with_other_logits_is_refused(given, monkeypatch):
     evaluation = start_evaluation(probe(given))
     head = Heads(evaluation.num_features, 3, (0.5,)).eval().heads[0]
+    model = build_classifier(evaluation.encoder, head[0], ["a", "b", "c"])
+    linear.insert_head(model, head, evaluation)
     monkeypatch.setattr(linear, "fold_batch_norm", lambda head: torch.nn.Linear(evaluation.num_features, 3))
     with pytest.raises(ValueError, match=r"logits .* differ"):
-        linear.create_model(evaluation, head)
+        linear.insert_head(model, head, evaluation)
 
 
 def test_checkpoints_that_are_broken_or_of_another_encoder_are_refused(given, tmp_path):
