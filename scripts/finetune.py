@@ -9,7 +9,7 @@ import os
 
 from m2t_accel.config.command_line import errors_in_one_line, parse_settings
 from m2t_accel.config.data import check_num_processes
-from m2t_accel.config.evaluation import FinetuneConfig, build_finetune, check_publishing, encoder_home, finetune_table
+from m2t_accel.config.evaluation import FinetuneConfig, build_finetune, check_publishing, finetune_table, run_folder
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
         if config.push_to_hub and is_main:
             from m2t_accel.hub.publish import publish
 
-            print(f"Published: {publish(encoder_home(config.encoder), config.push_to_hub)}")
+            print(f"Published: {publish(run_folder(config.encoder), config.push_to_hub)}")
 
 
 if __name__ == "__main__":

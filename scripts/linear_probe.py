@@ -9,20 +9,14 @@ import os
 
 from m2t_accel.config.command_line import errors_in_one_line, parse_settings
 from m2t_accel.config.data import check_num_processes
-from m2t_accel.config.evaluation import (
-    LinearProbeConfig,
-    build_linear_probe,
-    check_publishing,
-    encoder_home,
-    protocol_table,
-)
+from m2t_accel.config.evaluation import LinearProbeConfig, build_linear_probe, check_publishing, probe_table, run_folder
 
 
 def main() -> None:
     with errors_in_one_line():
         usage = "--encoder SOURCE --dataset SOURCE [--protocol NAME] [--output_dir DIR]"
         config, _ = parse_settings(
-            __doc__, usage, LinearProbeConfig, build_linear_probe, preset="protocol", table=protocol_table
+            __doc__, usage, LinearProbeConfig, build_linear_probe, preset="protocol", table=probe_table
         )
         check_publishing(config)
         check_num_processes(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -34,7 +28,7 @@ def main() -> None:
         if config.push_to_hub and is_main:
             from m2t_accel.hub.publish import publish
 
-            print(f"Published: {publish(encoder_home(config.encoder), config.push_to_hub)}")
+            print(f"Published: {publish(run_folder(config.encoder), config.push_to_hub)}")
 
 
 if __name__ == "__main__":

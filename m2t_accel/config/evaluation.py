@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 from m2t_accel.config.data import ImageSettings, TrainingSettings, check_push
 from m2t_accel.config.fields import ConfigurationError, convert_all, did_you_mean, is_hub_id, setting
@@ -54,11 +54,11 @@ class EvaluationSettings(ImageSettings):
         if self.output_dir is None:
             name = self.evaluation.replace(" ", "_").replace("-", "")
             name += "_random_weights" if self.random_weights else ""
-            object.__setattr__(self, "output_dir", str(encoder_home(self.encoder) / name))
+            object.__setattr__(self, "output_dir", str(run_folder(self.encoder) / name))
 
 
-def encoder_home(encoder: str) -> Path:
-    """Return the folder of an encoder's results: the folder of its run, or else a folder in runs/."""
+def run_folder(encoder: str) -> Path:
+    """Return the folder of the run that an encoder belongs to, or else a folder in runs/ for its results."""
     path = Path(encoder)
     if (path / "encoder").is_dir():
         return path
@@ -88,7 +88,7 @@ def check_publishing(config: LinearProbeConfig | FinetuneConfig) -> None:
         ConfigurationError: it cannot.
     """
     check_push(config.push_to_hub)
-    home = encoder_home(config.encoder)
+    home = run_folder(config.encoder)
     if config.push_to_hub is not None and (
         not (home / "training.json").is_file() or Path(config.output_dir).resolve().parent != home.resolve()
     ):
@@ -153,8 +153,7 @@ class LinearProbeConfig(EvaluationSettings, TrainingSettings):
     )
 
 
-@dataclass(frozen=True)
-class Protocol:
+class Protocol(NamedTuple):
     """A named set of settings of an evaluation, and its source."""
 
     settings: Mapping[str, object]
@@ -291,7 +290,7 @@ def build_with_protocol(
     return kind(**{**protocols[protocol].settings, **converted})
 
 
-def protocol_table() -> str:
+def probe_table() -> str:
     """Return the protocols of the linear probe as a text table."""
     lines = ["protocol  lr/256  epochs  batch  schedule"]
     for name, protocol in PROTOCOLS.items():

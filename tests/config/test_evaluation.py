@@ -19,7 +19,7 @@ GIVEN = {"encoder": "someone/encoder", "dataset": "/data/imagenet"}
 
 def parse(*arguments):
     return parse_settings(
-        "test", "", LinearProbeConfig, build_linear_probe, "protocol", evaluation.protocol_table, arguments=arguments
+        "test", "", LinearProbeConfig, build_linear_probe, "protocol", evaluation.probe_table, arguments=arguments
     )[0]
 
 
@@ -73,7 +73,7 @@ def test_a_configuration_file_gives_the_same_configuration(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "build", "table", "protocols"),
     [
-        (LinearProbeConfig, build_linear_probe, evaluation.protocol_table, PROTOCOLS),
+        (LinearProbeConfig, build_linear_probe, evaluation.probe_table, PROTOCOLS),
         (FinetuneConfig, build_finetune, evaluation.finetune_table, FINETUNE_PROTOCOLS),
     ],
 )
