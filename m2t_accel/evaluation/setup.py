@@ -55,8 +55,9 @@ def start_evaluation(config: EvaluationSettings) -> Evaluation:
     accelerator = start_accelerator(config if isinstance(config, TrainingSettings) else None)
     on_all_processes(accelerator, lambda: (check_dataset(config.dataset), check_encoder(config.encoder)))
     loaded = on_all_processes(accelerator, lambda: load_encoder(config.encoder))
-    view = {name: getattr(loaded, name) for name in ("image_size", "evaluation_crop", "image_mean", "image_std")}
-    config = dataclasses.replace(config, **{k: v for k, v in view.items() if getattr(config, k) is None})
+    config = dataclasses.replace(
+        config, **{k: v for k, v in loaded.preprocessing.items() if getattr(config, k) is None}
+    )
     images = on_all_processes(accelerator, lambda: load_images(config))
     check_same_images(accelerator, images.note, images.fingerprint)
     if images.lacks and config.evaluates:
