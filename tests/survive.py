@@ -6,6 +6,7 @@ Each printed figure was measured by that call. The documentation quotes them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,8 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ("--recipe", "digits", "--warmup_epochs", "2", "--device_batch_size", "32", "--num_workers", "1")
@@ -81,7 +84,7 @@ def kill_at_random(
     deadline = time.monotonic() + 5
     while in_a_save and time.monotonic() < deadline and not any(checkpoints.glob(".step-*.partial")):
         time.sleep(0.0005)
-    trainers = [pid for pid in descendants(process.pid) if is_trainer(pid)]
+    trainers = trainers_of(process)
     which = rng.choice(["all", *range(len(trainers))]) if len(trainers) > 1 else "all"
     victims = trainers if which == "all" else [trainers[which]]
     for pid in victims:
@@ -92,28 +95,17 @@ def kill_at_random(
     return str(which), was_saving
 
 
-def descendants(pid: int) -> Iterator[int]:
-    """Yield a process and all processes below it."""
-    yield pid
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return
-    for child in children:
-        yield from descendants(int(child))
-
-
-def is_trainer(pid: int) -> bool:
-    """Return whether a process trains: it is no launcher, and no loader's worker, which is a fork of its parent."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-        parent_words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    scripts = (b"pretrain_recorded.py", b"scripts/pretrain.py")
-    trains = any(word.endswith(scripts) for word in words) and b"accelerate.commands.launch" not in words
-    return trains and words != parent_words
+def trainers_of(process: subprocess.Popen) -> list[int]:
+    """Return the processes of a run that train: no launcher, and no loader's worker, which is a fork of a trainer."""
+    found = []
+    root = psutil.Process(process.pid)
+    for candidate in (root, *root.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            words, parent_words = candidate.cmdline(), candidate.parent().cmdline()
+            runs_script = any(word.endswith(("pretrain_recorded.py", "scripts/pretrain.py")) for word in words)
+            if runs_script and "accelerate.commands.launch" not in words and words != parent_words:
+                found.append(candidate.pid)
+    return found
 
 
 def last_tensors(output_dir: Path) -> dict[str, object]:
@@ -233,7 +225,7 @@ def stopped_and_moved(work: Path, first: int, second: int, float64: bool, epochs
         if process.poll() is not None:
             raise RuntimeError("the run ended before it was stopped")
         time.sleep(0.01)
-    for pid in [pid for pid in descendants(process.pid) if is_trainer(pid)]:
+    for pid in trainers_of(process):
         os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=60)
     for path in (moved / "checkpoints").iterdir():

@@ -11,7 +11,7 @@ import time
 import pytest
 import survive
 from helpers import tiny
-from survive import is_trainer, read_until
+from survive import read_until, trainers_of
 
 from m2t_accel.run.checkpoint import list_checkpoints
 
@@ -39,10 +39,6 @@ def pretrain_command(folder, *launch, **settings):
 
 
 LAUNCH = ("-m", "accelerate.commands.launch", "--quiet", "--config_file")
-
-
-def trainers_of(process):
-    return [pid for pid in survive.descendants(process.pid) if is_trainer(pid)]
 
 
 def test_a_signal_to_one_of_two_processes_ends_both_and_the_same_command_goes_on(tmp_path):
