@@ -91,9 +91,10 @@ def pretrain(
     with (
         StopSignals() as signals,
         contextlib.closing(folder),
+        contextlib.ExitStack() as stack,  # closes the run after lost processes are reported: a save may take long
         report_lost_processes(accelerator, timeout),
-        contextlib.closing(Run(config, data, folder, accelerator, step, start, signals)) as run,
     ):
+        run = stack.enter_context(contextlib.closing(Run(config, data, folder, accelerator, step, start, signals)))
         try:
             train(run)
         except StopRequestedError as stop:
@@ -109,13 +110,16 @@ def create_step(config: PretrainConfig, accelerator: Accelerator, encoder: nn.Mo
     """Create student, teacher and optimizer, the same on every process.
 
     Raises:
-        ConfigurationError: the encoder cannot be created, or takes no images of this size.
+        ConfigurationError: the encoder cannot be created, has no BatchNorm, or takes no images of this size.
     """
     set_seed(config.seed)
     if encoder is None:
         encoder = on_all_processes(accelerator, lambda: create_encoder(config.encoder))
     student = create_student(encoder, config.image_size, config.hidden_size, config.projection_size, config.encoder)
-    teacher = Teacher(student)
+    try:
+        teacher = Teacher(student)
+    except ValueError as error:
+        raise ConfigurationError(f"--encoder {config.encoder}: {error}; a ResNet such as resnet50 has it") from None
     optimizer = create_optimizer(
         student, config.optimizer, config.learning_rate, config.optimizer_momentum, config.weight_decay
     )
@@ -230,10 +234,10 @@ class Run:
         try:
             finish(self.config, self.data, self.step, self.progress.parts, self.report.seconds())
         except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
+            reason, last_good = getattr(error, "strerror", None) or error, self.saver.describe_last_good()
             raise ConfigurationError(
-                f"{self.folder.path} cannot be written ({reason}). {self.saver.whats_left()}: make room, and type the "
-                "same command again"
+                f"{self.folder.path} cannot be written ({reason}). {last_good}: make room, and type the same command "
+                "again"
             ) from None
 
     def close(self) -> None:

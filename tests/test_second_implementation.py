@@ -7,7 +7,6 @@ import json
 import math
 
 import numpy as np
-import pytest
 import torch
 from helpers import tiny
 from torch import nn
@@ -115,7 +114,6 @@ def train_again(config, shift=0):
     return losses
 
 
-@pytest.mark.slow
 def test_the_loop_equals_a_second_implementation(tmp_path, float64):
     config = build_config(
         tiny(
