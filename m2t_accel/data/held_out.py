@@ -112,7 +112,7 @@ def hold_out_pieces(
     if any("label" not in split.features for split in splits.values()):
         return all_images, None, None
     if len(splits["train"]) < len(train):
-        remarks.append(f"kNN looks for neighbours among {len(splits['train']):,} of them")
+        remarks.append(f"kNN compares with {len(splits['train']):,} of the training images")
     return train, splits["train"], splits.get("val")
 
 

@@ -97,13 +97,13 @@ def find_classes(
 ) -> Classes | None:
     """Return the classes of the training labels; None with a remark if an image has no class.
 
-    Labels are class labels, whole numbers from 0, words or booleans. A label that is null or negative is missing; the
-    Hub withholds labels by -1.
+    Labels are class labels, whole numbers from 0, words or booleans. A label that is null or negative is missing; on
+    the Hub, -1 stands for a withheld label.
 
     Args:
         feature: type of the column.
         read_labels: returns the labels of all images, or their distinct values.
-        num_images: number of images; a number that is not less is not a class.
+        num_images: number of training images; a label of this size or more is not the number of a class.
         column: name of the column.
         config: names the column if the user asks for it.
         remarks: list to which this adds why there are no labels.

@@ -79,18 +79,9 @@ class ParquetShards:
         return pyarrow.ipc.read_schema(pyarrow.py_buffer(schema))
 
     @property
-    def columns(self) -> list[str]:
-        return self.schema.names
-
-    @property
     def class_names(self) -> dict[str, list[str]]:
         """Return the class names of each ClassLabel column."""
         return class_names((self.schema.metadata or {}).get(b"huggingface", b"{}"))
-
-    @property
-    def conflicts(self) -> dict[str, str]:
-        """Return error messages by column; see class_conflicts."""
-        return json.loads(self.metadata[b"conflicts"])
 
     def __len__(self) -> int:
         return int(self.piece_sizes.sum(dtype=np.int64))
@@ -172,9 +163,10 @@ def parquet_splits(files: dict[str, list[str]], config: ImageSettings) -> dict[s
     splits = {name: split for name, split in splits.items() if len(split)}
     splits = {name: splits[name] for name in (used_splits(splits) if splits else ())}
     first_files = [(split.files[int(np.argmax(split.file_sizes > 0))], split.class_names) for split in splits.values()]
+    between_splits = class_conflicts(first_files)
     for split in splits.values():
-        label = label_column(split.columns, config)
-        for conflicts in (split.conflicts, class_conflicts(first_files)):
+        label = label_column(split.schema.names, config)
+        for conflicts in (json.loads(split.metadata[b"conflicts"]), between_splits):
             if label in conflicts:
                 raise ConfigurationError(conflicts[label])
     return splits

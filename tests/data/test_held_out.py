@@ -109,7 +109,7 @@ def test_the_classes_are_those_of_all_rows(tmp_path, sorted_by_class, words, mon
     images = load(tmp_path, streaming=True)
     assert images.class_names == [f"c{i}" if words else str(i) for i in range(10)]
     assert (len(images.train), len(images.bank), len(images.validation)) == (90, 20, 10)
-    assert "neighbours among 20" in images.note
+    assert "kNN compares with 20 of" in images.note
 
 
 def test_a_streamed_column_must_hold_images(tmp_path):
