@@ -46,7 +46,7 @@ def create_encoder(name: str) -> PreTrainedModel:
         name: a name in ENCODERS, a folder with a transformers config.json, or a Hub id.
 
     Raises:
-        ConfigurationError: there is no such configuration, or its model has no BatchNorm.
+        ConfigurationError: the configuration cannot be read, or its model has no BatchNorm.
     """
     if name in ENCODERS:
         return ResNetModel(ResNetConfig(**ENCODERS[name]))
@@ -55,7 +55,7 @@ def create_encoder(name: str) -> PreTrainedModel:
     try:
         # Never run remote code: a configuration from the Hub is data.
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        config.dtype = torch.get_default_dtype()  # many published ones say float16, for inference
+        config.dtype = torch.get_default_dtype()  # many published configurations say float16, for inference
         encoder = AutoModel.from_config(config)
     except Exception as error:  # a wrong configuration can raise anything in the model's code
         raise ConfigurationError(
@@ -65,12 +65,17 @@ def create_encoder(name: str) -> PreTrainedModel:
     try:
         convert_batch_norm(copy.deepcopy(encoder))
     except ValueError as error:
-        raise ConfigurationError(f"--encoder {name}: {error}; a ResNet such as resnet50 has it") from None
+        raise ConfigurationError(
+            f"--encoder {name}: {error}; give a model with plain BatchNorm, such as resnet50"
+        ) from None
     return encoder
 
 
 def embed(encoder: nn.Module, images: Tensor) -> Tensor:
-    """Return the features (N, C) of images (N, 3, H, W): the pooled output of a transformers model, or the output."""
+    """Return the features (N, C) of images (N, 3, H, W).
+
+    They are the pooled output of a transformers model, or the output of any other module.
+    """
     if isinstance(encoder, PreTrainedModel):
         return encoder(pixel_values=images).pooler_output.flatten(1)
     return encoder(images).flatten(1)
@@ -143,13 +148,13 @@ class Teacher(nn.Module):
 
 
 def momentum_teacher_loss(predictions: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the mean over the batch of 4 - 2 (q·k + q'·k'): 0 where predictions and targets agree, 8 where opposite.
+    """Return the mean over the batch of 4 - 2 (q·k + q'·k'): 0 if predictions and targets agree, 8 if opposite.
 
     The losses of the two views are summed, not averaged.
 
     Args:
         predictions: q, q' of the student, each (N, C) and unit-norm.
-        targets: k, k' of the teacher, the same shapes; k is of the other view than q.
+        targets: k, k' of the teacher, of the same shapes; k and q come from different views.
 
     Source: arXiv 2101.07525, equation 2; BYOL (arXiv 2006.07733), equation 2.
     """
@@ -160,11 +165,12 @@ def momentum_teacher_loss(predictions: tuple[Tensor, Tensor], targets: tuple[Ten
 def create_student(
     encoder: PreTrainedModel, image_size: int, hidden_size: int, projection_size: int, name: str = "encoder"
 ) -> Student:
-    """Create the student of an encoder; one forward tells the size of its features.
+    """Create the student of an encoder. One forward of a black image gives the size of its features.
 
     Args:
-        image_size, hidden_size, projection_size: pixels of a view; widths of projector and predictor.
-        name: of the encoder, for messages.
+        image_size: width and height of a view, in pixels.
+        hidden_size, projection_size: hidden width and output width of projector and predictor.
+        name: name of the encoder, for messages.
 
     Raises:
         ConfigurationError: the encoder does not take images of this size, or returns no features (N, C).
@@ -173,7 +179,7 @@ def create_student(
     try:
         with torch.no_grad():
             feature_size = embed(encoder, torch.zeros(1, 3, image_size, image_size)).shape[1]
-    except Exception as error:  # any model may raise anything
+    except Exception as error:  # the code of the model may raise any exception
         raise ConfigurationError(
             f"--encoder {name}: no pooled features from images of {image_size} pixels ({one_line(error)})"
         ) from error
@@ -185,8 +191,9 @@ def plain_encoder(encoder: nn.Module, student_encoder: nn.Module | None = None) 
     """Return a teacher's encoder with plain BatchNorm, in evaluation mode; the history is its running statistics.
 
     Args:
-        encoder: of the teacher. The config.json of a transformers model then says that it is a teacher's.
-        student_encoder: of the same class with plain BatchNorm; needed for any other module.
+        encoder: the teacher's encoder. If it is a transformers model, the configuration of the result says that the
+            network is a teacher.
+        student_encoder: the student's encoder, with plain BatchNorm; needed if `encoder` is no transformers model.
     """
     if isinstance(encoder, PreTrainedModel):
         config: PretrainedConfig = copy.deepcopy(encoder.config)

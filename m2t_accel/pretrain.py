@@ -45,7 +45,7 @@ def pretrain(
 ) -> Teacher | None:
     """Train an encoder as the configuration says, and write the run's folder.
 
-    A run that was stopped goes on from its last checkpoint. Every process of a launch makes this call, with the same
+    A run that was stopped resumes from its last checkpoint. Every process of a launch makes this call, with the same
     configuration.
 
     Args:
@@ -59,9 +59,9 @@ def pretrain(
         The trained teacher; None if the run was complete already.
 
     Raises:
-        ConfigurationError: launch, images, encoder, output folder or checkpoint do not allow the run, and nothing has
-            been written; or a loss is not finite, or too many images are broken.
-        Interrupted: the run was stopped, or has lost a process; the same command goes on.
+        ConfigurationError: the launch, the images, the encoder, the output folder or the checkpoint is not usable, and
+            nothing has been written; or a loss is not finite; or too many images cannot be decoded.
+        Interrupted: the run was stopped, or has lost a process; the same command resumes it.
     """
     timeout = timedelta(minutes=config.collective_timeout)
     accelerator = start_accelerator(config, config.tracker, config.output_dir, timeout)
@@ -100,7 +100,7 @@ def pretrain(
         except StopRequestedError as stop:
             raise signals.interruption(stop.number, run.stop()) from None
         except TooManyBadImagesError as error:  # raised between two steps, on every process
-            raise ConfigurationError(f"{error}. {run.saver.save_now()}; then the run goes on from there") from None
+            raise ConfigurationError(f"{error}. {run.saver.save_now()}; then the run resumes from there") from None
         if is_main:
             run.finish()
     return step.teacher
@@ -119,7 +119,9 @@ def create_step(config: PretrainConfig, accelerator: Accelerator, encoder: nn.Mo
     try:
         teacher = Teacher(student)
     except ValueError as error:
-        raise ConfigurationError(f"--encoder {config.encoder}: {error}; a ResNet such as resnet50 has it") from None
+        raise ConfigurationError(
+            f"--encoder {config.encoder}: {error}; give a model with plain BatchNorm, such as resnet50"
+        ) from None
     optimizer = create_optimizer(
         student, config.optimizer, config.learning_rate, config.optimizer_momentum, config.weight_decay
     )
@@ -130,8 +132,8 @@ def train(run: Run) -> None:
     """Train to the last step, and save.
 
     Raises:
-        StopRequestedError: a signal asks for the end; every process is between two steps.
-        ConfigurationError: a loss is not finite, or too many images are broken.
+        StopRequestedError: a signal asks the run to end; every process is between two steps.
+        ConfigurationError: a loss is not finite, or too many images cannot be decoded.
     """
     config, accelerator, step, progress = run.config, run.accelerator, run.step, run.progress
     encoder, dtype = step.teacher.encoder, next(step.student.parameters()).dtype
@@ -141,7 +143,7 @@ def train(run: Run) -> None:
     loader = create_loader(TwoViews(run.data.train, config), requests, config, accelerator.device)
     num_sub_batches = config.num_virtual_devices // accelerator.num_processes
     with dead_workers_in_one_line():
-        # A run that was stopped during an evaluation still lacks its line.
+        # A run that was stopped during an evaluation still lacks the line of metrics of that step.
         run.report.write_if_due(encoder, run.guard.stop_if_asked)
         batches = read(loader, accelerator.device)
         for number in range(progress.step, run.total_steps):
@@ -167,7 +169,7 @@ def train(run: Run) -> None:
 
 
 class Run:
-    """A run between its start and its end: what it trains on, how far it has come, its folder and its checkpoints."""
+    """A run in progress: its settings, images, networks, folder, checkpoints, and the steps that are done."""
 
     def __init__(
         self,
@@ -179,7 +181,7 @@ class Run:
         start: Start,
         signals: StopSignals,
     ) -> None:
-        """Restore the state of a checkpoint, lock the folder, and print what will be done. A collective call.
+        """Restore the state of the checkpoint, lock the folder, and print a description of the run. A collective call.
 
         Raises:
             ConfigurationError: the checkpoint does not fit, or the folder cannot be written or is in use.
@@ -206,7 +208,7 @@ class Run:
         )
         if is_main:
             if start.checkpoint is not None:
-                lines.append(f"goes on from step {progress.step} of {self.total_steps}, {start.checkpoint.path}")
+                lines.append(f"resumes from step {progress.step} of {self.total_steps}, {start.checkpoint.path}")
             print(
                 introduction(config, data, step.student.encoder, self.total_steps, accelerator),
                 *lines,
@@ -219,17 +221,17 @@ class Run:
         self.guard = Guard(config, data.train, folder, accelerator, self.saver, signals, self.steps_per_epoch)
 
     def stop(self) -> str:
-        """Save after a signal. Return where the run can go on, as part of a line. A collective call."""
+        """Save after a signal. Return the last part of the message for the user. A collective call."""
         if self.progress.step == 0:
             return "before the first step: the same command starts over"
         saved = self.saver.save_now()
-        return f"after step {self.progress.step} of {self.total_steps}. {saved}; the same command goes on from there"
+        return f"after step {self.progress.step} of {self.total_steps}. {saved}; the same command resumes from there"
 
     def finish(self) -> None:
-        """Write what a complete run leaves.
+        """Write the encoder and its card, the curves and, last, training.json.
 
         Raises:
-            ConfigurationError: it cannot be written; the run can go on from its last checkpoint.
+            ConfigurationError: a file cannot be written; the run can resume from its last checkpoint.
         """
         try:
             finish(self.config, self.data, self.step, self.progress.parts, self.report.seconds())

@@ -26,7 +26,7 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ("--recipe", "digits", "--warmup_epochs", "2", "--device_batch_size", "32", "--num_workers", "1")
-TRAINS = r"goes on from step|epoch 0: "  # in the first line that a run prints after its set-up
+TRAINS = r"resumes from step|epoch 0: "  # in the first line that a run prints after its set-up
 
 
 def command(record: Path, output_dir: Path, num_processes: int, arguments: Sequence[object]) -> list[str]:
@@ -232,7 +232,7 @@ def stopped_and_moved(work: Path, first: int, second: int, float64: bool, epochs
         if path.name != f"step-{half}":
             shutil.rmtree(path)
     printed = run(command(work / "moved-record", moved, second, arguments))
-    assert f"goes on from step {half} of" in printed, printed
+    assert f"resumes from step {half} of" in printed, printed
     losses = [[row["loss"] for row in metrics(folder) if "loss" in row] for folder in (reference, moved)]
     lost, repeated = lost_and_repeated(work / "moved-record", work / "reference-record")
     return {

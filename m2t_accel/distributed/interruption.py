@@ -131,7 +131,7 @@ def report_lost_processes(accelerator: Accelerator, timeout: timedelta) -> Itera
         raise Interrupted(
             f"process {accelerator.process_index} of {accelerator.num_processes} has lost the others: "
             f"{describe_missing(accelerator)} ({one_line(error)}). The limit for a response is "
-            f"{timeout.total_seconds() / 60:g} minutes (--collective_timeout). The same command goes on from the last "
+            f"{timeout.total_seconds() / 60:g} minutes (--collective_timeout). The same command resumes from the last "
             "checkpoint"
         ) from error
 

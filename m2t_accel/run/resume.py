@@ -29,7 +29,7 @@ class Progress:
 
 
 def restore_progress(manifest: Mapping[str, object] | None) -> Progress:
-    """Return the progress that the manifest of a checkpoint records; that of a new run for None."""
+    """Return the progress that the manifest of a checkpoint records; for None, the progress of a new run."""
     if manifest is None:
         return Progress()
     saved = manifest["progress"]
@@ -53,16 +53,16 @@ def restore_state(state: RunState, checkpoint: Checkpoint, accelerator: Accelera
 
 
 def check_same_images(data: ImageData, manifest: Mapping[str, object]) -> None:
-    """Check that the images are those that the checkpoint's run was trained on.
+    """Check that the images are the same as in the run that wrote the checkpoint.
 
     Raises:
-        ConfigurationError: they differ.
+        ConfigurationError: the images differ.
     """
     saved = manifest["data"]
     if saved["fingerprint"] != data.fingerprint:
         raise ConfigurationError(
-            f"--dataset: other images than those of the run so far (then {saved['note']}; now {data.note}; their "
-            "names, their order or the sizes of their shards differ): give the same --dataset, or another --output_dir"
+            f"--dataset: other images than before (then {saved['note']}; now {data.note}; the names, the order or the "
+            "sizes of the shards differ): give the same --dataset, or another --output_dir"
         )
 
 
@@ -86,8 +86,8 @@ def describe_changes(
         )
         values = ", ".join(f"{name} {getattr(before, name):.4g} → {getattr(now, name):.4g}" for name in vars(before))
         lines.append(
-            f"note: {config.epochs} epochs instead of {epochs}; from here on the schedules are those of "
-            f"{config.epochs}: {values}"
+            f"note: {config.epochs} epochs instead of {epochs}; from this step on the schedules are those of "
+            f"{config.epochs} epochs: {values}"
         )
     return lines
 
@@ -96,7 +96,7 @@ def open_folder(folder: RunFolder, start: Start, config_text: str) -> list[str]:
     """Lock the run's folder and prepare it for this start. Return a line for each checkpoint set aside.
 
     Raises:
-        ConfigurationError: it cannot be written, or another run has locked it.
+        ConfigurationError: the folder cannot be written, or another run has locked it.
     """
     try:
         folder.acquire_lock()

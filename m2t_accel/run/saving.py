@@ -1,4 +1,4 @@
-"""Decide when a run is saved, save it while training goes on, and handle failed writes."""
+"""Decide when a run is saved, save it while training continues, and handle failed writes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from m2t_accel.run.state import RunState
 
 @dataclass
 class Saver:
-    """Saves the state of a run every so many steps, epochs or minutes.
+    """Saves the state of a run at intervals of steps, epochs or minutes.
 
     The training loop waits only for a copy in memory; a thread writes it. If a write fails, for example on a full disk,
     a warning is printed and the next save tries again.
@@ -39,7 +39,7 @@ class Saver:
     report: Report
     data: ImageData
     steps_per_epoch: int
-    last_good: Path | None = None  # the newest checkpoint that the run can go on from
+    last_good: Path | None = None  # the newest checkpoint that the run can resume from
     reason: str | None = None  # why the last checkpoint could not be written
     not_finite: bool = False  # whether the reason is a value that is not finite
 
@@ -50,7 +50,7 @@ class Saver:
         self.writer = CheckpointWriter(self.folder.checkpoints, *self.config.keep)
 
     def is_due(self, step: int) -> bool:
-        """Return whether to save after so many steps, by the intervals in steps and epochs."""
+        """Return whether the intervals in steps and epochs ask for a save after `step` steps."""
         if "step" in self.intervals and step % int(self.intervals["step"]) == 0:
             return True
         every = self.intervals.get("epoch", 0) * self.steps_per_epoch
@@ -58,13 +58,13 @@ class Saver:
         return bool(every) and step // every > (step - 1) // every
 
     def is_time(self) -> bool:
-        """Return whether to save now, by the interval in minutes; False on all processes but process 0."""
+        """Return whether the interval in minutes asks for a save now; False on all processes but process 0."""
         is_late = time.monotonic() - self.saved_at >= 60 * self.intervals.get("minute", math.inf)
         return self.accelerator.is_main_process and is_late
 
     def begin(self) -> None:
         """Copy the state of the run, and start to write it. A collective call."""
-        self.report.report_bad_images()  # a run that goes on from here does not see them again
+        self.report.report_bad_images()  # a run that resumes from this state does not report them again
         self.last_saved = (self.progress.step, self.progress.reported)
         self.collect(wait=True)  # the last write reads the memory that the new copy overwrites
         files = self.state.copy(self.report.rows)
@@ -80,10 +80,10 @@ class Saver:
         self.writer.submit(files, self.manifest())
 
     def save_now(self) -> str:
-        """Save the state of the run unless that is done, and wait for the write. A collective call.
+        """Save the state of the run unless it is already saved, and wait for the write. A collective call.
 
         Returns:
-            In words, the checkpoint that the run can go on from.
+            A sentence for the user about the checkpoint that the run can resume from.
 
         Raises:
             ConfigurationError: the state is not finite.
@@ -132,14 +132,15 @@ class Saver:
         """Print a warning about a checkpoint that could not be written."""
         self.reason = error.strerror or str(error)
         self.report.print_line(
-            f"warning: a checkpoint could not be written ({self.reason}); the run goes on. {self.describe_last_good()}"
+            f"warning: a checkpoint could not be written ({self.reason}); the run continues. "
+            f"{self.describe_last_good()}"
         )
 
     def wait(self) -> str:
         """Wait until the last checkpoint is written. A collective call.
 
         Returns:
-            In words, on every process, the checkpoint that the run can go on from.
+            A sentence for the user, on every process, about the checkpoint that the run can resume from.
 
         Raises:
             ConfigurationError: the state to be saved is not finite.
@@ -148,10 +149,10 @@ class Saver:
         reason, not_finite, last_good = broadcast_object((self.reason, self.not_finite, self.describe_last_good()))
         if not_finite:
             raise ConfigurationError(f"{reason}, so this state is not saved. {last_good}")
-        return last_good if reason is None else f"but it could not be saved ({reason}). {last_good}"
+        return last_good if reason is None else f"This state could not be saved ({reason}). {last_good}"
 
     def describe_last_good(self) -> str:
-        """Return a sentence about the checkpoint that the run can go on from."""
+        """Return a sentence about the checkpoint that the run can resume from."""
         if self.last_good is None:
             return "There is no checkpoint yet"
         return f"The last good checkpoint is {self.last_good}"

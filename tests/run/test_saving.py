@@ -145,7 +145,7 @@ def test_a_folder_deleted_during_a_write_costs_that_checkpoint_alone(create, tmp
     run.save(1)
     assert "could not be saved" in run.saver.wait()
     monkeypatch.undo()
-    assert "the run goes on" in run.lines[0]
+    assert "the run continues" in run.lines[0]
     run.save(2)
     assert run.saver.wait().endswith("step-2")
 
@@ -160,7 +160,7 @@ def test_a_full_disk_prints_a_warning_and_the_next_save_tries_again(create, smal
     assert "space" in found.lower()
     assert found.endswith(f"{disk}/run/checkpoints/step-2")
     assert len(run.lines) == 1
-    assert "the run goes on" in run.lines[0]
+    assert "the run continues" in run.lines[0]
     assert sorted(os.listdir(disk / "run" / "checkpoints")) == ["step-1", "step-2"]
     shutil.rmtree(disk / "run" / "checkpoints" / "step-1")
     run.save(4)

@@ -56,7 +56,7 @@ def test_a_signal_to_one_of_two_processes_ends_both_and_the_same_command_goes_on
     assert re.search(r"exitcode\s*: 75", printed), printed
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == [f"step-{step}"]
     process = survive.start(words)
-    assert f"goes on from step {step} of 1000" in read_until(process, "goes on from")
+    assert f"resumes from step {step} of 1000" in read_until(process, "resumes from")
     process.send_signal(signal.SIGTERM)  # to the launcher, as a scheduler does
     printed, _ = process.communicate(timeout=60)
     assert "SIGTERM, after step" in printed
@@ -89,7 +89,7 @@ def test_ctrl_c_saves_and_a_second_ctrl_c_ends_at_once(tmp_path):
     saved = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert len(saved) == 1
     process = survive.start(words)
-    read_until(process, "goes on from step")
+    read_until(process, "resumes from step")
     time.sleep(0.5)
     for _ in range(2):
         os.killpg(process.pid, signal.SIGINT)
@@ -178,7 +178,7 @@ def test_a_run_on_two_machines_survives_the_loss_of_one_and_of_the_network(tmp_p
         assert "process 1 of 2 has lost the others" in printed_b, printed_b
         assert "0.1 minutes (--collective_timeout)" in printed_a
     printed = survive.run([*words, "--output_dir", str(run)])
-    assert re.search(r"goes on from step (60|80|1[0-2]\d) of 132", printed)
+    assert re.search(r"resumes from step (60|80|1[0-2]\d) of 132", printed)
     assert not elsewhere.exists()
     one, two = (survive.last_tensors(folder) for folder in (reference, run))
     shared = [name for name in one if not name.startswith("processes")]
