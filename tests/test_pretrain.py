@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import warnings
 
 import cv2
 import numpy as np
@@ -135,7 +134,7 @@ def test_a_complete_run_is_left_unchanged(trained_run, capsys):
     before = {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")}
     assert train(tiny(trained_run)) is None
     assert f"{trained_run} is complete" in capsys.readouterr().out
-    with pytest.raises(ConfigurationError, match=r"--output_dir .*another run"):
+    with pytest.raises(ConfigurationError, match=r"--output_dir .*holds a run"):
         train(tiny(trained_run), resume="never")
     with pytest.raises(ConfigurationError, match=r"seed .*0.* 1"):
         train(tiny(trained_run), seed=1)
@@ -314,31 +313,34 @@ def test_a_streamed_run_resumes_bit_for_bit_with_any_number_of_workers(tmp_path,
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_a_run_killed_in_the_middle_of_a_save_resumes_bit_for_bit(small, tmp_path, capsys):
+KILL_IN_THE_THIRD_SAVE = """
+import json, os, signal, sys
+from m2t_accel.run import checkpoint
+
+save_file, written = checkpoint.save_file, []
+
+def kill(tensors, path):
+    written.append(path)
+    if len(written) == 2 * 4 + 2:  # a checkpoint has 4 files of tensors
+        os.kill(os.getpid(), signal.SIGKILL)
+    save_file(tensors, path)
+
+checkpoint.save_file = kill
+from m2t_accel import build_config, pretrain
+pretrain(build_config(json.loads(sys.argv[1])))
+"""
+
+
+def test_a_run_killed_in_the_middle_of_a_save_resumes_bit_for_bit(small, tmp_path, capsys, run_script):
+    settings = small(tmp_path / "run", checkpoint_every="2steps")
+    one_thread = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = run_script("-c", KILL_IN_THE_THIRD_SAVE, json.dumps(settings), environment=one_thread)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert checkpoint_names(tmp_path / "run") == ["step-4", "step-2"]
+    assert (tmp_path / "run" / "checkpoints" / ".step-6.partial").exists()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked process cannot use the thread pool of this one
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # about fork in a process with threads
-        process = os.fork()
-    if not process:
-        save_file, written = checkpoint.save_file, []
-
-        def kill_in_third_save(tensors, path):
-            written.append(path)
-            if len(written) == 2 * 4 + 2:  # a checkpoint has 4 files of tensors
-                os.kill(os.getpid(), signal.SIGKILL)
-            save_file(tensors, path)
-
-        try:
-            checkpoint.save_file = kill_in_third_save
-            train(small(tmp_path / "run", checkpoint_every="2steps"))
-        finally:
-            os._exit(1)
+    torch.set_num_threads(1)
     try:
-        _, status = os.waitpid(process, 0)
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        assert checkpoint_names(tmp_path / "run") == ["step-4", "step-2"]
-        assert (tmp_path / "run" / "checkpoints" / ".step-6.partial").exists()
         for name in ("run", "whole"):
             train(small(tmp_path / name))
     finally:

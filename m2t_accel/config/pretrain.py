@@ -40,8 +40,8 @@ class PretrainConfig(TrainingSettings):
     output_dir: str | None = setting(None, "folder that the run writes to (default: runs/RECIPE)")
     resume: str = setting(
         "auto",
-        "auto: resume from the newest complete checkpoint in output_dir, if any; never: start from scratch; or the "
-        "folder of a checkpoint",
+        "auto: resume from the newest complete checkpoint in output_dir, if any; never: start at step 0, and refuse an "
+        "output_dir that already holds a run; or the folder of a checkpoint",
     )
 
     encoder: str = setting(

@@ -27,11 +27,11 @@ def check_same_settings(config: PretrainConfig, saved: Mapping[str, object], whe
     Args:
         config: settings of the run.
         saved: settings of the earlier run, by name.
-        where: the flag and folder they were found in, for the message.
+        where: the flag and the folder of the earlier run, for the message.
         more_epochs: whether `config` may ask for more epochs than `saved`.
 
     Raises:
-        ConfigurationError: it may not; the message lists the settings that differ.
+        ConfigurationError: some settings differ; the message lists them.
     """
     different = {}
     for item in dataclasses.fields(config):
@@ -50,8 +50,8 @@ def check_same_settings(config: PretrainConfig, saved: Mapping[str, object], whe
                 f"--resume {config.output_dir}/checkpoints/step-N"
             )
         raise ConfigurationError(
-            f"{where} is of a run with other settings ({'; '.join(different.values())}): give the same, or another "
-            f"--output_dir{hint}"
+            f"{where} belongs to a run with other settings ({'; '.join(different.values())}): give the same settings, "
+            f"or another --output_dir{hint}"
         )
 
 
@@ -66,8 +66,8 @@ def check_output_dir(config: PretrainConfig) -> None:
     found = [name for name in RUN_FILES if os.path.exists(os.path.join(folder, name))]
     if found and (config.resume == "never" or "config.yaml" not in found):
         raise ConfigurationError(
-            f"--output_dir {output_dir} holds another run ({found[0]}): give another folder, or remove that one"
-            + (", or go on with it by --resume auto" if "config.yaml" in found else "")
+            f"--output_dir {output_dir} already holds a run ({found[0]}): give another folder, or remove this one"
+            + (", or continue its run with --resume auto" if "config.yaml" in found else "")
         )
     if found:
         try:
@@ -89,11 +89,11 @@ def check_output_dir(config: PretrainConfig) -> None:
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
     try:
-        # A nameless file proves that writing works, also where permissions do not tell, and leaves nothing behind.
+        # An unnamed file tests whether writing works, which permissions alone do not show, and leaves nothing behind.
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
         raise ConfigurationError(
-            f"--output_dir {output_dir} cannot be written: {parent} takes no files ({error.strerror})"
+            f"--output_dir {output_dir} cannot be written: no file can be made in {parent} ({error.strerror})"
         ) from None
     if max(len(part.encode()) for part in folder.split(os.sep)) > 255:
         raise ConfigurationError(f"--output_dir {output_dir}: a name in it is longer than 255 bytes")

@@ -39,7 +39,7 @@ def test_the_same_run_may_go_on(run_folder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"resume": "never"}, r"another run \(config\.yaml\): .*--resume auto"),
+        ({"resume": "never"}, r"holds a run \(config\.yaml\): .*--resume auto"),
         (
             {"encoder": "resnet18", "blur_sigma": (0.1, 1.0)},
             r"\(encoder was resnet10-quarter, now resnet18; blur_sigma was 0\.1 2\.0, now 0\.1 1\.0\)",
@@ -65,5 +65,5 @@ def test_a_config_yaml_that_is_not_of_a_run_is_refused(tmp_path, content):
 
 def test_files_of_a_run_without_a_config_yaml_are_refused(run_folder):
     (run_folder / "config.yaml").unlink()
-    with pytest.raises(ConfigurationError, match=r"another run \(checkpoints\)"):
+    with pytest.raises(ConfigurationError, match=r"holds a run \(checkpoints\)"):
         check_output_dir(config_in(run_folder))
