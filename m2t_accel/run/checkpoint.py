@@ -46,14 +46,14 @@ class Checkpoint(NamedTuple):
 
 
 def write_checkpoint(folder: Path, files: Mapping[str, Mapping[str, Tensor]], manifest: Manifest) -> Path:
-    """Write the checkpoint `folder/step-N`, in place of one of that name. Return its path.
+    """Write the checkpoint `folder/step-N`, which replaces an older one of that name. Return its path.
 
     Args:
         files: tensors by name, for each file.
-        manifest: what else the checkpoint records, as JSON types; `step` gives the N.
+        manifest: everything else that the checkpoint records, as JSON types; its `step` is N.
 
     Raises:
-        OSError: it cannot be written; its partial files are removed.
+        OSError: the checkpoint cannot be written; the partial files are removed.
         NotFiniteError: a tensor is not finite; the partial files are removed.
     """
     target = folder / f"step-{manifest['step']}"
@@ -86,10 +86,10 @@ def write_checkpoint(folder: Path, files: Mapping[str, Mapping[str, Tensor]], ma
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Check that all values are finite.
 
-    It takes one pass over each tensor and no mask of its size: minimum and maximum are NaN if any value is.
+    This takes one pass over each tensor and no mask of its size: minimum and maximum are NaN if any value is NaN.
 
     Raises:
-        NotFiniteError: some are not.
+        NotFiniteError: a value is not finite.
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
@@ -127,7 +127,7 @@ def verify(path: Path) -> Checkpoint:
         text = (path / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)["manifest"]
         if serialize(manifest) != text:
-            raise DamagedCheckpointError(f"{MANIFEST} is not what was written")
+            raise DamagedCheckpointError(f"{MANIFEST} has changed since it was written")
         if manifest["format"] != FORMAT:
             raise DamagedCheckpointError(
                 f"{MANIFEST} is of format {manifest['format']}, and this version reads {FORMAT}"
@@ -137,19 +137,19 @@ def verify(path: Path) -> Checkpoint:
             if size != described["size"]:
                 raise DamagedCheckpointError(f"{name} has {size:,} bytes instead of {described['size']:,}")
             if sha256(path / name) != described["sha256"]:
-                raise DamagedCheckpointError(f"{name} is not what was written")
+                raise DamagedCheckpointError(f"{name} has changed since it was written")
     except OSError as error:
         raise DamagedCheckpointError(f"{Path(error.filename or path).name}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise DamagedCheckpointError(f"{MANIFEST} is not what was written") from None
+        raise DamagedCheckpointError(f"{MANIFEST} has changed since it was written") from None
     return Checkpoint(path, manifest)
 
 
 def good_checkpoints(folder: Path, damaged: list[tuple[Path, str]]) -> Iterator[Checkpoint]:
-    """Yield the checkpoints of a folder that are intact, the newest first; append the others to `damaged`.
+    """Yield the intact checkpoints of a folder, the newest first; append the damaged ones to `damaged`.
 
     Args:
-        damaged: receives path and reason of each damaged checkpoint that was met.
+        damaged: list to which this adds the path and the damage of each damaged checkpoint that it finds.
     """
     for path in list_checkpoints(folder):
         try:
@@ -170,7 +170,7 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> None:
     A folder `step-N` without a readable manifest stays.
 
     Args:
-        keep_last: how many of the newest stay.
+        keep_last: number of the newest checkpoints to keep.
         keep_every: also keep each checkpoint whose number is a multiple of this; 0: none.
     """
     for path in list_checkpoints(folder)[keep_last:]:
@@ -218,7 +218,7 @@ class CheckpointWriter:
         self.pending: Future | None = None
 
     def submit(self, files: Mapping[str, Mapping[str, Tensor]], manifest: Manifest) -> None:
-        """Start to write a checkpoint, after the last one has been collected by `result`.
+        """Start to write a checkpoint. Call `result` for the previous one first.
 
         The tensors must not change until `result` returns.
         """
@@ -233,7 +233,7 @@ class CheckpointWriter:
         """Return the checkpoint that has been written since the last call; None if there is none.
 
         Args:
-            wait: for a write that is in progress.
+            wait: whether to wait for a write that is in progress.
 
         Raises:
             OSError: the checkpoint could not be written.

@@ -39,10 +39,10 @@ def finish(
 
     Args:
         parts: step, command, hardware and versions of each start of the run.
-        seconds: that the run has taken in all its parts.
+        seconds: time that the run has taken in all its parts.
 
     Raises:
-        OSError, SafetensorError: one of them cannot be written.
+        OSError, SafetensorError: a file cannot be written.
     """
     folder = Path(config.output_dir)
     rows = list(read_metrics(folder / "metrics.jsonl"))

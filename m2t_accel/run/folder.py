@@ -31,7 +31,7 @@ class Start(NamedTuple):
     """The start of a run: at step 0, from a checkpoint, or not at all because it is complete."""
 
     checkpoint: Checkpoint | None = None  # None: at step 0
-    remarks: tuple[str, ...] = ()  # lines for the user: the damaged checkpoints
+    remarks: tuple[str, ...] = ()  # lines for the user about damaged checkpoints
     complete: bool = False  # nothing is left to train
 
 
@@ -47,7 +47,7 @@ class RunFolder:
         self.lock: int | None = None  # the descriptor of the lock file, while it is locked
 
     def find_start(self, config: PretrainConfig) -> Start:
-        """Return where the run starts, by `config.resume`; write nothing.
+        """Return where the run starts, as `config.resume` asks. Write nothing.
 
         Raises:
             ConfigurationError: the checkpoint is damaged or of another run, or all checkpoints are damaged.
@@ -106,7 +106,7 @@ class RunFolder:
                 f"--output_dir {self.path}: another run is writing to it ({holder}): wait, or give another folder"
             ) from None
         except OSError:
-            pass  # some network disks have no locks; the run goes on without one
+            pass  # some network disks have no locks; the run continues without one
         os.ftruncate(lock, 0)
         os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
         self.lock = lock
@@ -126,8 +126,8 @@ class RunFolder:
             A line for the user about each checkpoint set aside.
 
         Raises:
-            ConfigurationError: another run has started in it since `find_start`.
-            OSError: it cannot be written.
+            ConfigurationError: another run has started in the folder since `find_start`.
+            OSError: the folder cannot be written.
         """
         lines = []
         remove_leftovers(self.checkpoints)

@@ -1,4 +1,4 @@
-"""The decision after each step to go on, save, stop or fail; the same on every process."""
+"""Decide after each step whether to continue, save, stop or fail; all processes decide the same."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Guard:
             raise StopRequestedError(stop)
 
     def fail(self, step: int, now: Schedule, losses: Sequence[float], samples: Sequence[Tensor]) -> NoReturn:
-        """End the run for a loss that is not finite; record the samples of the step. A collective call.
+        """End the run because a loss is not finite, and record the samples of the step. A collective call.
 
         Raises:
             ConfigurationError: always, and on every process.
@@ -107,7 +107,7 @@ class Guard:
         processes = ", ".join(map(str, sorted({part["process"] for part in bad})))
         raise ConfigurationError(
             f"the loss is {bad[0]['loss']} in step {step + 1} on process {processes}, at learning rate "
-            f"{now.learning_rate:.4g}; the step is not taken, and {recorded}. {last_good}. Try a "
+            f"{now.learning_rate:.4g}; no weight has changed, and {recorded}. {last_good}. Try a "
             f"--learning_rate_per_256 below {self.config.learning_rate_per_256:g} or more --warmup_epochs, in another "
             "--output_dir"
         )

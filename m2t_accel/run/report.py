@@ -60,7 +60,7 @@ class KnnMonitor:
 
 
 class TooManyBadImagesError(ConfigurationError):
-    """More images cannot be decoded than are allowed; the state of the run is sound."""
+    """More images cannot be decoded than are allowed; the state of the run is valid, so it can be saved."""
 
 
 class BadImages:
@@ -72,7 +72,7 @@ class BadImages:
         self.known: dict[int, BadImage] = {image.sample: image for image in known}
 
     def add(self, images: Sequence[BadImage]) -> list[BadImage]:
-        """Add images that any process has met. Return the new ones in the order of the samples."""
+        """Add images that some process could not decode. Return the new ones in the order of the samples."""
         new = {image.sample: image for image in images if image.sample not in self.known}
         self.known |= new
         return [new[sample] for sample in sorted(new)]
@@ -89,29 +89,29 @@ class BadImages:
             )
 
     def check(self) -> None:
-        """Check that there are not too many.
+        """Check that the number of bad images is allowed.
 
         Raises:
-            TooManyBadImagesError: there are more than --max_bad_fraction allows.
+            TooManyBadImagesError: the number is larger than --max_bad_fraction allows.
         """
         allowed = max(MIN_BAD_ALLOWED, int(self.config.max_bad_fraction * self.num_images))
         if len(self.known) > allowed:
             raise TooManyBadImagesError(
                 f"{len(self.known)} of {self.num_images:,} images cannot be decoded, more than the {allowed} that "
-                f"--max_bad_fraction {self.config.max_bad_fraction:g} allows (10 always are): "
+                f"--max_bad_fraction {self.config.max_bad_fraction:g} allows (ten are always allowed): "
                 f"{self.config.output_dir}/bad_images.jsonl lists them; repair them and remove that file, or give a "
                 "larger --max_bad_fraction"
             )
 
 
 class Report:
-    """Show and write what a run does: a progress bar, metrics.jsonl, bad_images.jsonl and a tracker.
+    """Show and record the progress of a run: a progress bar, metrics.jsonl, bad_images.jsonl and a tracker.
 
     `add` and `tick` do not wait for the device; `write_if_due` does, and is a collective call. If a line cannot be
-    written, the run goes on, and the line is written with the next one.
+    written, the run continues, and the line is written with the next one.
 
     Args:
-        progress: of the run so far; `reported` is kept up to date.
+        progress: progress of the run; the report updates its `reported`.
         rows: (2,) loss and spread of each sub-batch of this process since the last line of metrics.
     """
 
@@ -149,14 +149,14 @@ class Report:
             self.bar = progress_bar("step", config.epochs * steps_per_epoch, initial=progress.step)
 
     def write_if_due(self, encoder: nn.Module, stop_if_asked: Callable[[], None]) -> None:
-        """Write the line of metrics that is due after this step, unless it is written; evaluate if that is due too.
+        """Write the line of metrics that is due after this step, unless it exists; evaluate if that is due too.
 
         Args:
             encoder: the teacher's.
             stop_if_asked: called between the batches of an evaluation; it may raise, on every process.
 
         Raises:
-            StopRequestedError: of `stop_if_asked`; the line is not written.
+            StopRequestedError: raised by `stop_if_asked`; the line is not written.
             ConfigurationError: too many images cannot be decoded, or the embeddings have collapsed.
         """
         step, config = self.progress.step, self.config
@@ -211,7 +211,7 @@ class Report:
                 self.print_line(line)
 
     def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
-        """Write one line of metrics, and restart the clock of the speed, so that evaluations do not count."""
+        """Write one line of metrics, and restart the clock of the speed, which does not count evaluations."""
         self.rows.clear()
         self.num_steps = 0
         if self.accelerator.is_main_process:
@@ -227,7 +227,7 @@ class Report:
         """Warn when the teacher's embeddings collapse, or end the run.
 
         Raises:
-            ConfigurationError: they have, and --stop_on_collapse is given; on every process.
+            ConfigurationError: the embeddings have collapsed and --stop_on_collapse is given; on every process.
         """
         collapsed = spread < COLLAPSED
         reported, self.collapse_reported = self.collapse_reported, collapsed
@@ -235,7 +235,7 @@ class Report:
             return
         message = (
             f"step {step}: the teacher's embeddings have collapsed (embedding_std {spread:.4f}; 1 is an even spread, "
-            f"below {COLLAPSED} all are alike)"
+            f"below {COLLAPSED} all embeddings are nearly the same)"
         )
         if self.config.stop_on_collapse:
             raise ConfigurationError(
@@ -300,7 +300,7 @@ def settle_evaluation(config: PretrainConfig, data: ImageData) -> PretrainConfig
     """Return the configuration with a number for `evaluate_every`: about ten evaluations if there are labels, else 0.
 
     Raises:
-        ConfigurationError: evaluations are asked for, and there are no labels.
+        ConfigurationError: --evaluate_every asks for evaluations, but no labelled images can be held out.
     """
     if config.evaluate_every and data.lacks:
         raise ConfigurationError(

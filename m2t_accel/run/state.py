@@ -24,8 +24,8 @@ class RunState:
     """The tensors of a run that a checkpoint holds.
 
     Args:
-        student, teacher: unwrapped.
-        optimizer: as Accelerate has wrapped it, or not.
+        student, teacher: the networks, without a wrapper.
+        optimizer: the optimizer, with or without Accelerate's wrapper.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> None:
