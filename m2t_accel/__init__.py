@@ -26,7 +26,7 @@ __all__ = sorted(_PUBLIC)
 
 
 class _Package(types.ModuleType):
-    """This package. Its `pretrain` stays the function when the module of that name is imported."""
+    """The type of this package: `m2t_accel.pretrain` stays the function after the module of that name is imported."""
 
     def __setattr__(self, name: str, value: object) -> None:
         is_module = name == "pretrain" and isinstance(value, types.ModuleType)

@@ -33,7 +33,7 @@ class JsonLines:
             yield json.loads(line)
 
     def filter(self, keep: Callable[[dict[str, object]], bool]) -> None:
-        """Remove all lines but those for which `keep` is true; remove the file if no line is left."""
+        """Keep only the lines for which `keep` is true; remove the file if no line is left."""
         rows = [row for row in self.read() if keep(row)]
         self.waiting, self.length = [], None
         if rows:
@@ -45,7 +45,7 @@ class JsonLines:
         """Append lines.
 
         Raises:
-            OSError: they cannot be written now; the next call tries again.
+            OSError: the lines cannot be written now; the next call tries again.
         """
         self.waiting += [json.dumps(row) + "\n" for row in rows]
         if not self.waiting:
@@ -88,10 +88,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a file atomically: no reader sees half of it, and if it cannot be written the older one stays.
+    """Write a text file atomically: readers see the old content or the new, never a part of it.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written; the old content stays.
     """
     with atomic_write(path) as temporary:
         temporary.write_text(content, encoding="utf-8")
@@ -103,14 +103,14 @@ def read_metrics(path: Path) -> Iterator[dict[str, float]]:
 
 
 def let_others_read(path: Path) -> None:
-    """Give a file the read and write permissions of its folder; safetensors creates files for their owner alone."""
+    """Give a file the read and write permissions of its folder; safetensors lets only the owner read its files."""
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Rename a complete folder to `target`, in place of a folder of that name; both have the same parent.
+    """Rename a complete folder to `target`, which replaces an older folder of that name. Both have the same parent.
 
-    If the process is killed in between, the old folder may be left as `.NAME.old`; `target` is never half-written.
+    If the process is killed meanwhile, the old folder may be left as `.NAME.old`; `target` is never half-written.
     """
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)

@@ -35,11 +35,11 @@ class MomentumBatchNorm(_BatchNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum=None, affine=affine, device=device, dtype=dtype)
-        # Not persistent, so that the state dict stays that of plain BatchNorm. Between steps all are 0 except α.
+        # These are not persistent, so that the state dict stays that of plain BatchNorm. Between steps all but α are 0.
         self.register_buffer("statistics_momentum", torch.ones_like(self.running_mean[0]), persistent=False)
         self.register_buffer("pending_mean", torch.zeros_like(self.running_mean), persistent=False)
         self.register_buffer("pending_var", torch.zeros_like(self.running_var), persistent=False)
-        # One dimension: torch 2.11 compiled silently loses additions to a 0-dimensional buffer.
+        # This has one dimension, because compiled code of torch 2.11 loses additions to a 0-dimensional buffer.
         self.register_buffer("num_pending", torch.zeros_like(self.running_mean[:1]), persistent=False)
         # Sums of mean, variance and count over the sub-batches since the last commit.
         self.register_buffer("collected", self.running_mean.new_zeros(2 * num_features + 1), persistent=False)
@@ -52,7 +52,7 @@ class MomentumBatchNorm(_BatchNorm):
         """Normalise (N, C, ...). In training, also keep the batch statistics for the commit.
 
         Raises:
-            ValueError: in training, one value per channel, which has no variance.
+            ValueError: in training, the batch has only one value per channel, and so no variance.
         """
         self._check_input_dim(input)
         mean, var = self.running_mean, self.running_var
@@ -90,12 +90,12 @@ def convert_batch_norm(module: nn.Module) -> nn.Module:
         The module, changed in place. For a module that is itself a BatchNorm, the new layer.
 
     Raises:
-        ValueError: there is no BatchNorm, or one that cannot be replaced: its class has a forward of its own, which
-            would be lost, or it has no running statistics.
+        ValueError: the module has no BatchNorm; or a BatchNorm cannot be replaced, because its class defines its own
+            forward or because it has no running statistics.
     """
     converted = _convert(module, type(module).__name__, {})
     if not momentum_layers(converted):
-        raise ValueError(f"{type(module).__name__} has no BatchNorm, whose statistics this method is about")
+        raise ValueError(f"{type(module).__name__} has no BatchNorm, which this method needs")
     return converted
 
 
@@ -142,7 +142,7 @@ def set_statistics_momentum(layers: list[MomentumBatchNorm], statistics_momentum
 def collect_statistics(layers: list[MomentumBatchNorm]) -> None:
     """Add the statistics of the forwards of one sub-batch to those collected since the last commit.
 
-    Call it after each sub-batch, and the rounding does not depend on how many sub-batches a process has: two
+    Call it after each sub-batch. The rounding then does not depend on the number of sub-batches of a process: two
     sub-batches give the same bits on one process as on two.
     """
     pending = [p for layer in layers for p in (layer.pending_mean, layer.pending_var, layer.num_pending)]

@@ -76,7 +76,7 @@ def create_optimizer(
     that of one-dimensional parameters (BatchNorm, biases).
 
     Raises:
-        ValueError: another name.
+        ValueError: the name is neither of them.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     if name == "sgd":
@@ -87,7 +87,7 @@ def create_optimizer(
             {"params": [p for p in parameters if p.dim() <= 1], "adapt": False},
         ]
         return LARS(groups, lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
-    raise ValueError(f"optimizer {name!r}: sgd or lars")
+    raise ValueError(f"optimizer {name!r}: unknown; use sgd or lars")
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:

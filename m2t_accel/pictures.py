@@ -1,4 +1,4 @@
-"""Helpers of the pictures that the tools draw, and the curves of a run."""
+"""Helpers for pictures, and the curves of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from m2t_accel.files import read_metrics
 def plain_words() -> Iterator[None]:
     """Draw text as it is: a name with two $ is no formula, and a letter that the font lacks causes no warning.
 
-    A context manager, and a decorator.
+    Use it as a context manager or as a decorator.
     """
     from matplotlib import rc_context  # late: importing matplotlib takes about 1 s
 

@@ -15,8 +15,8 @@ def progress_bar(unit: str, total: int | None = None, **options: object) -> tqdm
     """Return a bar on stderr that moves on a terminal; in a log file it adds a line every 30 s.
 
     Args:
-        unit: one of the things that are counted, such as "step".
-        total: how many there will be, if known.
+        unit: name of one counted item, such as "step".
+        total: number of items, if known.
         options: as for tqdm.
     """
     if sys.stderr is None or sys.stderr.closed:

@@ -46,7 +46,7 @@ class TrainingStep:
         student.to(memory_format=torch.channels_last)
         teacher.to(memory_format=torch.channels_last)
         with warnings.catch_warnings():
-            # The oldest torch that we allow does not know the new name of `broadcast_buffers`.
+            # The oldest torch that pyproject.toml allows does not know the new name of `broadcast_buffers`.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self.student_forward, self.optimizer = accelerator.prepare(student, optimizer)
         # The teacher has no gradient, so there is nothing to synchronise.
@@ -93,7 +93,7 @@ class TrainingStep:
 
 
 class HostCopy:
-    """A copy of a scalar in main memory, made while the device goes on."""
+    """A copy of a scalar in main memory, made while the device continues to compute."""
 
     def __init__(self, scalar: Tensor) -> None:
         scalar = scalar.detach()
