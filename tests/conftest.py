@@ -12,6 +12,8 @@ from typing import NamedTuple
 import pytest
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # the runs of the tests are compared bit for bit, so also where GPUs are
+# The tensors are small, and waiting OpenMP threads slow other processes on the same cores tenfold and more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network; a look-up that fails should fail at once
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # The caches of the tests must not outlive them, nor must the user's caches reach the tests.
