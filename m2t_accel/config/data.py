@@ -38,7 +38,7 @@ class ImageSettings:
         (0.229, 0.224, 0.225), "standard deviation of each channel, from 0 to 1", above=0
     )
     evaluation_crop: float = setting(
-        0.875, "side of the central crop in evaluation, as a share of the image's shorter side", above=0, at_most=1
+        0.875, "side of the centre crop in evaluation, as a share of the image's shorter side", above=0, at_most=1
     )
 
     image_column: str | None = setting(None, "column of the images (default: found by type or name)", heading="data")

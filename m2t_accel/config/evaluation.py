@@ -33,16 +33,19 @@ class EvaluationSettings(ImageSettings):
     random_weights: bool = setting(False, "evaluate the same network before any training, as a baseline")
 
     image_size: int | None = setting(
-        None, "side of a view, in pixels (default: the encoder's)", at_least=8, heading="views"
+        None, "width and height of a view, in pixels (default: the encoder's)", at_least=8, heading="views"
     )
     image_mean: tuple[float, float, float] | None = setting(
-        None, "mean per channel, 0 to 1 (default: the encoder's)", at_least=0, at_most=1
+        None, "mean of each channel, from 0 to 1 (default: the encoder's)", at_least=0, at_most=1
     )
     image_std: tuple[float, float, float] | None = setting(
-        None, "standard deviation per channel, of values from 0 to 1 (default: the encoder's)", above=0
+        None, "standard deviation of each channel, from 0 to 1 (default: the encoder's)", above=0
     )
     evaluation_crop: float | None = setting(
-        None, "share of the shorter side that the centre crop keeps (default: the encoder's)", above=0, at_most=1
+        None,
+        "side of the centre crop, as a share of the image's shorter side (default: the encoder's)",
+        above=0,
+        at_most=1,
     )
 
     def __post_init__(self) -> None:
@@ -131,20 +134,21 @@ class LinearProbeConfig(EvaluationSettings, TrainingSettings):
 
     learning_rates: tuple[float, ...] = setting(
         (0.2,),
-        "peak learning rate for each 256 images of batch_size; with several, a head is trained with each, and the one "
-        "that is best on held-out training images is chosen",
+        "peak learning rate per 256 images of batch_size; if you give several, a head is trained with each, and the "
+        "head that is best on held-out training images is chosen",
         above=0,
         heading="training",
     )
     schedule: str = setting(
         "cosine",
-        "cosine: falls to 0 over the run; steps: divided by 10 after 60 % and again after 80 % of the epochs",
+        "schedule of the learning rate: cosine (falls to 0) or steps (divided by 10 after 60 % and again after 80 % of "
+        "the epochs)",
         choices=("cosine", "steps"),
     )
     features: str = setting(
         "augmented",
-        "augmented: of a new random crop in each epoch; cached: of the centre crop, computed once: quick, but not the "
-        "protocol",
+        "features to train on: augmented (of a new random crop in each epoch) or cached (of the centre crop, computed "
+        "once; this is quick, but not the protocol)",
         choices=("augmented", "cached"),
     )
     batch_size: int = setting(256, "images per optimizer step, over all devices", at_least=2, at_most=2**20)
@@ -209,7 +213,7 @@ class FinetuneConfig(EvaluationSettings, TrainingSettings):
         heading="training",
     )
     learning_rate_per_256: float = setting(
-        0.0125, "initial learning rate for each 256 images of batch_size; falls to 0 by a cosine", above=0
+        0.0125, "initial learning rate per 256 images of batch_size; it falls to 0 along a cosine", above=0
     )
     weight_decay: float = setting(0.0, "weight decay", at_least=0)
     epochs: int = setting(50, "passes over the images", at_least=1)

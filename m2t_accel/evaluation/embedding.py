@@ -30,7 +30,7 @@ def embed_dataset(config: EmbedConfig) -> list[str]:
     """Write the features of a split, map.png and neighbours.png. Return lines for the user. A collective call.
 
     Raises:
-        ConfigurationError: the launch, the encoder, the images or the output folder do not allow it.
+        ConfigurationError: the launch, the encoder, the images or the output folder is not usable.
     """
     evaluation = start_evaluation(config)
     config, accelerator, data = evaluation.config, evaluation.accelerator, evaluation.images

@@ -40,12 +40,12 @@ def embed_images(
 ) -> Iterator[Features]:
     """Yield the features of this process's batches of centre crops, computed on its device in evaluation mode.
 
-    The encoder is put back into its mode at the end.
+    At the end the encoder returns to the mode that it had before.
 
     Args:
         batches_per_turn: number of batches that a process takes before the next process has its turn.
-        after_batch: called after each batch, equally often on every process, so it may be a collective call. Its
-            exceptions are passed on.
+        after_batch: called after each batch, equally often on every process, so it may be a collective call. It may
+            raise.
     """
     batches = process_batches(accelerator.process_index, len(images), accelerator.num_processes, batches_per_turn)
     most_batches = len(process_batches(0, len(images), accelerator.num_processes, batches_per_turn))
@@ -105,7 +105,7 @@ def gather_rows(empty: Sequence[Tensor], parts: Iterable[Sequence[Tensor]], acce
 
 
 def fingerprint(digests: Tensor, labels: Tensor) -> str:
-    """Return a name for a set of labelled images, which depends on neither their order nor their folder or format."""
+    """Return a name for a set of labelled images. It depends neither on their order nor on their folder or format."""
     rows = np.stack([digests.cpu().numpy(), labels.cpu().numpy()], axis=1)
     rows = rows[np.lexsort(rows.T)].astype("<i8")
     return hashlib.sha256(rows.tobytes()).hexdigest()[:16]

@@ -39,11 +39,11 @@ STATISTICS_MOMENTUM = 0.1  # of BatchNorm's running statistics, torch's default
 def evaluate_finetuned(config: FinetuneConfig) -> dict[str, object]:
     """Train the whole network with labels, and measure it on the validation split. A collective call.
 
-    Writes result.json, config.yaml, subset.json (the images whose labels were used) and classifier/ (a stock
-    transformers model), prints a summary and returns the result.
+    Write result.json, config.yaml, subset.json (the images whose labels were used) and classifier/ (a stock
+    transformers model). Print a summary and return the result.
 
     Raises:
-        ConfigurationError: the launch, the encoder, the images or the output folder do not allow it, or the loss is no
+        ConfigurationError: the launch, the encoder, the images or the output folder is not usable, or the loss is no
             longer finite.
     """
     evaluation = start_evaluation(config)

@@ -24,8 +24,8 @@ class Heads(nn.Module):
     """Independent linear classifiers, each followed by BatchNorm1d, one for each learning rate.
 
     Weights start as N(0, 0.01), biases as 0. The optimizer is SGD with momentum 0.9 and no weight decay.
-    Source: arXiv 2101.07525 and its published code. Deviation: there, each of eight GPUs normalises its share of the
-    batch. BatchNorm1d sees the whole batch in this class, so the result does not depend on the number of GPUs.
+    Source: arXiv 2101.07525 and its published code. Deviation: in the published code each of eight GPUs normalises its
+    share of the batch. This class normalises the whole batch, so the result does not depend on the number of GPUs.
     """
 
     def __init__(self, num_features: int, num_classes: int, learning_rates: Sequence[float]) -> None:
@@ -66,8 +66,8 @@ class Heads(nn.Module):
 def rate_factor(schedule: str, step: int, total_steps: int) -> float:
     """Return the learning rate of a step as a share of its peak.
 
-    Schedule "cosine" falls to 0. Schedule "steps" is 1, then 0.1 from 60 % and 0.01 from 80 % of the run on, which
-    are epochs 60 and 80 of 100.
+    The schedule "cosine" falls from 1 to 0. The schedule "steps" is 1 at first, 0.1 after 60 % of the run and 0.01
+    after 80 % (epochs 60 and 80 of 100).
     """
     if schedule == "cosine":
         return cosine(step, total_steps)
@@ -117,7 +117,7 @@ def last_linear(classifier: PreTrainedModel) -> nn.Linear | None:
 
 
 def save_classifier(classifier: PreTrainedModel, config: ImageSettings, folder: Path) -> None:
-    """Write a classifier and its image processor atomically, in place of an earlier one."""
+    """Write a classifier and its image processor atomically; they replace an earlier classifier."""
     with atomic_write(folder) as temporary:
         with quiet_transformers():
             classifier.save_pretrained(temporary)

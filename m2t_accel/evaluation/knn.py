@@ -90,7 +90,7 @@ def block_size(num_images: int) -> int:
 
 
 def join_blocks(batches: Iterable[Features], size: int) -> Iterator[Features]:
-    """Join the features of batches to blocks of `size` images, in main memory."""
+    """Join the features of batches into blocks of `size` images, in main memory."""
     block: list[Features] = []
     for batch in batches:
         if not len(batch.samples):
@@ -106,14 +106,14 @@ def join_blocks(batches: Iterable[Features], size: int) -> Iterator[Features]:
 def find_nearest(blocks: Iterable[Features], queries: Tensor, k: int, chunk: int = 2048) -> tuple[Tensor, Tensor]:
     """Find the k images of a bank that are most similar to each query.
 
-    Memory: the results, one block, and its similarities to `chunk` queries.
+    This takes memory for the results, for one block, and for the similarities of the block to `chunk` queries.
 
     Args:
         queries: features (N, C).
 
     Returns:
-        The cosines (N, k) in descending order, and the sample numbers (N, k). A bank of fewer than k images leaves
-        cosines of -inf and sample numbers of 0.
+        The cosines (N, k) in descending order, and the sample numbers (N, k). If the bank has fewer than k images, the
+        rest of the cosines is -inf and the rest of the sample numbers is 0.
     """
     queries = functional.normalize(queries, dim=1)
     similarities = queries.new_full((len(queries), k), -torch.inf)
@@ -180,10 +180,10 @@ def knn_accuracy(
 def evaluate_knn(config: KnnConfig) -> dict[str, object]:
     """Measure the kNN accuracy of an encoder on the validation split. A collective call.
 
-    Writes result.json and config.yaml, prints a summary and returns the result.
+    Write result.json and config.yaml, print a summary and return the result.
 
     Raises:
-        ConfigurationError: the launch, the encoder, the images or the output folder do not allow it.
+        ConfigurationError: the launch, the encoder, the images or the output folder is not usable.
     """
     evaluation = start_evaluation(config)
     images = evaluation.images

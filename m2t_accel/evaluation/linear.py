@@ -39,11 +39,11 @@ CHECKPOINT = "checkpoint.pt"
 def evaluate_linear(config: LinearProbeConfig) -> dict[str, object]:
     """Train linear classifiers on the frozen encoder, and measure the best on the validation split.
 
-    A collective call. Writes result.json, config.yaml and classifier/ (a stock transformers model), prints a summary
-    and returns the result. A checkpoint is written after each epoch; an interrupted probe resumes from it.
+    A collective call. Write result.json, config.yaml and classifier/ (a stock transformers model), print a summary and
+    return the result. A checkpoint is written after each epoch; an interrupted probe resumes from it.
 
     Raises:
-        ConfigurationError: the launch, the encoder, the images or the output folder do not allow it.
+        ConfigurationError: the launch, the encoder, the images or the output folder is not usable.
     """
     evaluation = start_evaluation(config)
     train, held_out = split_held_out(evaluation.images.train, len(config.learning_rates))
@@ -54,7 +54,7 @@ def evaluate_linear(config: LinearProbeConfig) -> dict[str, object]:
 
 
 def split_held_out(images: Dataset, num_rates: int) -> tuple[Dataset, Dataset | None]:
-    """Return the images to train on and, if there are several learning rates, the images to choose among them."""
+    """Return the images to train on and, for several learning rates, the images that decide which one is chosen."""
     if num_rates == 1:
         return images, None
     order = np.random.default_rng(1).permutation(len(images))  # load_images uses another seed
@@ -93,7 +93,7 @@ def introduction(evaluation: Evaluation, train: Dataset, held_out: Dataset | Non
     rates = ", ".join(f"{rate:g}" for rate in config.learning_rates)
     lines = [
         f"protocol {config.protocol}: {config.epochs} epochs of {len(train):,} images in batches of "
-        f"{config.batch_size}, learning rate {rates} for each 256, {config.schedule}"
+        f"{config.batch_size}, learning rate {rates} per 256 images, {config.schedule}"
     ]
     if held_out is not None:
         lines.append(
@@ -124,8 +124,8 @@ def insert_head(model: PreTrainedModel, head: nn.Sequential, evaluation: Evaluat
 def train_heads(evaluation: Evaluation, train: Dataset) -> tuple[Heads, set[int], float]:
     """Train one head for each learning rate, the same on every process. A collective call.
 
-    The processes share the work of the encoder. Its features are gathered, since they are smaller than the gradients of
-    one head, and every process takes the same step on the whole batch.
+    The processes share the work of the encoder. They exchange its features, which are smaller than the gradients of one
+    head, and every process takes the same step on the whole batch.
 
     Returns:
         The heads, the images that this process could not decode, and the seconds of training in earlier runs.

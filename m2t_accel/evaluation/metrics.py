@@ -10,11 +10,11 @@ import numpy as np
 class TopKAccuracy(evaluate.Metric):
     """Top-1 accuracy and, with more than five classes, top-5 accuracy, from 0 to 1.
 
-    predictions: the classes of each image, the most likely first, (N, K); K is at least 5 or the number of classes.
-    references: the labels (N,).
+    The predictions (N, K) are the classes of each image, the most likely first; K is at least 5 or the number of
+    classes. The references (N,) are the labels.
 
-    Gather predictions of several processes before `compute`: the distributed mode of `evaluate` hangs when it is used
-    a second time.
+    Gather the predictions of several processes before `compute`, because the distributed mode of `evaluate` hangs when
+    it is used a second time.
     """
 
     def __init__(self, num_classes: int) -> None:

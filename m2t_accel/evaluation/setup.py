@@ -1,4 +1,4 @@
-"""Start and end of every evaluation: load the encoder and the images, then write the result."""
+"""Start and finish an evaluation: load the encoder and the images, then write the result."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ IGNORED_SETTINGS = ("output_dir", "num_workers", "push_to_hub")
 class Evaluation(NamedTuple):
     """An evaluation that is loaded and checked, and has written nothing yet."""
 
-    config: EvaluationSettings  # with the view's settings from the encoder where they were not given
+    config: EvaluationSettings  # settings of the view that were not given are those of the encoder
     accelerator: Accelerator
     encoder: nn.Module  # frozen, in evaluation mode, on the device
     loaded: LoadedEncoder
@@ -50,7 +50,7 @@ def start_evaluation(config: EvaluationSettings) -> Evaluation:
     """Load the encoder and the images. A collective call.
 
     Raises:
-        ConfigurationError: the launch, the encoder or the images do not allow it; the same on every process.
+        ConfigurationError: the launch, the encoder or the images are not usable; the same on every process.
     """
     accelerator = start_accelerator(config if isinstance(config, TrainingSettings) else None)
     on_all_processes(accelerator, lambda: (check_dataset(config.dataset), check_encoder(config.encoder)))
@@ -61,7 +61,9 @@ def start_evaluation(config: EvaluationSettings) -> Evaluation:
     images = on_all_processes(accelerator, lambda: load_images(config))
     check_same_images(accelerator, images.note, images.fingerprint)
     if images.lacks and config.evaluates:
-        raise ConfigurationError(f"--dataset {config.dataset} cannot be evaluated on: it has {images.lacks}")
+        raise ConfigurationError(
+            f"--dataset {config.dataset} cannot be used to measure an encoder: it has {images.lacks}"
+        )
     set_seed(getattr(config, "seed", 0))
     encoder = random_weights(loaded.model) if config.random_weights else loaded.model
     encoder.requires_grad_(False).eval().to(accelerator.device, memory_format=torch.channels_last)
@@ -72,10 +74,12 @@ def start_evaluation(config: EvaluationSettings) -> Evaluation:
 
 
 def run_once(evaluation: Evaluation, measure: Callable[[], dict[str, object]]) -> dict[str, object]:
-    """Return and print the result of an evaluation: the stored one, or else that of `measure`. A collective call.
+    """Return and print the stored result of an evaluation or, if it has none, the result of `measure`.
+
+    A collective call.
 
     Raises:
-        ConfigurationError: the output folder does not allow it, or a worker of the loader died.
+        ConfigurationError: the output folder is not usable, or a worker of the loader died.
     """
     result = open_folder(evaluation)
     if result is None:
@@ -87,7 +91,7 @@ def run_once(evaluation: Evaluation, measure: Callable[[], dict[str, object]]) -
 
 
 def open_folder(evaluation: Evaluation) -> dict[str, object] | None:
-    """Create the output folder with config.yaml, or return the result if it already holds this evaluation's.
+    """Create the output folder with config.yaml. If it already holds the result of this evaluation, return the result.
 
     A collective call.
 
@@ -111,7 +115,7 @@ def open_on_main(evaluation: Evaluation) -> dict[str, object] | None:
         result = json.loads(result_file.read_text()) if result_file.exists() else None
         changes = [name for name in given if name not in IGNORED_SETTINGS and stored.get(name) != given[name]]
         if result is not None and result["weights"] != evaluation.weights:
-            changes.append("encoder's weights")
+            changes.append("the encoder's weights")
     except OSError as error:
         raise ConfigurationError(f"--output_dir {folder} cannot be written ({error.strerror})") from None
     except (ValueError, AttributeError, KeyError, TypeError, yaml.YAMLError):
@@ -120,8 +124,8 @@ def open_on_main(evaluation: Evaluation) -> dict[str, object] | None:
         ) from None
     if changes:
         raise ConfigurationError(
-            f"--output_dir {folder} holds another evaluation (another {', '.join(changes)}): give another folder, or "
-            "remove this one"
+            f"--output_dir {folder} holds another evaluation, which differs in {', '.join(changes)}: give another "
+            "folder, or remove this one"
         )
     return result
 
@@ -167,7 +171,7 @@ def write_result(
 
 
 def describe(result: Mapping[str, object], folder: Path) -> list[str]:
-    """Return the lines that tell the user the figures, where the protocol is and how to load the classifier."""
+    """Return lines for the user: the figures, the file of the protocol, and how to load the classifier."""
     figures = ", ".join(f"{name} {100 * share:.2f} %" for name, share in result["figures"].items())
     network = " with random weights" if result["protocol"]["random_weights"] else ""
     broken = result["data"]["undecodable"]

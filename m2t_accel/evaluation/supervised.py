@@ -42,13 +42,13 @@ class Ranking(NamedTuple):
 def train_and_measure(evaluation: Evaluation, train: Dataset, fit: Callable[[], Trained]) -> dict[str, object]:
     """Train a classifier, measure it once on the validation split, and return the result. A collective call.
 
-    Writes result.json, config.yaml and classifier/ (a stock transformers model), and prints a summary.
+    Write result.json, config.yaml and classifier/ (a stock transformers model), and print a summary.
 
     Args:
         train: the images that `fit` trains on.
 
     Raises:
-        ConfigurationError: the images or the output folder do not allow it.
+        ConfigurationError: the images or the output folder is not usable.
     """
     config, accelerator, images = evaluation.config, evaluation.accelerator, evaluation.images
     check_enough_images(len(train), config)

@@ -88,7 +88,7 @@ def test_an_interrupted_probe_resumes_to_the_same_bits(given, small_images, tmp_
         with pytest.raises(KeyboardInterrupt):
             linear.evaluate_linear(stopped)
     assert not (tmp_path / "stopped" / "result.json").exists()
-    with pytest.raises(ConfigurationError, match=r"--output_dir .*\(another epochs\)"):
+    with pytest.raises(ConfigurationError, match=r"--output_dir .*differs in epochs"):
         linear.evaluate_linear(probe({**given, "output_dir": stopped.output_dir}, epochs=4))
     capsys.readouterr()
     found = linear.evaluate_linear(stopped)

@@ -67,9 +67,9 @@ def test_a_folder_that_holds_something_else_is_refused_and_not_changed(given, tm
     folder = tmp_path / "result"
     before = {path: path.read_bytes() for path in folder.iterdir()}
     hotter = dataclasses.replace(evaluation.config, temperature=0.1)
-    with pytest.raises(ConfigurationError, match=r"--output_dir .*\(another temperature\)"):
+    with pytest.raises(ConfigurationError, match=r"--output_dir .*differs in temperature"):
         open_folder(evaluation._replace(config=hotter))
-    with pytest.raises(ConfigurationError, match=r"--output_dir .*\(another encoder's weights\)"):
+    with pytest.raises(ConfigurationError, match=r"--output_dir .*differs in the encoder's weights"):
         open_folder(evaluation._replace(weights="others"))
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     for path, content in before.items():
