@@ -14,7 +14,7 @@ from m2t_accel.config.pretrain import check_inputs
 
 def main() -> None:
     options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("what", choices=["data"], metavar="data", help="the data path is measured")
+    options.add_argument("what", choices=["data"], metavar="data", help="measure the data path (the only choice)")
     options.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     options.add_argument("--images", type=int, default=240, metavar="N", help="images to measure (default: 240)")
     options.add_argument("--repeats", type=int, default=7, metavar="N", help="interleaved repeats (default: 7)")

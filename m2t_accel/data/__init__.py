@@ -1,1 +1,1 @@
-"""From the name of a data set to two views on the device."""
+"""From the name of a dataset to two views on the device."""

@@ -43,9 +43,10 @@ def benchmark_data(config: PretrainConfig, num_images: int, repeats: int, second
     """Measure the data path of a dataset: medians of interleaved repeats on one core, then several workers together.
 
     Returns:
-        Among others, `ms`: milliseconds per image for each stage and for the usual pipeline, which is PIL and
-        torchvision's transforms, image by image, as in the published code. The main process reads streamed images, in
-        pieces. `decode` covers the part that the crops need, `decode alone` in `images_per_second` whole images.
+        The figures and the settings they depend on. `ms` holds milliseconds per image for each stage and for the usual
+        pipeline: PIL and torchvision's transforms, image by image, as in the published code. Streamed images are read
+        in pieces, by the main process. `decode` decodes the part of an image that the crops need; `decode alone` in
+        `images_per_second` decodes whole images.
     """
     config = dataclasses.replace(
         config, batch_size=BATCH_SIZE, device_batch_size=BATCH_SIZE, epochs=10**6, evaluate_every=0
@@ -269,7 +270,7 @@ def table(result: dict[str, object]) -> str:
     lines += [f"  {n:>5} {rate:>10.0f} {rate / n:>9.0f}" for n, rate in by_workers.items()]
     each = max(rate / n for n, rate in by_workers.items())
     needs = ", ".join(f"{target:,} images/s: {-(-target // each):.0f}" for target in TARGETS)
-    return "\n".join([*lines, "", f"workers that feed, with a core for each: {needs}"])
+    return "\n".join([*lines, "", f"workers needed, each on its own core: {needs}"])
 
 
 def check_json(path: str) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import get_worker_info
 
 from m2t_accel.config.fields import ConfigurationError, one_line
 
-# All of this process, by key.
+# All buffers of this process, by key.
 _created: weakref.WeakValueDictionary[int, Buffers] = weakref.WeakValueDictionary()
 _keys = itertools.count()
 
@@ -24,10 +24,10 @@ _keys = itertools.count()
 class Buffers:
     """A fixed number of uint8 buffers of one shape, in shared memory if worker processes will fill them.
 
-    The main process takes a free buffer, it or a worker fills it, and the main process receives it as a tensor. It is
-    free again once nothing refers to the memory of that tensor, views of it included. So a batch is never
-    overwritten, however long it is kept; a caller that finds no free buffer takes new memory. A buffer that was taken
-    but never handed over stays taken.
+    The main process takes a free buffer, a worker or the main process fills it, and the main process receives it as a
+    tensor. The buffer is free again when no reference to the memory of that tensor is left, not even from a view of
+    it. So a batch is never overwritten, however long it is kept; a caller that finds no free buffer takes new memory.
+    A buffer that was taken but never handed over stays taken.
 
     Raises:
         ConfigurationError: there is not enough shared memory.

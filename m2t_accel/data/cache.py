@@ -58,7 +58,7 @@ def file_status(file: str) -> os.stat_result:
 
 
 def times_of_change(status: os.stat_result) -> list[int]:
-    """Return both times in ns: tar and rsync set the first back, but nothing can set the second back."""
+    """Return the times of change of content and status, in ns; tar and rsync set back the first, but not the second."""
     return [status.st_mtime_ns, status.st_ctime_ns]
 
 
@@ -71,7 +71,7 @@ def cache_path(kind: str, key: str) -> Path:
 def read_cache(path: Path) -> pyarrow.Table | None:
     """Return the table in a file; None if the file is missing or damaged."""
     try:
-        # Not memory-mapped: Linux allows a process 65 530 maps, and a data set may have more tars.
+        # Not memory-mapped: Linux allows a process 65 530 maps, and a dataset may have more tars.
         with pyarrow.OSFile(str(path)) as source:
             return pyarrow.ipc.open_file(source).read_all()
     except (OSError, pyarrow.ArrowInvalid):

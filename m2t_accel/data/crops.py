@@ -64,7 +64,7 @@ class Crop(NamedTuple):
 def draw_crop(uniforms: np.ndarray, height: int, width: int, config: TrainingSettings) -> Crop:
     """Draw a random resized crop of an image of this size, in whole pixels, as torchvision's RandomResizedCrop does.
 
-    Try ten times to draw an area and an aspect ratio that fit; then take the largest central box with an allowed ratio.
+    Draw area and aspect ratio up to ten times, until they fit; else take the largest central box with an allowed ratio.
     With `is_rotated(config)`, take the first attempt: rotated, not rounded, and possibly reaching beyond the edge.
     """
     area = height * width
@@ -142,9 +142,9 @@ def channels_first(image: np.ndarray) -> Tensor:
 
 
 def central_view(image: np.ndarray, size: int, share: float) -> np.ndarray:
-    """Return the view that evaluation uses: resize the shorter side to size / share, and crop the central square.
+    """Return the view (size, size, 3) uint8 that evaluation uses, of an image (H, W, 3) uint8.
 
-    image: (H, W, 3) uint8; the view is (size, size, 3) uint8.
+    The shorter side is resized to size / share, and the central square is cropped.
     """
     height, width = image.shape[:2]
     shorter = int(size / share)

@@ -42,8 +42,8 @@ class FoundFiles(NamedTuple):
 def find_files(folder: Path) -> FoundFiles:
     """Find images and shards at any depth, and count the other files.
 
-    The result is cached with the times of change of all subfolders. The next run looks at the subfolders only, which
-    matters on network disks: each of the processes would list millions of files at every start.
+    The result is cached with the times of change of all subfolders. The next run reads only these times. Otherwise each
+    process would list millions of files at every start, which is slow on network disks.
 
     Raises:
         ConfigurationError: a folder cannot be read, or a name is not UTF-8.
@@ -75,8 +75,7 @@ def times_now(folder: Path, places: Iterable[str]) -> dict[str, list[int] | None
 def scan(folder: Path) -> tuple[FoundFiles, dict[str, list[int] | None]]:
     """Return the files below a folder, and the times of change of each subfolder.
 
-    A broken link counts as a file. It is listed among the times with None, because a folder may appear in its place
-    when a disk is mounted.
+    A broken link counts as a file. Its time is None, because a folder may appear in its place when a disk is mounted.
     """
     paths, others, times = [], Counter(), {}
     pending: list[tuple[str, frozenset]] = [("", frozenset())]
@@ -130,7 +129,7 @@ def load_image_files(folder: Path, images: Sequence[str], remarks: list[str]) ->
     Args:
         folder: top folder.
         images: paths relative to it.
-        remarks: list to which this adds what the user should know.
+        remarks: list to which this adds notes for the user.
     """
     by_folder: dict[str, list[str]] = {}
     for path in images:
@@ -139,7 +138,7 @@ def load_image_files(folder: Path, images: Sequence[str], remarks: list[str]) ->
     split_folders = {name.lower(): name for name in by_folder if name.lower() in (*TRAIN_NAMES, *VALIDATION_NAMES)}
     train_name = next((split_folders[name] for name in TRAIN_NAMES if name in split_folders), None)
     if train_name is None and len(by_folder) == len(split_folders) == 1:
-        train_name = next(iter(by_folder))  # nothing but val/
+        train_name = next(iter(by_folder))  # there is only val/
     if train_name is None:
         class_names = class_folders(images, remarks)
         if class_names is None and (below := folder_of_splits(images)):

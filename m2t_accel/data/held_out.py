@@ -61,8 +61,8 @@ def hold_out_pieces(
     Args:
         train: training split.
         validation: validation split, if there is one.
-        config: settings of the data set and of evaluation.
-        remarks: list to which this adds what the user should know.
+        config: settings of the dataset and of evaluation.
+        remarks: list to which this adds notes for the user.
 
     Raises:
         ConfigurationError: a column is missing or of the wrong kind, or a validation label is not among the training
@@ -122,7 +122,7 @@ def check_image_column(
     """Check that a column may hold images, and that both splits have it.
 
     Raises:
-        ConfigurationError: it may not, or the validation split lacks it.
+        ConfigurationError: the type of the column cannot hold images, or the validation split lacks the column.
     """
     kind = train.features.arrow_schema.field(column).type
     is_image = pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0

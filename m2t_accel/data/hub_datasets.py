@@ -1,4 +1,4 @@
-"""Data sets from the Hub, and files that `datasets` loads."""
+"""Datasets from the Hub, and files that `datasets` loads."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from m2t_accel.data.parquet import ParquetShards, parquet_splits
 
 
 def load_hub(config: ImageSettings) -> dict[str, Dataset] | dict[str, ParquetShards]:
-    """Return the splits of a data set on the Hub: downloaded to the cache or, with `--streaming`, left on the Hub.
+    """Return the splits of a dataset on the Hub: downloaded to the cache or, with `--streaming`, left on the Hub.
 
     Raises:
-        ConfigurationError: it cannot be loaded, or is to be streamed but not stored as parquet.
+        ConfigurationError: it cannot be loaded, or `--streaming` is given and it is not stored as parquet.
     """
     if not config.streaming:
         return load_by_datasets(config, config.dataset)
@@ -38,7 +38,7 @@ def load_by_datasets(config: ImageSettings, *arguments: object, **options: objec
     """Return the splits that `datasets.load_dataset` loads.
 
     Raises:
-        ConfigurationError: it fails.
+        ConfigurationError: they cannot be loaded.
     """
     with errors_in_one_line(config):
         return dict(datasets.load_dataset(*arguments, **options))

@@ -53,7 +53,7 @@ def standard_columns(splits: dict[str, Dataset], config: ImageSettings, remarks:
     Args:
         splits: the training split first.
         config: may name the columns.
-        remarks: list to which this adds what the user should know.
+        remarks: list to which this adds notes for the user.
 
     Raises:
         ConfigurationError: a column that a flag names is missing or of the wrong kind, or a validation label is not
@@ -106,7 +106,7 @@ def find_classes(
         num_images: number of training images; a label of this size or more is not the number of a class.
         column: name of the column.
         config: names the column if the user asks for it.
-        remarks: list to which this adds why there are no labels.
+        remarks: list to which this adds the reason if no labels are used.
 
     Raises:
         ConfigurationError: an image has no class, and `--label_column` asks for this column.
@@ -156,7 +156,7 @@ class Classes:
         Args:
             labels: the labels of all images, or their distinct values.
             column: name of the column.
-            config: names the data set.
+            config: names the dataset.
 
         Raises:
             ConfigurationError: a label is not among the classes.

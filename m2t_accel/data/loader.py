@@ -124,8 +124,8 @@ def read(loader: DataLoader, device: torch.device | None = None) -> Iterator:
 def kill(workers: set[BaseProcess]) -> None:
     """Kill workers that have outlived their loader.
 
-    They ignore SIGTERM, which is all that torch and multiprocessing send. So one that hangs in a read, as from a lost
-    disk, would otherwise keep the program from ending.
+    The workers ignore SIGTERM, the only signal that torch and multiprocessing send. So a worker that hangs in a read,
+    for example from a lost disk, would keep the program from ending.
     """
     for worker in workers:
         if worker.is_alive():
@@ -189,9 +189,9 @@ def send(batch: ViewBatch, device: torch.device, stream: torch.cuda.Stream | Non
 
 @contextlib.contextmanager
 def dead_workers_in_one_line() -> Iterator[None]:
-    """Turn the errors of a dead worker into one line; wrap everything that runs while workers live.
+    """Turn the errors of a dead worker into one line. Use it around all code that runs while workers live.
 
-    torch raises them from a signal handler, so anywhere in the main process.
+    torch raises these errors from a signal handler, so they can appear anywhere in the main process.
 
     Raises:
         ConfigurationError: a worker has died, or there is no shared memory for its batches.
@@ -211,7 +211,7 @@ def dead_workers_in_one_line() -> Iterator[None]:
 
 
 def identity(batch):
-    """Return the batch; a collate function must be picklable, so no lambda."""
+    """Return the batch. This is not a lambda, because a collate function must be picklable."""
     return batch
 
 

@@ -90,7 +90,7 @@ class PooledOrder:
     The pieces, in an order drawn from the seed, form one sequence of samples. Each virtual device gets a stretch of it,
     all of equal length. A stretch is cut into pools of several sub-batches, and each pool is shuffled. So all virtual
     devices together show every sample once, up to the dropped last batch. A process reads only the pools of its own
-    virtual devices. Where a stretch or a resumed run starts inside a piece, the rows before are read and discarded.
+    virtual devices. If a stretch or a resumed run starts inside a piece, the rows before it are read and discarded.
     """
 
     def __init__(self, piece_sizes: np.ndarray, config: TrainingSettings) -> None:

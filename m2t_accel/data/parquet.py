@@ -195,7 +195,7 @@ def undecoded(row: object, place: str) -> dict[str, object]:
 
 
 class RowGroup:
-    """Reader of one column of a row group, which holds no more than a page and the rows that were asked for.
+    """Reads one column of a row group, and holds no more than a page and the requested rows.
 
     If even a page takes more than `max_held_bytes`, it is dropped after each call, and the next call reads the row
     group from its first row.
@@ -207,7 +207,7 @@ class RowGroup:
         self.source: IO[bytes] | None = None
 
     def read(self, first: int, stop: int) -> list[object]:
-        """Return the values of some rows. To go back to earlier rows, read the row group from its first row.
+        """Return the values of rows `first` to `stop`. Earlier rows need a new start at the first row of the group.
 
         Raises:
             ConfigurationError: the file is missing or damaged, or the network fails.

@@ -38,7 +38,7 @@ def index_parquet(files: Sequence[str]) -> pyarrow.Table:
 
 
 class Outline(NamedTuple):
-    """The part of a parquet footer that is kept while a data set is indexed; the whole takes much more memory."""
+    """The part of a parquet footer that is kept while a dataset is indexed; the whole takes much more memory."""
 
     columns: list[str]
     class_names: dict[str, list[str]]  # by column
@@ -76,7 +76,7 @@ def read_outline(file: str) -> Outline:
     return Outline(footer.schema.to_arrow_schema().names, names, np.array(rows, np.int32))
 
 
-@functools.lru_cache(maxsize=8)  # most files of a data set have the same metadata
+@functools.lru_cache(maxsize=8)  # most files of a dataset have the same metadata
 def class_names(metadata: bytes) -> dict[str, list[str]]:
     """Return the class names of each ClassLabel column, from the JSON that `datasets` writes into a schema.
 
@@ -150,7 +150,8 @@ def columns_differ(columns: Sequence[str], file: str, error: Exception) -> Confi
 def remote_footer(file: str) -> parquet.FileMetaData:
     """Return the footer of a remote parquet file, which is needed to read any of its row groups.
 
-    It is kept in memory because reading it takes as long as reading an image. For a local file that takes 0.1 ms.
+    The footer is kept in memory, because reading it takes as long as reading an image. (From a local file, it takes
+    0.1 ms.)
 
     Raises:
         ConfigurationError: the file is missing, damaged or not parquet.

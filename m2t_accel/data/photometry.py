@@ -1,8 +1,8 @@
 """Photometric operations on a batch of views: colour jitter, blur, grayscale, flip, solarize and normalisation.
 
-They are a pure function of the crops and of the parameters that m2t_accel.data.crops drew for them, and there are two
-implementations: in torch over the whole batch, for GPUs (`torch.compile` fuses it), and in OpenCV image by image, which
-is 25 times faster on a CPU. Neither rounds between two operations, unlike PIL.
+They are a pure function of the crops and of the parameters that m2t_accel.data.crops drew for them. This module has two
+implementations: one in torch over the whole batch, for GPUs (`torch.compile` fuses it), and one in OpenCV image by
+image, which is 25 times faster on a CPU. Unlike PIL, neither rounds between two operations.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor, with_hue: bool)
 
 
 def blend(images: Tensor, factors: Tensor, operation: Tensor, needed: Tensor) -> Tensor:
-    """Blend each image with black, its mean gray or its gray, as its `operation` (N,) says."""
+    """Blend each image with black, with its mean gray or with its gray values, as selected by `operation` (N,)."""
     factor = torch.where(needed, factors.gather(1, operation[:, None]).squeeze(1), 1.0)
     luma = gray(images)
     other = torch.where(per_image(operation) == CONTRAST, luma.mean(dim=(2, 3), keepdim=True), luma)
@@ -187,7 +187,7 @@ def jitter_one(
         factor = factors[operation]
         if operation == HUE:
             if factor:
-                # Scaling or shifting all channels alike does not change the hue, so such a map may wait until after it.
+                # A map that scales or shifts all channels by the same amount does not change the hue, so it may wait.
                 if mixes_channels(pending):
                     cv2.transform(image, pending, other)
                     image, other, pending = other, image, IDENTITY

@@ -32,7 +32,7 @@ class DeviceBatches:
 
     Global batch k of an epoch has a sub-batch for each virtual device, and the processes take these in turn. So the
     content of a global batch, and the images that each BatchNorm sees, do not depend on the number of processes. A
-    resumed run needs to know nothing but `first_step`.
+    resumed run needs only `first_step`.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class DeviceBatches:
 
 
 class DeviceReader:
-    """Reader of the pools of one virtual device, one after the other; a piece that two of them share is opened once."""
+    """Reads the pools of one virtual device, one after the other; a piece that two pools share is opened once."""
 
     def __init__(self, shards: Shards, threads: ThreadPoolExecutor, max_held_bytes: int) -> None:
         self.shards = shards
@@ -121,7 +121,7 @@ class DeviceReader:
 
 
 def read_after(previous: Future | None, read: Reader, first: int, stop: int) -> tuple[np.ndarray, list]:
-    """Read a segment once the previous one is done. That one was submitted earlier, so the threads cannot deadlock."""
+    """Read a segment after the previous one. The previous one was submitted earlier, so the threads cannot deadlock."""
     if previous is not None:
         # Unlike wait(), this returns for a future that is cancelled when a run ends.
         with contextlib.suppress(CancelledError):

@@ -1,4 +1,4 @@
-"""The protocol of image sources that are read in pieces, and reading of local and remote files."""
+"""The protocol of image sources that are read in pieces, and functions that read local and remote files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 RETRY_DELAYS = (1, 2, 4, 8)  # seconds before a remote file is tried again
 MAX_HELD_BYTES = 1 << 30  # memory that all readers of a process together may hold between two reads
 
-# Called with a first row and a stop row of a piece; returns their sample numbers, (n,) int64, and n undecoded images.
+# A function of the first row and the stop row in a piece. It returns n sample numbers, int64, and n undecoded images.
 Reader = Callable[[int, int], tuple[np.ndarray, list[dict[str, object]]]]
 
 
@@ -36,8 +36,8 @@ class Shards(Protocol):
     def open(self, piece: int, max_held_bytes: int = MAX_HELD_BYTES) -> Reader:
         """Return a reader of one piece.
 
-        If rows are asked for in ascending order, each is read once, unless the reader would have to hold more than
-        `max_held_bytes` between two calls.
+        If the calls ask for rows in ascending order, each row is read once, unless the reader would have to hold more
+        than `max_held_bytes` between two calls.
         """
         ...
 

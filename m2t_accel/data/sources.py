@@ -1,4 +1,4 @@
-"""Load the images and labels of a data set by its name: a folder, parquet files, tars, the Hub or digits."""
+"""Load the images and labels of a dataset by its name: a folder, parquet files, tars, the Hub or digits."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ImageData:
     bank: Dataset | None  # training images with labels, among which kNN looks for neighbours
     validation: Dataset | None
     class_names: list[str] | None
-    note: str  # one line that tells the user what was found
+    note: str  # one line for the user about the images that were found
     folder: str = ""  # common start of the paths, if the images are from a folder
 
     @property
@@ -85,7 +85,7 @@ def load_images(config: ImageSettings, dataset: Dataset | None = None) -> ImageD
     """Return the images of `config.dataset`, and images for evaluation if there are labels.
 
     Args:
-        config: settings of the data set and of evaluation.
+        config: settings of the dataset and of evaluation.
         dataset: images in memory to use instead; `config.dataset` is then only their name.
 
     Raises:
@@ -103,7 +103,7 @@ def load_images(config: ImageSettings, dataset: Dataset | None = None) -> ImageD
         splits = load_hub(config)
     splits = {name: split for name, split in splits.items() if len(split)}
     if not splits:
-        raise ConfigurationError(f"--dataset {config.dataset} holds no image: its files are empty or hold other things")
+        raise ConfigurationError(f"--dataset {config.dataset} holds no image: its files are empty or contain no images")
     splits = {name: splits[name] for name in used_splits(splits)}
     num_images = len(next(iter(splits.values())))
     if isinstance(next(iter(splits.values())), ParquetShards):
@@ -138,7 +138,7 @@ def with_validation(splits: dict[str, Dataset] | dict[str, ParquetShards]) -> tu
 
 def load_digits() -> dict[str, Dataset]:
     """Return scikit-learn's 1797 handwritten digits, 8×8 pixels, as PNG; every fifth is for validation."""
-    from sklearn.datasets import load_digits as load  # late: takes a second, and only this data set needs it
+    from sklearn.datasets import load_digits as load  # late: takes a second, and only this dataset needs it
 
     digits = load()
     images = []
@@ -159,7 +159,7 @@ def load_folder(
     Its subfolders `train` and `val` (or validation, valid, test) are splits; without `train` the folder is one split.
 
     Raises:
-        ConfigurationError: it is a file, or holds no images, or files of several kinds.
+        ConfigurationError: the path is a file, or the folder holds no images or files of several kinds.
     """
     if folder.is_file():
         known = folder.suffix.lower() in (*IMAGE_EXTENSIONS, *SHARD_EXTENSIONS)

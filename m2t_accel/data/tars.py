@@ -27,7 +27,7 @@ MAX_RUN_BYTES = 1 << 30  # read at once at most; Linux limits one read to 2 GB
 RUN_IMAGES = 64  # images of a tar that are read at once, 7 MB of ImageNet's
 TAIL_BYTES = 1 << 20  # read at once after the end of a tar: a damaged header may leave nearly all of the tar there
 MAX_LINKS = 40  # symbolic links that are followed one after the other, as Linux does
-MAX_DIGITS = 18  # of a label, so that it fits into 64 bits
+MAX_DIGITS = 18  # digits of a label, so that it fits into 64 bits
 
 
 def index_tars(folder: Path, files: Sequence[str]) -> list[pyarrow.Table]:
@@ -90,8 +90,8 @@ def index_tar(path: str, advance: Callable[[int], object] = lambda num_bytes: No
 def tar_members(file: IO[bytes], advance: Callable[[int], object]) -> dict[str, tuple[int, int]]:
     """Return the offset and size of each file in a tar; a link has those of its target, or size 0 without a target.
 
-    As when a tar is unpacked, the last member of a name counts, and a hard link keeps the earlier file even if a later
-    member replaces that. Links to folders are not followed.
+    The last member of a name counts, as when the tar is unpacked. A hard link keeps the earlier file even if a later
+    member replaces it. Links to folders are not followed.
 
     Raises:
         tarfile.TarError: the file is truncated, damaged, compressed, joined from several tars or not a tar.
@@ -139,7 +139,7 @@ class TarShards:
     """Runs of images that lie one after the other in tars, each a piece that is read at once."""
 
     def __init__(self, images: Dataset) -> None:
-        """Cut images into runs.
+        """Divide the images into runs.
 
         Args:
             images: a Dataset with columns `image`, `offset` and `size`, in the order of the files.
@@ -198,7 +198,7 @@ def tars_to_dataset(folder: Path, files: Sequence[str], remarks: list[str]) -> D
     Args:
         folder: folder of the tars.
         files: paths relative to it.
-        remarks: list to which this adds what the user should know.
+        remarks: list to which this adds notes for the user.
     """
     tables = index_tars(folder, files)
     table = pyarrow.concat_tables(tables).combine_chunks()

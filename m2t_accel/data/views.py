@@ -60,7 +60,7 @@ class ViewBatch(NamedTuple):
 def unpickle_view_batch(
     crops: Tensor, small: np.ndarray | list[np.ndarray], samples: np.ndarray, bad: tuple
 ) -> ViewBatch:
-    """Return the ViewBatch with its small tensors made of arrays."""
+    """Return the ViewBatch; convert its small arrays to tensors."""
     small = Photometry(*map(torch.from_numpy, small)) if isinstance(small, list) else torch.from_numpy(small)
     return ViewBatch(crops, small, torch.from_numpy(samples), bad)
 
