@@ -35,9 +35,9 @@ class TrainingStep:
     """Student, teacher and optimizer on their devices, and the step that trains them.
 
     Args:
-        student: in float32, on any device.
+        student: the network to train, in float32, on any device.
         teacher: a `Teacher` made of this student.
-        optimizer: of the student's parameters.
+        optimizer: an optimizer of the student's parameters.
         accelerator: places the networks, and accumulates gradients over the sub-batches of this process.
     """
 

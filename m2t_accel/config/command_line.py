@@ -50,7 +50,7 @@ def parse_command_line(
     options: argparse.ArgumentParser | None = None,
     recipe: str = "digits",
 ) -> tuple[PretrainConfig, argparse.Namespace]:
-    """Parse the settings of a pretraining run, and a script's own options; return both.
+    """Parse the settings of a pretraining run and the script's own options. Return both.
 
     Args:
         description: text at the top of `--help`.
@@ -89,7 +89,7 @@ def parse_settings(
     arguments: Sequence[str] | None = None,
     defaults: Mapping[str, object] = types.MappingProxyType({}),
 ) -> tuple[Settings, argparse.Namespace]:
-    """Parse the settings of a script, and its own options; return both.
+    """Parse the settings of a script and its own options. Return both.
 
     A flag overrides the `--config` file, which overrides the preset. `--help` prints and exits.
 
@@ -97,9 +97,9 @@ def parse_settings(
         description: text at the top of `--help`.
         usage: the most important flags, for the usage line.
         kind: dataclass of the settings.
-        build: makes it from the given settings, and applies the preset.
+        build: function that makes the dataclass from the given settings and applies the preset.
         preset: name of the setting that selects a preset (recipe or protocol), if there is one.
-        table: returns the table of all presets, which `--PRESET list` prints before it exits.
+        table: function that returns the table of all presets; `--PRESET list` prints it and exits.
         options: the script's own options.
         arguments: words of the command line (default: those of the process).
         defaults: the script's own defaults of settings.
@@ -197,8 +197,8 @@ def recipe_table() -> str:
 def errors_in_one_line() -> Iterator[None]:
     """Print a user's error in one line and exit: status 2 for a ConfigurationError, 75 or 130 for a stopped run.
 
-    Other errors keep their traceback. With several processes on a machine, the first one prints at once and the others
-    wait 3 s: the launcher ends them meanwhile if the first one failed as well, so that the error is printed once.
+    Other errors keep their traceback. With several processes on a machine, the first one prints at once, and the others
+    wait 3 s. If the first one has failed too, the launcher ends the others meanwhile, so the error is printed once.
     """
     name = Path(sys.argv[0]).name
     previous = signal.getsignal(signal.SIGINT)
@@ -221,7 +221,7 @@ def errors_in_one_line() -> Iterator[None]:
 
 
 def handle_ctrl_c(number: int, frame: types.FrameType | None) -> None:
-    """Raise KeyboardInterrupt, or end the process at once, with one line, while a library is being imported.
+    """Raise KeyboardInterrupt; while a library is being imported, print one line and end the process at once.
 
     During an import, libraries catch the exception or turn it into something else: a RecursionError, a C++ abort.
     """

@@ -126,10 +126,13 @@ class TrainingSettings(ImageSettings):
 
 
 def check_ordered(config: object, *names: str) -> None:
-    """Check that settings which are ranges do not end below their start.
+    """Check that no range (low, high) ends below its start.
+
+    Args:
+        names: names of the settings that are ranges.
 
     Raises:
-        ConfigurationError: one does.
+        ConfigurationError: a range ends below its start.
     """
     for name in names:
         low, high = getattr(config, name)
@@ -138,10 +141,10 @@ def check_ordered(config: object, *names: str) -> None:
 
 
 def check_dataset(dataset: str) -> None:
-    """Check that a data set is `digits`, exists as a folder, or has the form of a Hub id.
+    """Check that a dataset is `digits`, exists as a folder, or has the form of a Hub id.
 
     Raises:
-        ConfigurationError: it is none of them.
+        ConfigurationError: the dataset is none of these.
     """
     if dataset != "digits" and not os.path.exists(dataset) and not is_hub_id(dataset):
         raise ConfigurationError(
@@ -169,7 +172,7 @@ def check_num_processes(config: TrainingSettings, num_processes: int) -> None:
     """Check that every process gets the same number of virtual devices.
 
     Raises:
-        ConfigurationError: it does not; the message names numbers of processes and batch sizes that work.
+        ConfigurationError: it does not; the message lists the numbers of processes and the batch sizes that work.
     """
     devices = config.num_virtual_devices
     if devices % num_processes == 0:
@@ -192,7 +195,7 @@ def check_enough_images(num_images: int, config: TrainingSettings) -> None:
     """Check that there are enough images for one batch.
 
     Raises:
-        ConfigurationError: there are fewer.
+        ConfigurationError: the images are fewer than one batch.
     """
     if num_images < 2:
         raise ConfigurationError(f"--dataset {config.dataset} has one image to train on: at least two are needed")

@@ -74,7 +74,7 @@ def check_encoder(encoder: str) -> None:
     """Check that an encoder exists, or has the form of a Hub id.
 
     Raises:
-        ConfigurationError: neither.
+        ConfigurationError: the encoder does not exist, and its name is no Hub id.
     """
     is_run = encoder.startswith("runs/")  # a missing run rather than a Hub id
     if not os.path.exists(encoder) and (is_run or not is_hub_id(encoder)):
@@ -88,7 +88,7 @@ def check_publishing(config: LinearProbeConfig | FinetuneConfig) -> None:
     """Check that the result can be published with its run, if `--push_to_hub` is given.
 
     Raises:
-        ConfigurationError: it cannot.
+        ConfigurationError: the result cannot be published.
     """
     check_push(config.push_to_hub)
     home = run_folder(config.encoder)
@@ -189,15 +189,15 @@ PROTOCOLS: Mapping[str, Protocol] = {
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(EvaluationSettings, TrainingSettings):
-    """The whole network trained with the labels of all or some images: SGD with Nesterov momentum 0.9.
+    """Fine-tuning of the whole network with the labels of all or some images, by SGD with Nesterov momentum 0.9.
 
     Source: BYOL (arXiv 2006.07733), appendix C.1: batches of 1024, crops and flips, no weight decay. BYOL chooses the
     learning rate (of the whole batch) among 0.005, 0.01, 0.02, 0.05 and 0.1, and the epochs among 30 and 50, on
     held-out images. Each preset fixes one of these. No preset has been run on ImageNet by this project.
 
-    Deviations: BYOL names no schedule; this is a cosine. BYOL resizes test images bicubically; this is bilinear. BYOL
-    uses SimCLR's image lists for 1 % and 10 % of the labels; these images are drawn by the seed, as BYOL does for other
-    shares.
+    Deviations: BYOL names no schedule; this project uses a cosine. BYOL resizes test images bicubically; this project
+    resizes them bilinearly. BYOL uses SimCLR's image lists for 1 % and 10 % of the labels; this project draws the
+    images by the seed, as BYOL does for other shares.
     """
 
     evaluation: ClassVar[str] = "fine-tuning"
@@ -262,7 +262,7 @@ class EmbedConfig(EvaluationSettings):
 
 
 def build_embed(given: Mapping[str, object]) -> EmbedConfig:
-    """Create the configuration of an embedding. Raises as `build_knn`."""
+    """Create the configuration of an embedding; it raises the errors of `build_knn`."""
     return EmbedConfig(**convert_all(EmbedConfig, given))
 
 

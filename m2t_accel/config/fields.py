@@ -1,4 +1,4 @@
-"""Typed settings with limits and a line of help, read alike from flags and from YAML, and the errors of a user.
+"""Typed settings with limits and a line of help, read by one function from flags and YAML, and the errors of a user.
 
 This module imports no torch and no other module of the package.
 """
@@ -87,7 +87,7 @@ def check_limits(name: str, value: object, limits: Mapping[str, object]) -> None
 def convert(name: str, kind: object, value: object) -> object:
     """Convert the text of a flag, or a YAML value, to the type of the setting.
 
-    Flags and YAML share this function, so that both are read alike.
+    Flags and YAML share this function, so that the same text has the same meaning in both.
 
     Args:
         name: name of the setting, for the message.
@@ -115,7 +115,7 @@ def convert(name: str, kind: object, value: object) -> object:
     needed = ConfigurationError(f"--{name} {value}: {words} is needed")
     if not isinstance(value, str | int | float):
         raise needed
-    text = str(value)  # first of all: int(1.5) and int(True) would pass silently
+    text = str(value)  # convert from text, because int(1.5) and int(True) would pass silently
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise needed

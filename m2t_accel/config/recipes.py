@@ -1,4 +1,4 @@
-"""The published recipes, and how a recipe and the given settings make the configuration of a run."""
+"""The published recipes, and the function that makes the configuration of a run from a recipe and given settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ends of a run that every process must agree on: a signal, a lost process, a loss that is not finite."""
+"""End a run on all processes together: after a signal, a lost process or a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RESPONSE_TIMEOUT = timedelta(seconds=10)  # for each process to respond after a 
 
 
 class StopSignals:
-    """Context manager that records a signal which asks the run to end, so that it ends between two steps.
+    """Context manager that records a signal to end the run. The run can then end between two steps.
 
     A second Ctrl-C is not caught: it ends the process immediately.
     """
@@ -92,7 +92,7 @@ class Trouble(IntEnum):
 def reach_agreement(
     timeout: timedelta, trouble: Trouble = Trouble.NONE, stop_signal: int = 0, save: bool = False
 ) -> tuple[Trouble, int, bool]:
-    """Return the maximum of each value over all processes, so that all of them decide alike. A collective call.
+    """Return the maximum of each value over all processes, so that all decide the same. A collective call.
 
     The values stay in main memory and travel over a gloo group, so that no process waits for its device.
 
@@ -116,7 +116,7 @@ def report_lost_processes(accelerator: Accelerator, timeout: timedelta) -> Itera
     """Turn the error of a collective call into one line that names the missing process.
 
     Args:
-        accelerator: of this process.
+        accelerator: the Accelerator of this process.
         timeout: the limit of a collective call, for the message.
 
     Raises:
@@ -137,7 +137,7 @@ def report_lost_processes(accelerator: Accelerator, timeout: timedelta) -> Itera
 
 
 def describe_missing(accelerator: Accelerator) -> str:
-    """Return which processes do not respond; only the first process can find out."""
+    """Return a clause that names the processes which do not respond; only the first process can find them."""
     errors: list[str] = []
     # Use a group on which no call has failed, because gloo closes the connections of a call that timed out.
     group = None if groups() is None else groups().download

@@ -1,4 +1,4 @@
-"""Start the Accelerator, after checking that the launch started the requested processes on the requested devices."""
+"""Check that the launch started the requested processes on the requested devices, and start the Accelerator."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class LaunchRequest(NamedTuple):
 
 
 def read_request(arguments: Sequence[str] | None) -> LaunchRequest:
-    """Read the arguments of `accelerate launch`; without a launcher or a file, any device is fine.
+    """Read the arguments of `accelerate launch`; without a launcher or a file, every device is allowed.
 
     The environment is no substitute: clusters also set the MASTER_ADDR that a launch of several processes sets.
     """
@@ -118,7 +118,7 @@ def check_launch(environment: Mapping[str, str], num_devices: int, request: Laun
         request: processes and devices that the launch asked for.
 
     Raises:
-        ConfigurationError: it did not; the message names the file to use.
+        ConfigurationError: the processes or devices are not the requested ones; the message names the file to use.
     """
     world_size = int(environment.get("WORLD_SIZE", "1"))
     local_size = int(environment.get("LOCAL_WORLD_SIZE", world_size))

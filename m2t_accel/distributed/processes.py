@@ -26,7 +26,7 @@ def on_all_processes(accelerator: Accelerator, action: Callable[[], Result]) -> 
     A collective call. If the action fails on one process, the call fails on all, so that none is left waiting.
 
     Raises:
-        ConfigurationError: the action raised it; the error of the first such process, on every process.
+        ConfigurationError: the action raised it on some process. Every process raises the error of the first of these.
     """
     result, message = None, None
     if not accelerator.is_local_main_process:
@@ -50,9 +50,9 @@ def check_same_images(accelerator: Accelerator, note: str, fingerprint: str) -> 
     A collective call.
 
     Args:
-        accelerator: of this process.
+        accelerator: the Accelerator of this process.
         note: name and number of the images, for the message.
-        fingerprint: of the images.
+        fingerprint: the fingerprint of the images.
 
     Raises:
         ConfigurationError: the images differ; raised on every process.
@@ -61,7 +61,7 @@ def check_same_images(accelerator: Accelerator, note: str, fingerprint: str) -> 
     other = next((other for other in found if other != found[0]), None)
     if other is not None:
         raise ConfigurationError(
-            f"the machines have different images ({found[0]}; but elsewhere {other}): give all the same copy"
+            f"the machines have different images ({found[0]}; on another one {other}): copy the same images to all"
         )
 
 
@@ -90,8 +90,8 @@ def destroy_process_group() -> bool:
     """Destroy the process group at the end of a script. Return whether this is the main process.
 
     gloo's threads release the tensors of a call shortly after it returns, and need the interpreter for that. If the
-    interpreter were shutting down, the process would abort ("terminate called without an active exception"). This
-    call ends the threads first.
+    interpreter shuts down first, the process aborts ("terminate called without an active exception"). So this function
+    ends the threads.
     """
     global _groups
     state = PartialState()

@@ -240,7 +240,8 @@ def load_checkpoint(path: Path, heads: Heads, broken: set[int], evaluation: Eval
         The steps and the seconds of training that are done.
 
     Raises:
-        ConfigurationError: it cannot be read, or belongs to other encoder weights; the same on every process.
+        ConfigurationError: the checkpoint cannot be read, or belongs to an encoder with other weights; the same on
+            every process.
     """
     accelerator = evaluation.accelerator
 

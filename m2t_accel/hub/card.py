@@ -34,7 +34,7 @@ def without_paths(value: object) -> object:
         return value
     if os.path.isabs(value) or value.startswith(("~", "../")):
         return Path(value).name
-    # The slash must not follow a word, so that URLs, `images/s` and runs/digits stay as they are.
+    # The slash must not follow a word; otherwise URLs, `images/s` and runs/digits would change.
     return re.sub(r"(?<![\w:/.~])(?:~|\.\.)?/[^\s:;,'\"()\[\]=]+", lambda path: Path(path[0]).name, value)
 
 
@@ -97,7 +97,7 @@ def model_card(
 # {title}
 
 An image encoder pretrained without labels by Momentum² Teacher ([arXiv 2101.07525](https://arxiv.org/abs/2101.07525)):
-a student learns to predict a momentum teacher's view of the same image, and the teacher's BatchNorm
+a student learns to predict a momentum teacher's output for another view of the same image, and the teacher's BatchNorm
 normalises with momentum statistics. This is the teacher's encoder.
 
 ## Load it
@@ -220,8 +220,9 @@ def evaluation_result(
 def merge_cards(published: str, new: str) -> str:
     """Return the published card with the marked section and the results of the new one.
 
-    The rest of the published card stays: its other text, its other metadata, and results of other datasets or metrics.
-    If somebody has removed the marks, its whole text stays; if it has no text, the new text is used.
+    The rest of the published card stays: other text, other metadata, and results of other datasets or metrics. If
+    somebody has removed the marks, the whole published text stays. If the published card has no text, the new text is
+    used.
 
     Raises:
         ValueError: the metadata of the published card are not a mapping, or its results cannot be read.

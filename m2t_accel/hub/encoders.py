@@ -47,7 +47,7 @@ class LoadedEncoder:
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     network: str  # "teacher" or "student" if the configuration says so, else "as loaded"
-    note: str  # one line for the user: what was loaded, and which tensors were not used
+    note: str  # one line for the user: the model, its size, and the tensors that were not used
 
     @property
     def preprocessing(self) -> dict[str, object]:
@@ -68,8 +68,8 @@ class Preprocessing(NamedTuple):
 def load_encoder(source: str) -> LoadedEncoder:
     """Load an encoder and its preprocessing.
 
-    Nothing in the source is executed: no remote code, and no pickle other than plain tensors. A missing tensor is an
-    error.
+    Nothing in the source is executed: no remote code, and no pickle that holds more than tensors. A missing tensor is
+    an error.
 
     Args:
         source: folder of a run, folder or Hub id of a transformers or timm model, or file of weights.
@@ -231,7 +231,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if re.search("Unsupported (global|class)", str(error), re.IGNORECASE):
             reason = "it holds more than tensors, and would have to be executed"
         elif isinstance(error, pickle.UnpicklingError):
-            reason = "it holds no tensors, or is damaged"  # torch's own message advises to execute the file
+            reason = "it holds no tensors, or is damaged"  # torch's own message suggests to execute the file
         else:
             reason = f"it holds no tensors, or is damaged ({one_line(error)})"
         raise ConfigurationError(f"the file cannot be loaded: {reason}") from None
@@ -256,10 +256,10 @@ def load_resnet(state: Mapping[str, Tensor]) -> tuple[ResNetModel, list[str]]:
 
 
 def load_plain_resnet(state: Mapping[str, Tensor]) -> tuple[ResNetModel, list[str]]:
-    """Do the same as load_resnet, but allow no unused tensors except those of the last layer, `fc`.
+    """Do the same as `load_resnet`, but allow unused tensors only in the last layer, `fc`.
 
     Raises:
-        ConfigurationError: as load_resnet, or the state has other tensors, which make it another network.
+        ConfigurationError: as `load_resnet`, or the state has other unused tensors, so it is another network.
     """
     model, unused = load_resnet(state)
     other = [name for name in unused if not name.startswith("fc.")]

@@ -36,9 +36,9 @@ SUFFIXES = {
 
 
 def export(encoder: LoadedEncoder, format: str, output: Path) -> list[str]:
-    """Write an encoder for another library. Return lines for the user: what was written, and how to load it.
+    """Write an encoder for another library. Return lines for the user: the file, its preprocessing, how to load it.
 
-    The file is written only if the library computes the same features from it.
+    The file is kept only if the library computes the same features from it.
 
     Args:
         format: a key of SUFFIXES.
@@ -141,7 +141,7 @@ def import_optional(*names: str) -> list[ModuleType]:
 
 
 def write_state(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Write tensors as .safetensors or .pth. Return them as read back from the file."""
+    """Write tensors as .safetensors or .pth. Read the file again and return its tensors."""
     if file.suffix == ".safetensors":
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
         return load_file(file)

@@ -15,7 +15,7 @@ from m2t_accel.hub.encoders import LoadedEncoder, count_by_module, load_resnet, 
 from m2t_accel.hub.export import feature_difference, standard_name, torchvision_features
 from m2t_accel.hub.folder import save_encoder
 
-# As in the published code: 224 pixels, and the defaults, which are ImageNet's mean and deviation.
+# The published code uses 224 pixels, and ImageNet's mean and deviation, which are the defaults.
 SETTINGS = ImageSettings(dataset="imagenet", image_size=224)
 
 

@@ -34,7 +34,7 @@ from m2t_accel.model import embed
 ENCODER_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 RUN_FILES = ("metrics.jsonl", "curves.png")
 
-# Loads the folder as a user without m2t_accel does. Writes the pixels and the features of the given images.
+# The script loads the folder as a user without m2t_accel does, and writes the pixels and features of the given images.
 LOADING_SCRIPT = """
 import sys
 sys.modules["m2t_accel"] = None
@@ -54,8 +54,8 @@ def publish(run: Path, repo_id: str, private: bool = False, revision: str | None
     """Publish the encoder, card, metrics, settings and results of a run. Return the URL of the commit.
 
     Raises:
-        ConfigurationError: the run is not complete, the published encoder would compute something else than the
-            run's, or the Hub refused the commit. The run stays as it was; the message contains the command to retry.
+        ConfigurationError: the run is not complete, the published encoder would compute other features than the run's
+            encoder, or the Hub refused the commit. The run is not changed; the message has the command to try again.
     """
     if not is_hub_id(repo_id):
         raise ConfigurationError(f"--repo_id {repo_id}: a name on the Hub is needed, USER/NAME")
@@ -125,7 +125,7 @@ def gather(run: Path, staged: Path, repo_id: str) -> str:
 
 
 def inside(run: Path, path: Path) -> Path:
-    """Return the path.
+    """Check that a path is inside the run's folder, and return it.
 
     Raises:
         ConfigurationError: the path is a link out of the run's folder.
@@ -199,7 +199,7 @@ def check_outputs(
         expected = embed(encoder.model, pixels)
     tolerance = 1 / 255 / min(encoder.image_std)
     if expected_pixels.shape != pixels.shape or not (expected_pixels - pixels).abs().max() <= tolerance:
-        raise ConfigurationError(f"--run {run}: its image processor prepares images otherwise than its evaluations do")
+        raise ConfigurationError(f"--run {run}: its image processor prepares images differently from its evaluations")
     tolerance = 1e-5 * max(1.0, expected.abs().max())
     if expected.shape != features.shape or not (expected - features).abs().max() <= tolerance:
         raise ConfigurationError(f"--run {run}: the features in a clean process differ from those of the run's encoder")

@@ -87,7 +87,7 @@ class RunFolder:
 
         Raises:
             ConfigurationError: another run has locked it.
-            OSError: it cannot be written.
+            OSError: the folder cannot be written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if self.lock is not None:

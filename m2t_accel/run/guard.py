@@ -51,7 +51,7 @@ class Guard:
         Args:
             step: optimizer steps done before this one.
             now: the scheduled values of this step.
-            results: of the sub-batches of this process.
+            results: results of the sub-batches of this process.
             samples: (N,) int64 for each of these sub-batches.
 
         Raises:

@@ -68,7 +68,7 @@ class RunState:
         Args:
             files: the tensors of the checkpoint on process 0, which sends them to the others, so that machines need
                 not share a disk.
-            manifest: of the checkpoint.
+            manifest: the manifest of the checkpoint.
 
         Returns:
             (2,) loss and spread of each sub-batch of this process since the last line of metrics.
