@@ -269,7 +269,7 @@ def table(result: dict[str, object]) -> str:
     by_workers = result["images_per_second_by_workers"]
     lines += [f"  {n:>5} {rate:>10.0f} {rate / n:>9.0f}" for n, rate in by_workers.items()]
     each = max(rate / n for n, rate in by_workers.items())
-    needs = ", ".join(f"{target:,} images/s: {-(-target // each):.0f}" for target in TARGETS)
+    needs = ", ".join(f"{-(-target // each):.0f} for {target:,} images/s" for target in TARGETS)
     return "\n".join([*lines, "", f"workers needed, each on its own core: {needs}"])
 
 

@@ -110,7 +110,7 @@ def class_conflicts(files: Sequence[tuple[str, Mapping[str, list[str]]]]) -> dic
                 number, (name, other) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
                 conflicts[column] = (
                     f"the class {number} of the column {column} is {name or 'missing'} in {first_file} and "
-                    f"{other or 'missing'} in {file}: number the classes alike (Dataset.align_labels_with_mapping)"
+                    f"{other or 'missing'} in {file}: give them the same numbers (Dataset.align_labels_with_mapping)"
                 )
     return conflicts
 

@@ -45,7 +45,7 @@ class ImageData:
     def lacks(self) -> str | None:
         """Return what is missing for an evaluation, in words; None if nothing is."""
         if self.class_names is None:
-            return f"no labels (class folders, or a column named by --label_column); found: {self.note}"
+            return f"no labels (from class folders, or from a column that --label_column names); found: {self.note}"
         if self.validation is None:
             return (
                 "no validation split, and no image is held out (--validation_fraction is 0, or every row group is too "

@@ -107,7 +107,7 @@ class Guard:
         processes = ", ".join(map(str, sorted({part["process"] for part in bad})))
         raise ConfigurationError(
             f"the loss is {bad[0]['loss']} in step {step + 1} on process {processes}, at learning rate "
-            f"{now.learning_rate:.4g}; no weight has changed, and {recorded}. {last_good}. Try a "
+            f"{now.learning_rate:.4g}; this step has changed no weight, and {recorded}. {last_good}. Try a "
             f"--learning_rate_per_256 below {self.config.learning_rate_per_256:g} or more --warmup_epochs, in another "
             "--output_dir"
         )

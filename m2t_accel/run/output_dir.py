@@ -46,7 +46,7 @@ def check_same_settings(config: PretrainConfig, saved: Mapping[str, object], whe
         hint = ""
         if list(different) == ["epochs"] and config.epochs > saved.get("epochs", 0):
             hint = (
-                "; to train for longer, which changes the schedules from there on, name the checkpoint: "
+                "; to train for longer, which changes the schedules after the checkpoint, name it: "
                 f"--resume {config.output_dir}/checkpoints/step-N"
             )
         raise ConfigurationError(

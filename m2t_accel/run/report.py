@@ -304,7 +304,7 @@ def settle_evaluation(config: PretrainConfig, data: ImageData) -> PretrainConfig
     """
     if config.evaluate_every and data.lacks:
         raise ConfigurationError(
-            f"--evaluate_every {config.evaluate_every} needs labelled images held out: use --evaluate_every 0. "
+            f"--evaluate_every {config.evaluate_every} needs labelled images for kNN: use --evaluate_every 0. "
             f"{config.dataset} has {data.lacks}"
         )
     if config.evaluate_every is None:

@@ -36,7 +36,7 @@ def build(**given):
     return settings
 
 
-def test_flags_and_yaml_are_read_alike():
+def test_flags_and_yaml_are_read_in_the_same_way():
     from_flags = build(name="fancy", number="3", rate="1e-2", pair=["1", "2.5"], switch="true")
     from_yaml = build(name="fancy", number=3, rate=0.01, pair=[1, 2.5], switch=True)
     assert from_flags == from_yaml == Settings(name="fancy", number=3, rate=0.01, pair=(1.0, 2.5), switch=True)

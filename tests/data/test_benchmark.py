@@ -27,7 +27,7 @@ def test_the_benchmark_measures_every_stage(tmp_path, ask, monkeypatch, kind):
     for name, rate in figures["images_per_second"].items():
         assert f"  {name:<24}{rate:8.0f}" in done.out
     assert figures["images_per_second_by_workers"]["1"] > 0
-    assert "workers needed, each on its own core: 500 images/s: " in done.out
+    assert " for 500 images/s, " in done.out
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--images", 15), ("--repeats", 0), ("--seconds", 0)])

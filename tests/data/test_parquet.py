@@ -171,7 +171,7 @@ def test_streamed_parquet(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("other", ["train-1.parquet", "val-0.parquet"])
-def test_all_files_must_number_the_classes_alike(tmp_path, other, streaming):
+def test_all_files_must_number_the_classes_in_the_same_way(tmp_path, other, streaming):
     """`datasets` would apply the class names of the first file to all."""
     write_parquet(tmp_path / "train-0.parquet", 0, 8, row_group_size=4)
     for names, number, first, second in (

@@ -41,7 +41,7 @@ def pretrain_command(folder, *launch, **settings):
 LAUNCH = ("-m", "accelerate.commands.launch", "--quiet", "--config_file")
 
 
-def test_a_signal_to_one_of_two_processes_ends_both_and_the_same_command_goes_on(tmp_path):
+def test_a_signal_to_one_of_two_processes_ends_both_and_the_same_command_resumes(tmp_path):
     words = pretrain_command(
         *(tmp_path / "run", *LAUNCH, "accelerate_configs/cpu2.yaml"), epochs=200, checkpoint_every="never"
     )
