@@ -168,7 +168,7 @@ def draw_neighbours(
                 side.set_visible(place == query)
                 side.set_linewidth(2)
     figure.suptitle(
-        "framed: an image; beside it its nearest neighbours by cosine"
+        "left: an image; beside it its nearest neighbours by cosine"
         + ("" if labels is None else ", red: another class"),
         fontsize=8,
     )
