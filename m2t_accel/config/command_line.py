@@ -36,7 +36,8 @@ def read_yaml(path: str) -> dict[str, object]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"--config {path}: cannot be read ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigurationError(f"--config {path}: cannot be read ({reason})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # e.g. an impossible date, thousands of brackets
         raise ConfigurationError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -126,6 +127,8 @@ def parse_settings(
     flags = vars(known)
     if unknown:
         flag = unknown[0].split("=")[0]
+        if not flag.startswith("-"):
+            raise ConfigurationError(f"{flag}: a value without its flag, such as --dataset {flag}; --help lists them all")
         names = [name for action in parser._actions for name in action.option_strings]
         raise ConfigurationError(f"unknown flag {flag}{did_you_mean(flag, names)}; --help lists them all")
     if table is not None and flags.get(preset) == "list":
