@@ -128,7 +128,7 @@ def parse_settings(
     if unknown:
         flag = unknown[0].split("=")[0]
         if not flag.startswith("-"):
-            raise ConfigurationError(f"{flag}: a value without its flag, such as --dataset {flag}; --help lists them all")
+            raise ConfigurationError(f"{flag}: a value without its flag, such as --dataset; --help lists all flags")
         names = [name for action in parser._actions for name in action.option_strings]
         raise ConfigurationError(f"unknown flag {flag}{did_you_mean(flag, names)}; --help lists them all")
     if table is not None and flags.get(preset) == "list":
