@@ -68,6 +68,18 @@ def test_the_views_pass_one_after_the_other():
     assert seen == [4, 4]
 
 
+def test_the_teacher_takes_view_2_first():
+    """An encoder with dropout draws its random numbers in this order; another order would be another run."""
+    teacher, seen = Teacher(small_student()), []
+    teacher.encoder.register_forward_pre_hook(
+        lambda _, args, named: seen.append(named["pixel_values"]), with_kwargs=True
+    )
+    view_1, view_2 = torch.randn(2, 4, 3, 32, 32)
+    teacher(view_1, view_2)
+    assert seen[0] is view_2
+    assert seen[1] is view_1
+
+
 def test_the_teacher_follows_weights_and_not_statistics():
     student = small_student()
     teacher = Teacher(student)
