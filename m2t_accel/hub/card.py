@@ -94,6 +94,8 @@ def model_card(
 {data.to_yaml()}
 ---
 
+{SECTION_START}
+
 # {title}
 
 An image encoder pretrained without labels by Momentum² Teacher ([arXiv 2101.07525](https://arxiv.org/abs/2101.07525)):
@@ -103,8 +105,6 @@ normalises with momentum statistics. This is the teacher's encoder.
 ## Load it
 
 {loading_code(name)}
-
-{SECTION_START}
 
 ## Results
 

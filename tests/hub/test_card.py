@@ -100,8 +100,10 @@ def test_the_code_in_the_card_loads_the_encoder(trained_run):
 
 def test_a_second_card_replaces_the_section_and_keeps_the_text_around_it():
     published = card(accuracies=(0.1, 0.2)).replace("## Limits", "## Thanks\n\nTo my mother.\n\n## Limits")
-    new = card(results=[result(top1=0.625)], epochs=50)
+    new = card(results=[result(top1=0.625)], epochs=50, encoder="resnet18")
     merged = merge_cards(published, new)
+    assert "# Momentum² Teacher resnet18" in merged
+    assert "# Momentum² Teacher resnet50" not in merged
     assert "To my mother." in merged
     assert "**62.50 %**" in merged
     assert "**20.00 %**" not in merged
