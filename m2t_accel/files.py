@@ -74,6 +74,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         OSError: the rename failed.
     """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process of the same number, as in a container
     try:
         yield temporary
         if temporary.is_dir():

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import os
 
 import pytest
 
@@ -8,6 +9,9 @@ from m2t_accel.files import JsonLines, atomic_write, let_others_read, replace_fo
 
 def test_a_file_or_folder_is_replaced_whole_or_not_at_all(tmp_path):
     file, folder = tmp_path / "a.txt", tmp_path / "folder"
+    stale = tmp_path / f".folder.{os.getpid()}"  # of a killed process with the same number
+    stale.mkdir()
+    (stale / "stale").touch()
     for content in ("old", "new"):
         with atomic_write(file) as temporary:
             assert temporary.suffix == ".txt"

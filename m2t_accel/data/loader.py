@@ -105,10 +105,12 @@ def read(loader: DataLoader, device: torch.device | None = None) -> Iterator:
     stream = torch.cuda.Stream(device) if is_gpu(device) else None
     try:
         others = set(multiprocessing.active_children())
-        with ignore_worker_count_warning():
-            batches = iter(loader)
-        workers = set(multiprocessing.active_children()) - others
-        _running_workers.update(workers)
+        try:
+            with ignore_worker_count_warning():
+                batches = iter(loader)
+        finally:  # some workers may run even if not all could be started
+            workers = set(multiprocessing.active_children()) - others
+            _running_workers.update(workers)
         while (batch := next_batch(batches)) is not None:
             yield send(batch, device, stream) if device is not None and isinstance(batch, ViewBatch) else batch
     except (Exception, KeyboardInterrupt) as error:

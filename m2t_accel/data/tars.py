@@ -44,9 +44,14 @@ def index_tars(folder: Path, files: Sequence[str]) -> list[pyarrow.Table]:
         ConfigurationError: a tar is missing, truncated, damaged, compressed or not a tar.
     """
     paths = [str(folder / file) for file in files]
-    with late_progress_bar("indexing tars", "B", total=sum(file_status(path).st_size for path in paths)) as bar:
+    ends = np.cumsum([file_status(path).st_size for path in paths])
+    tables = []
+    with late_progress_bar("indexing tars", "B", total=int(ends[-1])) as bar:
         # One tar after the other, because the result is cached: a process indexes about 40 000 members a second.
-        return [cached_table("tar", [path], lambda files: index_tar(files[0], bar.update)) for path in paths]
+        for path, end in zip(paths, ends.tolist(), strict=True):
+            tables.append(cached_table("tar", [path], lambda files: index_tar(files[0], bar.update)))
+            bar.update(max(0, end - bar.n))  # a cached table has not moved the bar
+    return tables
 
 
 def index_tar(path: str, advance: Callable[[int], object] = lambda num_bytes: None) -> pyarrow.Table:

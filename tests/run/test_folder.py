@@ -81,12 +81,14 @@ def test_the_folder_goes_back_to_the_step_of_its_checkpoint(tmp_path):
     folder.metrics.add([{"step": step} for step in range(5)])
     (tmp_path / "bad_images.jsonl").write_text('{"sample": 3}\n{"sam')
     (tmp_path / "checkpoints" / ".step-6.partial").mkdir()
+    (tmp_path / "training.json").write_text("{}")  # the run was complete
     start = find_start(tmp_path, resume=str(tmp_path / "checkpoints" / "step-3"))
     (line,) = RunFolder(tmp_path).prepare(start, "text: 1\n")
     assert f"{tmp_path}/checkpoints/step-5 is set aside as set-aside-step-5" in line
     assert [row["step"] for row in folder.metrics.read()] == [0, 1, 2, 3]
     assert (tmp_path / "bad_images.jsonl").read_text() == '{"sample": 3}\n'
     assert (tmp_path / "config.yaml").read_text() == "text: 1\n"
+    assert not (tmp_path / "training.json").exists()
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["set-aside-step-5", "step-2", "step-3"]
 
 

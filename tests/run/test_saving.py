@@ -130,6 +130,7 @@ def test_a_deleted_folder_is_created_again(create, tmp_path):
     run.save(3)
     assert run.saver.wait().endswith("step-3")
     verify(tmp_path / "run" / "checkpoints" / "step-3")
+    assert (tmp_path / "run" / ".lock").exists()
     assert run.lines == []
 
 
