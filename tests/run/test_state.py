@@ -11,6 +11,8 @@ from torch import nn
 from m2t_accel.model import Student, Teacher
 from m2t_accel.optim import create_optimizer
 from m2t_accel.run.state import RunState, copy_tensors, get_random_state, in_device_order, set_random_state
+from m2t_accel.schedules import Schedule
+from m2t_accel.step import TrainingStep
 
 
 class Encoder(nn.Module):
@@ -27,26 +29,22 @@ class Encoder(nn.Module):
 
 
 def build(optimizer="sgd", seed=0):
+    """Return a training step, and the state of its run."""
     torch.manual_seed(seed)
-    student = Student(Encoder(), 8, 16, 4).to(memory_format=torch.channels_last)
-    teacher = Teacher(student)
-    return RunState(student, teacher, create_optimizer(student, optimizer, 0.1, 0.9, 1e-3), Accelerator())
+    accelerator = Accelerator(cpu=True)
+    student = Student(Encoder(), 8, 16, 4)
+    step = TrainingStep(student, Teacher(student), create_optimizer(student, optimizer, 0.1, 0.9, 1e-3), accelerator)
+    return step, RunState(step.student, step.teacher, step.optimizer, accelerator)
 
 
-def train(state, steps):
+def train(step, num_steps):
+    """Train on random views. Return the losses."""
     losses = []
-    for _ in range(steps):
-        views = torch.randn(2, 6, 3, 8, 8)
-        state.teacher.set_statistics_momentum(0.4)
-        q1, _ = state.student(*views)
-        k1, _ = state.teacher(*views)
-        loss = ((q1 - k1) ** 2).sum()
-        loss.backward()
-        state.optimizer.step()
-        state.optimizer.zero_grad()
-        state.teacher.commit_statistics()
-        state.teacher.follow(state.student, 0.9)
-        losses.append(loss.item())
+    for _ in range(num_steps):
+        now = Schedule(learning_rate=0.1, statistics_momentum=0.4, weight_momentum=0.9)
+        step.begin(now)
+        losses.append(step.forward_backward(*torch.randn(2, 6, 3, 8, 8)).loss.item())
+        step.update(now)
     return losses
 
 
@@ -56,18 +54,18 @@ def deep_copy(files):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
 def test_a_restored_state_trains_on_bit_for_bit(optimizer):
-    one = build(optimizer)
-    train(one, 3)
+    step, one = build(optimizer)
+    train(step, 3)
     rows = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])]
     files = deep_copy(one.copy(rows))
-    losses = train(one, 3)
-    other = build(optimizer, seed=1)
-    train(other, 1)
+    losses = train(step, 3)
+    other_step, other = build(optimizer, seed=1)
+    train(other_step, 1)
     found = other.restore(files, {"num_processes": 1, "gradient_scaler": None})
     assert torch.equal(torch.stack(found), torch.stack(rows))
     momentum = other.optimizer.state[other.student.encoder.convolution.weight]["momentum_buffer"]
     assert momentum.stride() == other.student.encoder.convolution.weight.stride()
-    assert train(other, 3) == losses, "weights, statistics, momentum and the random numbers of dropout"
+    assert train(other_step, 3) == losses, "weights, statistics, momentum and the random numbers of dropout"
     ends = [state.copy([]) for state in (one, other)]
     for file, tensors in ends[0].items():
         for name, tensor in tensors.items():
@@ -75,25 +73,25 @@ def test_a_restored_state_trains_on_bit_for_bit(optimizer):
 
 
 def test_training_does_not_change_a_copy():
-    state = build()
-    train(state, 2)
+    step, state = build()
+    train(step, 2)
     files = state.copy([torch.tensor([1.0, 2.0])])
     before = deep_copy(files)
-    train(state, 2)
+    train(step, 2)
     for file, tensors in before.items():
         for name, tensor in tensors.items():
             assert torch.equal(tensor, files[file][name]), f"{file}: {name}"
 
 
 def test_copies_reuse_their_memory():
-    state = build()
-    train(state, 1)
+    step, state = build()
+    train(step, 1)
     first = {name: tensor.data_ptr() for name, tensor in state.copy([])["student"].items()}
     assert first == {name: tensor.data_ptr() for name, tensor in state.copy([])["student"].items()}
 
 
 def test_tensors_of_another_network_are_refused():
-    state = build()
+    _, state = build()
     files = deep_copy(state.copy([]))
     files["teacher"]["encoder.convolution.weight"] = torch.zeros(8, 3, 5, 5)
     with pytest.raises(ValueError, match=r"1 tensors .*encoder\.convolution"):
