@@ -11,6 +11,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from pyarrow import parquet
 
 from m2t_accel.config.recipes import build_config
+from m2t_accel.data.buffers import new_memory
 from m2t_accel.data.decode import decode_image
 from m2t_accel.data.sources import load_images
 from m2t_accel.data.views import read_rows
@@ -107,3 +108,24 @@ def add_member(tar, name, content):
 def pixel(images, sample):
     """Return the first value of one of the images."""
     return decode_image(read_rows(images, [sample])[0])[0, 0, 0]
+
+
+class FillingDataset:
+    """A dataset whose workers fill a buffer for each batch; in this module, because a spawned worker can import it."""
+
+    def __init__(self, buffers):
+        self.buffers = buffers
+
+    def __len__(self):
+        return 100
+
+    def __getitems__(self, request):
+        value, number = request
+        if number is None:
+            return new_memory((8, 8)).fill_(value)
+        self.buffers[number].fill_(value)
+        return self.buffers.hand_over(number)
+
+
+def identity(batch):
+    return batch

@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+from helpers import FillingDataset, identity
 from torch.utils.data import DataLoader
 
 from m2t_accel.config.fields import ConfigurationError
@@ -38,23 +39,6 @@ def test_a_tensor_outlives_its_buffers():
     assert (kept == 3).all()
 
 
-class FillingDataset:
-    """A dataset whose workers fill a buffer for each batch."""
-
-    def __init__(self, buffers):
-        self.buffers = buffers
-
-    def __len__(self):
-        return 100
-
-    def __getitems__(self, request):
-        value, number = request
-        if number is None:
-            return buffers.new_memory((8, 8)).fill_(value)
-        self.buffers[number].fill_(value)
-        return self.buffers.hand_over(number)
-
-
 class RecordedRequests:
     """Forty values, each with a buffer if one is free."""
 
@@ -69,10 +53,6 @@ class RecordedRequests:
         for value in range(40):
             self.taken.append(self.buffers.take())
             yield value, self.taken[-1]
-
-
-def identity(batch):
-    return batch
 
 
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
