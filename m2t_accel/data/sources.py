@@ -23,7 +23,7 @@ from m2t_accel.data.labels import standard_columns
 from m2t_accel.data.parquet import ParquetShards, parquet_splits
 from m2t_accel.data.shards import Shards
 from m2t_accel.data.splits import files_by_split, used_splits
-from m2t_accel.data.tars import TarShards, tars_to_dataset
+from m2t_accel.data.tars import TarShards, tar_splits
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def load_folder(
         return load_image_files(folder, files, remarks)
     by_split = files_by_split(files)
     if kind == ".tar":
-        return {name: tars_to_dataset(folder, paths, remarks) for name, paths in by_split.items()}
+        return tar_splits(folder, {name: by_split[name] for name in used_splits(by_split)}, config, remarks)
     shards = parquet_splits({name: [str(folder / path) for path in paths] for name, paths in by_split.items()}, config)
     if config.streaming:
         return shards

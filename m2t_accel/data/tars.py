@@ -8,7 +8,7 @@ import os
 import posixpath
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -17,6 +17,7 @@ import pyarrow
 from datasets import Dataset, Features, Image, Value
 from pyarrow import compute
 
+from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError, one_line
 from m2t_accel.data.cache import cached_table, file_status
 from m2t_accel.data.folders import IMAGE_EXTENSIONS, image_column, is_hidden
@@ -195,6 +196,20 @@ def read_at(source: IO[bytes], offset: int, size: int) -> bytes:
     if len(content) < size:
         raise EOFError(f"it ends at byte {offset + len(content):,}")
     return content
+
+
+def tar_splits(
+    folder: Path, files_by_split: Mapping[str, Sequence[str]], config: ImageSettings, remarks: list[str]
+) -> dict[str, Dataset]:
+    """Return the images of the splits, which tars_to_dataset describes.
+
+    Args:
+        folder: folder of the tars.
+        files_by_split: paths relative to it; the training split first.
+        config: may name the labels.
+        remarks: list to which this adds notes for the user.
+    """
+    return {name: tars_to_dataset(folder, files, remarks) for name, files in files_by_split.items()}
 
 
 def tars_to_dataset(folder: Path, files: Sequence[str], remarks: list[str]) -> Dataset:
