@@ -41,7 +41,15 @@ class ImageSettings:
         0.875, "side of the centre crop in evaluation, as a share of the image's shorter side", above=0, at_most=1
     )
 
-    image_column: str | None = setting(None, "column of the images (default: found by type or name)", heading="data")
+    dataset_config: str | None = setting(None, "configuration of a Hub dataset that has several", heading="data")
+    dataset_revision: str | None = setting(None, "branch, tag or commit of a Hub dataset")
+    train_split: str | None = setting(
+        None, "split to train on, as named on the Hub, or its folder (default: found by name)"
+    )
+    validation_split: str | None = setting(
+        None, "split to evaluate on, as named on the Hub, or its folder (default: found by name)"
+    )
+    image_column: str | None = setting(None, "column of the images (default: found by type or name)")
     label_column: str | None = setting(None, "column of the labels (default: found by name)")
     validation_fraction: float = setting(
         0.1, "share of labelled training images to hold out if there is no validation split", at_least=0, at_most=0.5
@@ -57,10 +65,10 @@ class ImageSettings:
                 "--dataset is needed: a folder of class folders (in train/ and val/, or not), images, parquet "
                 "files or tars, or a Hub id such as ILSVRC/imagenet-1k"
             )
-        if self.image_column is not None and self.image_column == self.label_column:
-            raise ConfigurationError(
-                f"--image_column and --label_column are both {self.image_column}: they must differ"
-            )
+        for name, other in (("image_column", "label_column"), ("train_split", "validation_split")):
+            value = getattr(self, name)
+            if value is not None and value == getattr(self, other):
+                raise ConfigurationError(f"--{name} and --{other} are both {value}: they must differ")
 
     def to_yaml(self) -> str:
         """Return the settings as YAML, in the order of `--help`; `--config` reads it."""

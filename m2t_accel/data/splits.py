@@ -1,10 +1,125 @@
-"""The split that the name of a file or a folder stands for."""
+"""The splits that the names of files, folders and the Hub's splits stand for, and the choice among them.
+
+One rule serves all sources: if anything is called a training split, nothing else is trained on.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
+from m2t_accel.config.data import ImageSettings
+from m2t_accel.config.fields import ConfigurationError, did_you_mean
+
+TRAIN, UNNAMED = "train", ""  # the training split, and what has no name of a split
+TRAIN_WORDS = ("train", "training", "trn", "trainval")
+# Evaluation splits in order of preference: a test split may have no labels.
+EVALUATION_WORDS = {
+    "validation": ("validation", "val", "valid", "validate", "dev", "devel", "development", "minival"),
+    "heldout": ("heldout", "holdout", "eval", "evaluation"),
+    "test": ("test", "testing", "tst"),
+}
+SPLIT_OF_WORD = {word: TRAIN for word in TRAIN_WORDS} | {
+    word: split for split, words in EVALUATION_WORDS.items() for word in words
+}
+# Words beside the name of a split that say nothing more, also when they are glued to it: train_images, testset.
+FILLERS = ("set", "sets", "data", "dataset", "split", "splits", "image", "images", "img", "imgs", "photos", "pictures")
+GLUED = re.compile(f"({'|'.join(SPLIT_OF_WORD)})({'|'.join(FILLERS)})")
+
+
+def words_of(name: str) -> list[str]:
+    """Return the words of a name in lower case. A word ends at any character that is no letter, and before a capital.
+
+    Example: `ILSVRC2012_imgTrain` has the words ilsvrc, img and train.
+    """
+    words = []
+    for part in re.findall(r"[^\W\d_]+", name):
+        for word in re.findall(r"[A-Z]?[^A-Z]+|[A-Z]+", part):
+            glued = GLUED.fullmatch(word.lower())
+            words += glued.groups() if glued else [word.lower()]
+    return words
+
+
+def split_of(name: str) -> str:
+    """Return the split that a name contains as a word; UNNAMED if it contains none, or both kinds."""
+    splits = [SPLIT_OF_WORD[word] for word in words_of(name) if word in SPLIT_OF_WORD]
+    # A name with both, such as train-test-split, says nothing.
+    return splits[0] if len({split == TRAIN for split in splits}) == 1 else UNNAMED
+
+
+def split_of_folder(name: str, siblings: Iterable[str]) -> str:
+    """Return the split that a folder of images is; UNNAMED if it may be a class.
+
+    A class can have such a word in its name (freight_train). So the folder must have no other word, or a sibling of
+    the other kind with the same other words: ILSVRC2012_img_train beside ILSVRC2012_img_val.
+    """
+    split = split_of(name)
+    if split == UNNAMED or not (others := other_words(name)):
+        return split
+    matches = (split_of(sibling) for sibling in siblings if other_words(sibling) == others)
+    return split if any(match != UNNAMED and (match == TRAIN) != (split == TRAIN) for match in matches) else UNNAMED
+
+
+def other_words(name: str) -> list[str]:
+    return [word for word in words_of(name) if word not in SPLIT_OF_WORD and word not in FILLERS]
+
+
+def split_of_path(path: str) -> str:
+    """Return the split of a file by its name, or else by the name of a folder, the innermost first."""
+    return next((split for name in reversed(path.split("/")) if (split := split_of(name)) != UNNAMED), UNNAMED)
+
+
+class Choice(NamedTuple):
+    """The splits that are used, by name."""
+
+    train: str
+    validation: str | None
+    unused: list[str]
+
+
+def choose_splits(names: Sequence[str], config: ImageSettings) -> Choice:
+    """Choose the splits to train and to validate on: those that the flags name, else by the words in their names.
+
+    Args:
+        names: names of the splits, at least one.
+        config: names the dataset, and may name the splits.
+
+    Raises:
+        ConfigurationError: a flag names a split that does not exist, or no name is that of a training split.
+    """
+    for flag, name in (("train_split", config.train_split), ("validation_split", config.validation_split)):
+        if name is not None and name not in names:
+            raise ConfigurationError(
+                f"--{flag} {name}: --dataset {config.dataset} has no such split{did_you_mean(name, names)}; "
+                f"it has {', '.join(names)}"
+            )
+    train = config.train_split or find_train(names, config)
+    candidates = [name for name in names if name != train and split_of(name) not in (TRAIN, UNNAMED)]
+    candidates.sort(key=preference)
+    validation = config.validation_split or (candidates[0] if candidates else None)
+    return Choice(train, validation, [name for name in names if name not in (train, validation)])
+
+
+def find_train(names: Sequence[str], config: ImageSettings) -> str:
+    names = [name for name in names if name != config.validation_split] or names
+    train = sorted((name for name in names if split_of(name) == TRAIN), key=preference)
+    unnamed = [name for name in names if split_of(name) == UNNAMED]
+    if train or len(unnamed) == 1 or len(names) == 1:
+        return (train or unnamed or names)[0]
+    raise ConfigurationError(
+        f"--dataset {config.dataset} has the splits {', '.join(names)}, and none is called train: name the one to "
+        "train on with --train_split"
+    )
+
+
+def preference(name: str) -> tuple[int, int]:
+    """Return the place of a split among others: validation before test, and the plain name before a longer one."""
+    split = split_of(name)
+    return list(EVALUATION_WORDS).index(split) if split in EVALUATION_WORDS else -1, len(name)
+
+
+# The rule of earlier versions, until every source follows the one above.
 TRAIN_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "validation", "valid", "test", "testing")  # in order of preference
 
@@ -23,11 +138,11 @@ def files_by_split(files: Sequence[str]) -> dict[str, list[str]]:
     """
     by_split: dict[str, list[str]] = {}
     for path in files:
-        by_split.setdefault(split_of(path), []).append(path)
+        by_split.setdefault(old_split_of(path), []).append(path)
     return by_split
 
 
-def split_of(path: str) -> str:
+def old_split_of(path: str) -> str:
     for name in reversed(path.lower().split("/")):
         words = set(re.split(r"[-_.]", name))
         validation = next((word for word in VALIDATION_NAMES if word in words), None)

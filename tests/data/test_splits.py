@@ -20,7 +20,7 @@ from m2t_accel.data import splits
     ],
 )
 def test_the_innermost_name_decides_the_split(path, split):
-    assert splits.split_of(path) == split
+    assert splits.old_split_of(path) == split
 
 
 @pytest.mark.parametrize(
