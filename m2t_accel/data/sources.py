@@ -18,7 +18,7 @@ from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.data.folders import IMAGE_EXTENSIONS, MAX_LISTED, SHARD_EXTENSIONS, find_files, load_image_files
 from m2t_accel.data.held_out import hold_out_images, hold_out_pieces
-from m2t_accel.data.hub_datasets import load_by_datasets, load_hub
+from m2t_accel.data.hub_datasets import copy_parquet, load_hub
 from m2t_accel.data.labels import standard_columns
 from m2t_accel.data.parquet import ParquetShards, parquet_splits
 from m2t_accel.data.shards import Shards
@@ -199,4 +199,4 @@ def load_folder(
     filled = {
         name: [part.files[i] for i in np.flatnonzero(part.file_sizes)] for name, part in shards.items() if len(part)
     }
-    return load_by_datasets(config, "parquet", data_files=filled) if filled else {}
+    return copy_parquet(filled, config) if filled else {}

@@ -1,6 +1,8 @@
+import os
+
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
-from helpers import encoded, load, write_table
+from helpers import encoded, load, pixel, write_image, write_parquet, write_table, write_tar
 from loopback_hub import loopback_hub
 
 from m2t_accel.config.fields import ConfigurationError
@@ -72,3 +74,72 @@ def test_files_that_datasets_cannot_join_are_an_error_without_its_log(tmp_path, 
     with pytest.raises(ConfigurationError, match="cannot be loaded"):
         load(tmp_path)
     assert "Failed to read" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("name", "neighbour"),
+    [
+        ("photos[1]", "photos1"),
+        ("a*b", "aXb"),
+        ("what?", "what1"),
+        ("**", "other"),
+        ("$HOME", "home"),
+        ("~x", "x"),
+        ("a::b", "a"),
+        ("zip:", "zip"),
+        ("{a}", "a"),
+        ("%41#1", "A"),
+        ("a b\nc", "a b"),
+    ],
+)
+def test_no_path_is_a_pattern_a_variable_or_a_chained_url(tmp_path, monkeypatch, name, neighbour):
+    """Each folder has a neighbour with other images, which must not be loaded in its place."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for folder, first in ((name, 30), (neighbour, 90)):
+        for kind in ("parquet", "tars", "files"):
+            (tmp_path / kind / folder).mkdir(parents=True)
+        write_parquet(tmp_path / "parquet" / folder / f"train-{name}-0.parquet", first, 6, row_group_size=6)
+        write_tar(tmp_path / "tars" / folder / f"train-{name}-0.tar", first, 6)
+        for i in range(6):
+            write_image(tmp_path / "files" / folder / f"{name}-{i}.png", first + i)
+    for kind in ("parquet", "tars", "files"):
+        images = load(tmp_path / kind / name, validation_fraction=0).train
+        assert [pixel(images, i) for i in range(len(images))] == [*range(30, 36)]
+        if kind != "files":
+            streamed = load(tmp_path / kind / name, validation_fraction=0, streaming=True).train
+            assert streamed.open(0)(0, 6)[1][0]["bytes"] == encoded(30, 1)[0]["bytes"]
+
+
+def test_a_copy_is_made_once_and_again_when_a_file_has_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    file = tmp_path / "set" / "train-0.parquet"
+
+    def load_copy():
+        images = load(tmp_path / "set", validation_fraction=0).train
+        return images.cache_files[0]["filename"], [pixel(images, i) for i in range(4)]
+
+    write_parquet(file, 0, 4, row_group_size=4)
+    before = os.stat(file)
+    first, values = load_copy()
+    assert values == [0, 1, 2, 3]
+    written = os.stat(first).st_mtime_ns
+    assert load_copy() == (first, values)
+    assert os.stat(first).st_mtime_ns == written
+    write_parquet(file, 50, 4, row_group_size=4)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as rsync and tar do
+    assert load_copy()[1] == [50, 51, 52, 53]
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "set" / "train-0.parquet", 0, 4, row_group_size=4)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(ConfigurationError, match=r"into the cache .*file/cache .*set HF_HOME .*--streaming"):
+        load(tmp_path / "set")
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch, small_disk):
+    write_table(tmp_path / "set" / "train-0.parquet", image=[os.urandom(200_000)] * 4)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", small_disk(64))
+    with pytest.raises(ConfigurationError, match=r"into the cache .*No space left on device.*--streaming"):
+        load(tmp_path / "set")
