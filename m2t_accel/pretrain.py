@@ -64,7 +64,7 @@ def pretrain(
         Interrupted: the run was stopped, or has lost a process; the same command resumes it.
     """
     timeout = timedelta(minutes=config.collective_timeout)
-    accelerator = start_accelerator(config, config.tracker, config.output_dir, timeout)
+    accelerator = start_accelerator(config, config.trackers, config.output_dir, timeout)
     is_main = accelerator.is_main_process
     if encoder is not None:
         config = dataclasses.replace(config, encoder=type(encoder).__name__)
@@ -243,6 +243,6 @@ class Run:
             ) from None
 
     def close(self) -> None:
-        """Wait for a checkpoint that is being written, and end the bar and the tracker."""
+        """Wait for a checkpoint that is being written, and end the bar and the trackers."""
         self.saver.close()
         self.report.close()

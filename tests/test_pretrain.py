@@ -150,7 +150,7 @@ def test_saves_workers_trackers_and_environment_do_not_change_a_run(whole_run, t
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "5")
     settings = yaml.safe_load((whole_run / "config.yaml").read_text())
     assert settings["evaluate_every"] == 1, "config.yaml holds the value that was used, not the one that was given"
-    others = {"checkpoint_every": "3steps", "keep": (2, 2), "num_workers": 1, "tracker": "tensorboard"}
+    others = {"checkpoint_every": "3steps", "keep": (2, 2), "num_workers": 1, "report_to": "tensorboard"}
     train({**settings, **others, "output_dir": str(tmp_path / "run")})
     assert_same_run(whole_run, tmp_path / "run")
     assert checkpoint_names(tmp_path / "run") == ["step-10", "step-9", "step-6"]

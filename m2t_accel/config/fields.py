@@ -40,8 +40,8 @@ def setting(default: object, help: str, **limits: object):
     Args:
         default: default value.
         help: text shown in `--help`.
-        limits: `at_least`, `at_most`, `above`, `below` (numbers; in a tuple they apply to each item), `choices`, and
-            `heading`, which starts a new group in `--help`.
+        limits: `at_least`, `at_most`, `above`, `below` (numbers), `choices` (in a tuple, limits apply to each item),
+            and `heading`, which starts a new group in `--help`.
     """
     return field(default=default, metadata={"help": help, **limits})
 
@@ -72,11 +72,10 @@ def check_limits(name: str, value: object, limits: Mapping[str, object]) -> None
     """
     if value is None:
         return
-    if "choices" in limits and value not in limits["choices"]:
-        raise ConfigurationError(
-            f"--{name} {value}: unknown{did_you_mean(value, limits['choices'])}; one of {', '.join(limits['choices'])}"
-        )
     for number in value if isinstance(value, tuple) else (value,):
+        if "choices" in limits and number not in limits["choices"]:
+            near = did_you_mean(number, limits["choices"])
+            raise ConfigurationError(f"--{name} {number}: unknown{near}; one of {', '.join(limits['choices'])}")
         if isinstance(number, float) and not math.isfinite(number):
             raise ConfigurationError(f"--{name} {number}: not a finite number")
         for limit, (holds, words) in LIMITS.items():

@@ -28,6 +28,10 @@ ENCODERS: Mapping[str, Mapping[str, object]] = {
 }
 
 
+# The trackers of Accelerate. Each is also the name of its module, and of its package on PyPI.
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "aim", "dvclive")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainingSettings):
     """All settings of a pretraining run, checked when they are created. The defaults are those for ImageNet.
@@ -109,7 +113,11 @@ class PretrainConfig(TrainingSettings):
         at_least=0,
     )
     push_to_hub: str | None = setting(None, "publish the finished run to this Hub repository: USER/NAME")
-    tracker: str = setting("none", "also log the metrics to: none or tensorboard", choices=("none", "tensorboard"))
+    report_to: tuple[str, ...] = setting(
+        ("none",),
+        f"also send the metrics to one or several of {', '.join(TRACKERS)}; or to all that are installed; or to none",
+        choices=(*TRACKERS, "all", "none"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,6 +143,13 @@ class PretrainConfig(TrainingSettings):
         return read_intervals(self.checkpoint_every)
 
     @property
+    def trackers(self) -> tuple[str, ...]:
+        """Return the names of the trackers, each once; for `all`, those that are installed."""
+        if "all" in self.report_to:
+            return tuple(name for name in TRACKERS if importlib.util.find_spec(name) is not None)
+        return tuple(dict.fromkeys(name for name in self.report_to if name != "none"))
+
+    @property
     def learning_rate(self) -> float:
         """Return the peak learning rate for the whole batch."""
         return self.learning_rate_per_256 * self.batch_size / 256
@@ -151,7 +166,7 @@ class PretrainConfig(TrainingSettings):
 
 
 def check_inputs(config: PretrainConfig, check_images: bool = True, check_encoder: bool = True) -> None:
-    """Check that the dataset, the encoder and the tracker exist, and that a Hub login exists if the run is pushed.
+    """Check that the dataset, the encoder and the trackers exist, and that a Hub login exists if the run is pushed.
 
     Args:
         check_images: False if the caller passes a dataset object.
@@ -169,11 +184,11 @@ def check_inputs(config: PretrainConfig, check_images: bool = True, check_encode
             f"{', '.join(ENCODERS)}, a folder with a transformers config.json, or a Hub id USER/NAME"
         )
     check_push(config.push_to_hub)
-    # Accelerate silently ignores a tracker that is not installed.
-    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
-        raise ConfigurationError(
-            f"--tracker {config.tracker} is not installed: type `pip install {config.tracker}`, or leave the flag out"
-        )
+    for name in config.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigurationError(
+                f"--report_to {name}: not installed; type `pip install {name}`, or leave the name out"
+            )
 
 
 def read_intervals(words: Sequence[str]) -> dict[str, float]:

@@ -110,6 +110,8 @@ def build_config(given: Mapping[str, object]) -> PretrainConfig:
     Raises:
         ConfigurationError: a recipe or setting is unknown, or a value is not allowed.
     """
+    if "tracker" in given:  # the name of an earlier version, in the config.yaml of its runs
+        given = {"report_to" if name == "tracker" else name: value for name, value in given.items()}
     converted = convert_all(PretrainConfig, given)
     recipe = converted.get("recipe", "digits")
     if recipe not in RECIPES:

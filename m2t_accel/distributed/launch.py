@@ -36,7 +36,7 @@ NCCL_GRACE = timedelta(minutes=1)
 
 def start_accelerator(
     config: TrainingSettings | None = None,
-    tracker: str = "none",
+    trackers: Sequence[str] = (),
     project_dir: str | None = None,
     timeout: timedelta = DOWNLOAD_TIMEOUT,
 ) -> Accelerator:
@@ -45,8 +45,8 @@ def start_accelerator(
     Args:
         config: settings of a training; its virtual devices are divided among the processes, and the rest is gradient
             accumulation. None: no training.
-        tracker: `none` or a tracker of Accelerate.
-        project_dir: folder of the tracker.
+        trackers: names of Accelerate's trackers.
+        project_dir: folder of the trackers.
         timeout: how long a process waits for the others in a collective call of tensors.
 
     Raises:
@@ -69,7 +69,7 @@ def start_accelerator(
             DistributedDataParallelKwargs(broadcast_buffers=False),
             InitProcessGroupKwargs(timeout=timeout if wants_cpu(os.environ) else timeout + NCCL_GRACE),
         ],
-        log_with=None if tracker == "none" else tracker,
+        log_with=list(trackers) or None,
         project_dir=project_dir,
     )
     if accelerator.num_processes != world_size:

@@ -105,7 +105,7 @@ class BadImages:
 
 
 class Report:
-    """Show and record the progress of a run: a progress bar, metrics.jsonl, bad_images.jsonl and a tracker.
+    """Show and record the progress of a run: a progress bar, metrics.jsonl, bad_images.jsonl and trackers.
 
     `add` and `tick` do not wait for the device; `write_if_due` does, and is a collective call. If a line cannot be
     written, the run continues, and the line is written with the next one.
@@ -141,10 +141,10 @@ class Report:
         self.last = time.perf_counter()
         self.started = self.last - progress.seconds
         self.bar = None
-        if config.tracker != "none":
+        if config.trackers:
             settings = {k: str(v) if isinstance(v, tuple) or v is None else v for k, v in vars(config).items()}
             accelerator.init_trackers("tracker", config=settings)
-        self.trackers = accelerator.trackers if config.tracker != "none" else []
+        self.trackers = accelerator.trackers if config.trackers else []
         if accelerator.is_main_process:
             self.bar = progress_bar("step", config.epochs * steps_per_epoch, initial=progress.step)
 
@@ -219,7 +219,7 @@ class Report:
             self.write_lines(self.folder.metrics, [line])
             if "knn_top1" in values:
                 self.print_line(f"epoch {epoch:g}: teacher kNN top-1 {100 * values['knn_top1']:.2f} %")
-        if self.config.tracker != "none":
+        if self.trackers:
             self.accelerator.log({"epoch": epoch, **values}, step=step)
         self.last = time.perf_counter()
 
@@ -262,7 +262,7 @@ class Report:
         return time.perf_counter() - self.started
 
     def close(self) -> None:
-        """Close the progress bar and the tracker."""
+        """Close the progress bar and the trackers."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -24,11 +24,26 @@ def test_missing_inputs_are_refused(settings, message):
 
 
 def test_a_missing_tracker_is_refused(monkeypatch):
-    config = build_config({"tracker": "tensorboard"})
-    check_inputs(config)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigurationError, match="--tracker tensorboard is not installed: type `pip install"):
+    config = build_config({"report_to": ("tensorboard", "wandb")})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "tensorboard" or None)
+    with pytest.raises(ConfigurationError, match=r"^--report_to wandb: not installed; type `pip install wandb`"):
         check_inputs(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "trackers"),
+    [
+        ({}, ()),
+        ({"report_to": "none"}, ()),
+        ({"report_to": ["wandb", "mlflow", "wandb"]}, ("wandb", "mlflow")),
+        ({"report_to": "all"}, ("mlflow", "aim")),
+        ({"tracker": "tensorboard"}, ("tensorboard",)),  # the name in older files
+        ({"tracker": "none"}, ()),
+    ],
+)
+def test_trackers_that_are_meant(monkeypatch, settings, trackers):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in ("aim", "mlflow") or None)
+    assert build_config(settings).trackers == trackers
 
 
 def test_publishing_needs_a_login(monkeypatch):
