@@ -161,10 +161,25 @@ def fields_by_heading(kind: type) -> dict[str, list[dataclasses.Field]]:
 
 
 def did_you_mean(word: object, words: typing.Iterable[str]) -> str:
-    """Return `, did you mean NEAREST?` for the word most like the given one, or an empty text if none is close."""
-    by_lower = {w.lower(): w for w in words}
-    near = difflib.get_close_matches(str(word).lower(), by_lower, n=1, cutoff=0.5)
-    return f", did you mean {by_lower[near[0]]}?" if near else ""
+    """Return `, did you mean NEAREST?` for the word most like the given one, or an empty text if none is really near.
+
+    A word is near if it differs by a few letters, or if one of the two has all words of the other, such as
+    `--learning_rate` and `--learning_rate_per_256`, and at most twice as many.
+    """
+    by_name = {w.lower().lstrip("-"): w for w in words}
+    name = str(word).lower().lstrip("-")
+    near = difflib.get_close_matches(name, by_name, n=1, cutoff=0.75)
+    if not near:
+        parts = {other: set(re.split(r"[\W_]+", other)) for other in (name, *by_name)}
+        given = parts[name]
+        near = [
+            other
+            for other in by_name
+            if (given <= parts[other] or parts[other] <= given)
+            and 2 * min(len(given), len(parts[other])) >= max(len(given), len(parts[other]))
+        ]
+        near.sort(key=lambda other: len(parts[other]))  # stable: among equals, the first
+    return f", did you mean {by_name[near[0]]}?" if near else ""
 
 
 def one_line(error: Exception) -> str:

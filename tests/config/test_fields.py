@@ -15,6 +15,8 @@ from m2t_accel.config.fields import (
     plain_text,
     setting,
 )
+from m2t_accel.config.pretrain import ENCODERS, PretrainConfig
+from m2t_accel.config.recipes import RECIPES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ def test_a_setting_may_take_any_number_of_values(given):
     [
         ({"nmae": "x"}, "unknown setting nmae, did you mean name?"),
         ({"constant": True}, "unknown setting constant"),
-        ({"name": "fancier"}, "--name fancier: unknown, did you mean fancy?; one of plain, fancy"),
+        ({"name": "fanzy"}, "--name fanzy: unknown, did you mean fancy?; one of plain, fancy"),
         ({"name": ""}, "--name is empty"),
         ({"name": "a\0b"}, "--name is empty"),
         ({"number": 1.5}, "--number 1.5: a whole number"),
@@ -93,9 +95,43 @@ def test_settings_are_grouped_and_a_class_precedes_its_parents():
     assert next(iter(names)) == "the run"
 
 
+FLAGS = [f"--{name}" for heading in fields_by_heading(PretrainConfig).values() for name in [f.name for f in heading]]
+NEAR = {  # what users type: the flag, recipe or column that they mean
+    "--epoch": "--epochs",
+    "--datset": "--dataset",
+    "--DataSet": "--dataset",
+    "--img_sise": "--image_size",
+    "--num_worker": "--num_workers",
+    "--weigth_decay": "--weight_decay",
+    "--wieght_decay": "--weight_decay",
+    "--ouput_dir": "--output_dir",
+    "--learning_rate": "--learning_rate_per_256",
+    "--warmup": "--warmup_epochs",
+    "--jitter": "--jitter_probability",
+    "--optimizer_type": "--optimizer",
+    "--workers": "--num_workers",
+    "ResNet5": "resnet50",
+    "resnet-50": "resnet50",
+    "tensorbord": "tensorboard",
+    "8xv100-b1024-100": "8xV100-b1024-100ep",
+    "imgae": "image",
+    "lable": "label",
+}
+FAR = [
+    *("--fp16", "--mixed_precision", "--resume_from_checkpoints", "--hub_model", "--hub", "--lr", "--tf32"),
+    *("--mask_ratio", "--adam_beta1", "--keep_in_memory", "--max_grad", "--verbose", "--device", "--knn", "--ema"),
+    *("ImageNet-1k", "vit_base_patch16", "convnext_tiny", "pixels", "caption", ""),
+]
+
+
+@pytest.mark.parametrize("word", [*NEAR, *FAR])
+def test_a_word_is_proposed_only_if_it_is_really_near(word):
+    words = [*FLAGS, *RECIPES, *ENCODERS, "none", "tensorboard", "image", "label"]
+    words = [w for w in words if w.startswith("--") == word.startswith("--")]
+    assert did_you_mean(word, words) == (f", did you mean {NEAR[word]}?" if word in NEAR else "")
+
+
 def test_parts_of_messages():
-    assert did_you_mean("ResNet5", ["resnet50", "vgg"]) == ", did you mean resnet50?"
-    assert did_you_mean("xyz", ["resnet50", "vgg"]) == ""
     assert one_line(ValueError("one\n two.")) == "ValueError: one two"
     assert len(one_line(ValueError("word " * 999))) <= 240
     assert [plain_text(value) for value in ((1, "b"), [0.5], None)] == ["1 b", "0.5", "None"]
