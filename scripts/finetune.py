@@ -28,7 +28,7 @@ def main() -> None:
         if config.push_to_hub and is_main:
             from m2t_accel.hub.publish import publish
 
-            print(f"Published: {publish(run_folder(config.encoder), config.push_to_hub)}")
+            print(f"Published: {publish(run_folder(config.encoder), config.push_to_hub, config.hub_private_repo)}")
 
 
 if __name__ == "__main__":

@@ -145,7 +145,8 @@ class Handler(BaseHTTPRequestHandler):
             paths = [folder / path for path in json.loads(self.content).get("paths", [])]
             self.send(json.dumps([entry(folder, path) for path in paths if path.exists()]).encode())
         elif not rest or rest[0] == "revision":
-            info = {"id": "/".join(folder.parts[-2:]), "sha": COMMIT, "private": False, "gated": False, "tags": []}
+            info = {"id": "/".join(folder.parts[-2:]), "sha": COMMIT, "gated": False, "tags": []}
+            info["private"] = bool(self.server.private)
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             info["siblings"] = [{"rfilename": str(path.relative_to(folder))} for path in files]
             self.send(json.dumps(info).encode())

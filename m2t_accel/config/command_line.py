@@ -20,7 +20,14 @@ from typing import TypeVar
 
 import yaml
 
-from m2t_accel.config.fields import STATUS_CTRL_C, ConfigurationError, Interrupted, did_you_mean, fields_by_heading
+from m2t_accel.config.fields import (
+    STATUS_CTRL_C,
+    ConfigurationError,
+    Interrupted,
+    fields_by_heading,
+    plain_text,
+)
+from m2t_accel.config.other_names import own_names, refuse_unknown, unknown_flags
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.config.recipes import RECIPES, build_config
 
@@ -114,7 +121,8 @@ def parse_settings(
         description=description,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
-        epilog="The --config file may hold any setting, as `name: value`; flags override it."
+        epilog="The --config file may hold any setting, as `name: value`; flags override it.\n"
+        "Names that Hugging Face and timm use for these settings are accepted, too: see docs/recipes.md."
         + (f"\nThe defaults shown are those for ImageNet; a {preset} has its own." if preset else ""),
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="file with settings, such as the config.yaml of a run")
@@ -123,25 +131,50 @@ def parse_settings(
         group = parser.add_argument_group(heading)
         for item in fields:
             add_flag(group, item, hints[item.name], defaults.get(item.name, item.default))
+    if "push_to_hub" in hints:
+        parser.add_argument("--hub_model_id", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     known, unknown = parser.parse_known_args(arguments)
     flags = vars(known)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        if not flag.startswith("-"):
-            raise ConfigurationError(f"{flag}: a value without its flag, such as --dataset; --help lists all flags")
-        names = [name for action in parser._actions for name in action.option_strings]
-        raise ConfigurationError(f"unknown flag {flag}{did_you_mean(flag, names)}; --help lists them all")
     if table is not None and flags.get(preset) == "list":
         print(table())
         raise SystemExit(0)
     path = flags.pop("config")
-    own_options = argparse.Namespace(**{name: flags.pop(name) for name in flags.keys() - hints.keys()})
+    settings = hints.keys() | ({"hub_model_id"} if "push_to_hub" in hints else set())
+    own_options = argparse.Namespace(**{name: flags.pop(name) for name in flags.keys() - settings})
     from_file = {} if path is None else read_yaml(path)
+    from_file = dict(zip(own_names(from_file, settings), from_file.values(), strict=True))
     if {preset} <= flags.keys() & from_file.keys() and flags[preset] != from_file[preset]:
         raise ConfigurationError(
             f"--{preset} {flags[preset]} contradicts `{preset}: {from_file[preset]}` in {path}: give one of them"
         )
-    return build({**defaults, **from_file, **flags}), own_options
+    given = {**defaults, **from_file, **flags}
+    others = {name: plain_text(given.pop(name)) for name in from_file if name not in settings}
+    given = join_push_to_hub(given)
+    if others or unknown:
+        refuse_unknown(others | unknown_flags(unknown), given, build, parser.flags(), settings)
+    return build(given), own_options
+
+
+def join_push_to_hub(given: Mapping[str, object]) -> dict[str, object]:
+    """Return the settings with `--push_to_hub --hub_model_id USER/NAME` as `--push_to_hub USER/NAME`.
+
+    Raises:
+        ConfigurationError: one of the two is missing, or they name two repositories.
+    """
+    settings = dict(given)
+    name, push = settings.pop("hub_model_id", None), settings.get("push_to_hub")
+    switch = str(push).lower()
+    if switch == "false":
+        settings["push_to_hub"] = None
+    elif switch == "true":
+        if name is None:
+            raise ConfigurationError("--push_to_hub needs a repository: type --push_to_hub USER/NAME")
+        settings["push_to_hub"] = name
+    elif name is not None and push is None:
+        raise ConfigurationError(f"--hub_model_id {name} publishes nothing alone: type --push_to_hub {name}")
+    elif name is not None and push != name:
+        raise ConfigurationError(f"--push_to_hub {push} and --hub_model_id {name} differ: give one of them")
+    return settings
 
 
 def add_flag(group: argparse._ArgumentGroup, item: dataclasses.Field, hint: object, default: object) -> None:
@@ -158,7 +191,7 @@ def add_flag(group: argparse._ArgumentGroup, item: dataclasses.Field, hint: obje
     count = {"nargs": len(items), "metavar": (letter,) * len(items)} if items else {"metavar": letter}
     if ... in items:  # any number of values
         count = {"nargs": "+", "metavar": letter}
-    if hint is bool:
+    if hint is bool or item.name == "push_to_hub":
         count |= {"nargs": "?", "const": True}  # the flag without a value
     group.add_argument(
         f"--{item.name}", default=argparse.SUPPRESS, help=(item.metadata["help"] + shown).replace("%", "%%"), **count
@@ -166,7 +199,24 @@ def add_flag(group: argparse._ArgumentGroup, item: dataclasses.Field, hint: obje
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Argument parser that raises its errors as a ConfigurationError instead of printing the usage."""
+    """Argument parser that accepts other names of its flags, and raises its errors as a ConfigurationError."""
+
+    def flags(self) -> list[str]:
+        """Return the flags that `--help` shows."""
+        actions = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        return [flag for action in actions for flag in action.option_strings]
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        words = list(sys.argv[1:] if args is None else args)
+        flags = [i for i, word in enumerate(words) if word.startswith("-") and not word[1:2].isdigit()]
+        parts = [words[i].partition("=") for i in flags]
+        known = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
+        names = own_names([flag.lstrip("-") for flag, _, _ in parts], known)
+        for i, name, (flag, equals, value) in zip(flags, names, parts, strict=True):
+            if name in known:
+                flag = f"--{name}" if len(name) > 1 else f"-{name}"
+            words[i] = f"{flag}{equals}{value}"
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> typing.NoReturn:
         raise ConfigurationError(f"{message}; --help lists all flags")

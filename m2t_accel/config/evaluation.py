@@ -13,6 +13,7 @@ from m2t_accel.config.fields import ConfigurationError, convert_all, did_you_mea
 
 Config = TypeVar("Config")
 PUSH_TO_HUB = setting(None, "publish the encoder's run with this result on the Hub, as USER/NAME")
+HUB_PRIVATE_REPO = setting(False, "create the repository of --push_to_hub as a private one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +132,7 @@ class LinearProbeConfig(EvaluationSettings, TrainingSettings):
 
     protocol: str = setting("byol", "byol, moco or digits; `list` prints them", heading="the run")
     push_to_hub: str | None = PUSH_TO_HUB
+    hub_private_repo: bool = HUB_PRIVATE_REPO
 
     learning_rates: tuple[float, ...] = setting(
         (0.2,),
@@ -204,6 +206,7 @@ class FinetuneConfig(EvaluationSettings, TrainingSettings):
 
     protocol: str = setting("1percent", "1percent, 10percent, all or digits; `list` prints them", heading="the run")
     push_to_hub: str | None = PUSH_TO_HUB
+    hub_private_repo: bool = HUB_PRIVATE_REPO
 
     labels: float = setting(
         0.01,

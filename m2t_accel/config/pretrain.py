@@ -113,6 +113,7 @@ class PretrainConfig(TrainingSettings):
         at_least=0,
     )
     push_to_hub: str | None = setting(None, "publish the finished run to this Hub repository: USER/NAME")
+    hub_private_repo: bool = setting(False, "create the repository of --push_to_hub as a private one")
     report_to: tuple[str, ...] = setting(
         ("none",),
         f"also send the metrics to one or several of {', '.join(TRACKERS)}; or to all that are installed; or to none",

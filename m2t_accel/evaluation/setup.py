@@ -31,7 +31,7 @@ from m2t_accel.model import embed
 PACKAGES = ("m2t_accel", "torch", "torchvision", "transformers", "accelerate", "datasets", "opencv-python-headless")
 
 # Settings that may differ between two runs of the same evaluation.
-IGNORED_SETTINGS = ("output_dir", "num_workers", "push_to_hub")
+IGNORED_SETTINGS = ("output_dir", "num_workers", "push_to_hub", "hub_private_repo")
 
 
 class Evaluation(NamedTuple):

@@ -71,6 +71,8 @@ def publish(run: Path, repo_id: str, private: bool = False, revision: str | None
         check_in_clean_process(run, staged)
         try:
             return send(staged, card, repo_id, private, revision)
+        except ConfigurationError:
+            raise
         except Exception as error:  # errors of huggingface_hub, httpx and ssl have no common base class
             reason = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
             raise ConfigurationError(
@@ -209,9 +211,17 @@ def send(staged: Path, card: str, repo_id: str, private: bool, revision: str | N
     """Send a folder and its card to the Hub in one commit. Return the URL of the commit.
 
     Create the repository and the branch if they do not exist. If there is a card already, merge the two.
+
+    Raises:
+        ConfigurationError: the repository should be private, but exists and is public.
     """
     api = HfApi()
     api.create_repo(repo_id, private=private or None, exist_ok=True)
+    if private and not api.model_info(repo_id).private:
+        raise ConfigurationError(
+            f"{repo_id} exists and is public, and nothing was published: make it private in its settings on the Hub, "
+            "give another name, or leave out --private (--hub_private_repo)"
+        )
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     try:

@@ -15,7 +15,7 @@ from m2t_accel.config.pretrain import PretrainConfig
 # Settings that may change when a run resumes, because the result does not depend on them. The images themselves are
 # compared by their fingerprint.
 MAY_CHANGE = (
-    *("output_dir", "resume", "dataset", "num_workers", "log_every", "push_to_hub", "report_to"),
+    *("output_dir", "resume", "dataset", "num_workers", "log_every", "push_to_hub", "hub_private_repo", "report_to"),
     *("checkpoint_every", "keep", "stop_on_collapse", "collective_timeout", "max_bad_fraction"),
 )
 RUN_FILES = ("config.yaml", "metrics.jsonl", "training.json", "encoder", "checkpoints")

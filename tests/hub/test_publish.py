@@ -100,6 +100,13 @@ def test_a_published_encoder_computes_the_same_and_nothing_private_is_published(
         assert torch.equal(embed(loaded.model, images), embed(expected.model, images))
 
 
+def test_nothing_is_published_in_a_public_repository_that_should_be_private(run, hub, no_clean_process):
+    publish(run, "me/digits")
+    with pytest.raises(ConfigurationError, match=r"me/digits exists and is public, .*--hub_private_repo"):
+        publish(run, "me/digits", private=True)
+    assert len(hub.commits) == 1
+
+
 def test_a_second_push_updates_the_figures_and_keeps_the_users_words(run, hub, no_clean_process):
     card = hub.folder / "me" / "digits" / "README.md"
     publish(run, "me/digits")
@@ -145,9 +152,11 @@ def test_training_and_a_linear_probe_end_with_a_push(run_script, tmp_path):
     with loopback_hub(tmp_path / "hub") as hub:
         environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         environment["HF_HOME"] = str(tmp_path / "home")
+        push = ["--push_to_hub", "--hub_model_id", "me/digits"]
         flags = [part for name, value in tiny(tmp_path / "run").items() for part in (f"--{name}", value)]
-        done = run_script("scripts/pretrain.py", *flags, "--push_to_hub", "me/digits", environment=environment)
+        done = run_script("scripts/pretrain.py", *flags, *push, "--hub_private_repo", environment=environment)
         assert done.returncode == 0, done.stderr
+        assert hub.private is True
         assert done.stdout.splitlines()[-1].startswith(f"Published: {hub.url}/me/digits/commit/")
         assert TOKEN not in done.stdout + done.stderr
         assert len(hub.commits) == 1
