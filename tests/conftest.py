@@ -21,7 +21,10 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="m2t-accel-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # After the variables above: datasets reads them when it is imported.
+import datasets  # noqa: E402
 from helpers import ROOT, tiny, write_image  # noqa: E402
+from huggingface_hub import constants  # noqa: E402
+from loopback_hub import loopback_hub  # noqa: E402
 
 from m2t_accel.config.recipes import build_config  # noqa: E402
 
@@ -132,3 +135,23 @@ def small_disk(tmp_path):
     yield mount
     for where in mounted:
         subprocess.run(["umount", "--lazy", str(where)], check=True)
+
+
+@pytest.fixture
+def dataset_hub(tmp_path, monkeypatch):
+    """Start a Hub of the datasets in `tmp_path / "hub"`, and let `datasets` use it in this process."""
+    with loopback_hub(tmp_path / "hub") as server:
+        for module, name, value in (
+            (constants, "ENDPOINT", server.url),
+            (constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"),
+            (constants, "HF_HUB_OFFLINE", False),
+            (constants, "HF_HUB_DISABLE_XET", True),
+            (constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache")),
+            (datasets.config, "HF_ENDPOINT", server.url),
+            (datasets.config, "HUB_DATASETS_URL", server.url + "/datasets/{repo_id}/resolve/{revision}/{path}"),
+            (datasets.config, "HF_HUB_OFFLINE", False),
+            (datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache"),
+            (datasets.config, "DOWNLOADED_DATASETS_PATH", tmp_path / "datasets-cache" / "downloads"),
+        ):
+            monkeypatch.setattr(module, name, value)
+        yield server

@@ -21,7 +21,8 @@ TOKEN = "hf_a_token_that_nobody_may_see"
 class Handler(BaseHTTPRequestHandler):
     """Answer `/api/datasets/USER/NAME…`, `/datasets/USER/NAME/resolve/REVISION/FILE`, and the same for models.
 
-    The files are in `server.folder / USER / NAME`; those of a branch other than main are in `NAME@BRANCH`.
+    The files are in `server.folder / USER / NAME`; those of a branch other than main are in `NAME@BRANCH`. A branch has
+    one commit.
     """
 
     protocol_version = "HTTP/1.1"
@@ -57,19 +58,23 @@ class Handler(BaseHTTPRequestHandler):
             self.write(parts)
         elif parts[:2] == ["api", "models"] and len(parts) >= 4:
             revision = parts[parts.index("revision") + 1] if "revision" in parts else "main"
-            self.api(self.model(parts[2], parts[3], revision), parts[4:])
+            self.api(self.branch(parts[2], parts[3], revision), parts[4:])
         elif parts[:2] == ["api", "datasets"] and len(parts) >= 4:
-            self.api(self.server.folder / parts[2] / parts[3], parts[4:])
+            marked = [parts[parts.index(word) + 1] for word in ("revision", "tree", "paths-info") if word in parts]
+            self.api(self.branch(parts[2], parts[3], (marked or ["main"])[0]), parts[4:])
         elif "resolve" in parts:
             owner = parts.index("resolve") - 2  # datasets/USER/NAME/resolve/…, or USER/NAME/resolve/… of a model
-            folder = self.model(parts[owner], parts[owner + 1], parts[owner + 3])
-            self.file(folder.joinpath(*parts[owner + 4 :]))
+            folder = self.branch(parts[owner], parts[owner + 1], parts[owner + 3])
+            self.file(folder.joinpath(*parts[owner + 4 :]), commit_of(folder))
         else:
             self.missing("RepoNotFound")
 
-    def model(self, owner: str, name: str, revision: str) -> Path:
-        branch = self.server.folder / owner / f"{name}@{revision}"
-        return branch if branch.is_dir() else self.server.folder / owner / name
+    def branch(self, owner: str, name: str, revision: str) -> Path:
+        """Return the folder of a branch, or of the commit that it stands for."""
+        folders = self.server.folder.glob(f"{owner}/{name}@*")
+        found = (folder for folder in folders if revision in (folder.name.partition("@")[2], commit_of(folder)))
+        whole = name if revision in ("main", COMMIT) else f"{name}@{revision}"
+        return next(found, self.server.folder / owner / whole)
 
     def write(self, parts: list[str]) -> None:
         """Answer huggingface_hub's requests to create a repository or branch, to upload and to commit."""
@@ -111,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
             self.missing("EntryNotFound")
 
     def commit(self, parts: list[str], lines: list[dict[str, dict]]) -> None:
-        folder = self.model(parts[2], parts[3], parts[5])
+        folder = self.branch(parts[2], parts[3], parts[5])
         for line in lines:
             value = line["value"]
             if line["key"] == "file":
@@ -128,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def api(self, folder: Path, rest: list[str]) -> None:
         if not folder.is_dir():
-            self.missing("RepoNotFound")
+            self.missing("RevisionNotFound" if "@" in folder.name else "RepoNotFound")
             return
         if folder.name.startswith("gated"):
             self.send(b"{}", 401, {"X-Error-Code": "GatedRepo"})
@@ -145,15 +150,15 @@ class Handler(BaseHTTPRequestHandler):
             paths = [folder / path for path in json.loads(self.content).get("paths", [])]
             self.send(json.dumps([entry(folder, path) for path in paths if path.exists()]).encode())
         elif not rest or rest[0] == "revision":
-            info = {"id": "/".join(folder.parts[-2:]), "sha": COMMIT, "gated": False, "tags": []}
-            info["private"] = bool(self.server.private)
+            info = {"id": "/".join(folder.parts[-2:]).partition("@")[0], "sha": commit_of(folder)}
+            info |= {"private": bool(self.server.private), "gated": False, "tags": []}
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             info["siblings"] = [{"rfilename": str(path.relative_to(folder))} for path in files]
             self.send(json.dumps(info).encode())
         else:
             self.missing("EntryNotFound")
 
-    def file(self, path: Path) -> None:
+    def file(self, path: Path, commit: str) -> None:
         if not path.is_file():
             self.missing("EntryNotFound")
             return
@@ -162,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get("Range", "").startswith("bytes="):
             start, _, end = self.headers["Range"].removeprefix("bytes=").partition("-")
             first, last, status = int(start), min(int(end or last), last), 206
-        headers = {"ETag": f'"{etag(path)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{etag(path)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if status == 206:
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
         self.send(content[first : last + 1], status, headers)
@@ -181,6 +186,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+
+def commit_of(folder: Path) -> str:
+    """Return the commit that a branch stands for; COMMIT for main."""
+    branch = folder.name.partition("@")[2]
+    return hashlib.sha1(branch.encode()).hexdigest() if branch else COMMIT
 
 
 def entry(folder: Path, path: Path) -> dict[str, object]:

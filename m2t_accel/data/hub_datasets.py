@@ -10,48 +10,132 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import datasets
-from datasets import Dataset
+from datasets import Dataset, DatasetBuilder, SplitDict
 from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.naming import camelcase_to_snakecase
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from m2t_accel.config.data import ImageSettings
-from m2t_accel.config.fields import ConfigurationError, one_line
+from m2t_accel.config.fields import ConfigurationError, did_you_mean, one_line
 from m2t_accel.data.cache import file_fingerprint
+from m2t_accel.data.folders import MAX_LISTED
 from m2t_accel.data.parquet import ParquetShards, parquet_splits
+from m2t_accel.data.splits import choose_splits
 
 CACHE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
 
 
-def load_hub(config: ImageSettings) -> dict[str, Dataset] | dict[str, ParquetShards]:
-    """Return the splits of a dataset on the Hub: downloaded to the cache or, with `--streaming`, left on the Hub.
+def load_hub(config: ImageSettings, remarks: list[str]) -> dict[str, Dataset] | dict[str, ParquetShards]:
+    """Return the training and the validation split of a dataset on the Hub, by their names there.
+
+    Only these are downloaded to the cache or, with `--streaming`, left on the Hub.
+
+    Args:
+        config: names the dataset, and may name its configuration, revision and splits.
+        remarks: list to which this adds notes for the user.
 
     Raises:
-        ConfigurationError: it cannot be loaded, or `--streaming` is given and it is not stored as parquet.
+        ConfigurationError: it cannot be loaded, has several configurations or no training split, or `--streaming` is
+            given and it is not stored as parquet.
     """
+    builder = find_builder(config)
+    files = {str(name): list(paths) for name, paths in (builder.config.data_files or {}).items()}
+    names = list(files or builder.info.splits or ())  # a copy that is found without the network has no files
+    if not names:
+        raise ConfigurationError(f"--dataset {config.dataset} holds no files of a known kind, such as parquet")
+    choice = choose_splits(names, config)
+    chosen = [choice.train, *([choice.validation] if choice.validation else [])]
+    if choice.unused:
+        remarks.append(f"not used: {', '.join(choice.unused)}")
     if not config.streaming:
-        return load_by_datasets(config, config.dataset)
-    with errors_in_one_line(config):
-        files = datasets.load_dataset_builder(config.dataset).config.data_files
-    splits = {str(name): list(paths) for name, paths in (files or {}).items()}
-    other = next((path for paths in splits.values() for path in paths if not path.endswith(".parquet")), None)
-    if other is not None or not splits:
-        found = os.path.basename(other) if other else "no files"
+        with errors_in_one_line(config):
+            builder = with_splits(builder, chosen)
+            builder.download_and_prepare()
+            return {name: builder.as_dataset(name) for name in chosen}
+    if not files:
         raise ConfigurationError(
-            f"--dataset {config.dataset} is stored as {found}, and only parquet can be streamed: leave out --streaming"
+            f"--dataset {config.dataset} is found in the cache, but the Hub cannot be reached: leave out --streaming"
         )
-    return parquet_splits(splits, config)
+    files = {name: files[name] for name in chosen}
+    other = next((path for paths in files.values() for path in paths if not path.endswith(".parquet")), None)
+    if other is not None:
+        raise ConfigurationError(
+            f"--dataset {config.dataset} is stored as {os.path.basename(other)}, and only parquet can be streamed: "
+            "leave out --streaming"
+        )
+    return parquet_splits(files, config)
 
 
-def load_by_datasets(config: ImageSettings, *arguments: object, **options: object) -> dict[str, Dataset]:
-    """Return the splits that `datasets.load_dataset` loads.
+def find_builder(config: ImageSettings) -> DatasetBuilder:
+    """Return the builder of a dataset on the Hub, in the configuration and revision that the flags name.
 
     Raises:
-        ConfigurationError: they cannot be loaded.
+        ConfigurationError: the dataset cannot be reached, or it has several configurations and none of them is chosen.
     """
+    dataset, name, revision = config.dataset, config.dataset_config, config.dataset_revision
     with errors_in_one_line(config):
-        return dict(datasets.load_dataset(*arguments, **options))
+        try:
+            return datasets.load_dataset_builder(dataset, name, revision=revision)
+        except ValueError:
+            names = datasets.get_dataset_config_names(dataset, revision=revision)
+            copy = newest_copy(config)
+            if copy is not None and len(names) < 2:  # the Hub cannot be reached
+                return datasets.load_dataset_builder(dataset, copy)
+            if name in names or (name is None and len(names) < 2):
+                raise
+    raise configuration_error(names, config)
+
+
+def newest_copy(config: ImageSettings) -> str | None:
+    """Return the name of the folder in which the newest copy of some splits is, as `with_splits` names it."""
+    owner, _, name = config.dataset.rpartition("/")
+    folder = Path(datasets.config.HF_DATASETS_CACHE, f"{owner}___{camelcase_to_snakecase(name)}")
+    copies = folder.glob(f"*/*/*/{datasets.config.DATASET_INFO_FILENAME}")
+    names = [path.parts[-4] for path in sorted(copies, key=os.path.getmtime)]
+    return next((name for name in reversed(names) if name.startswith(f"{config.dataset_config or 'default'}-")), None)
+
+
+def configuration_error(names: Sequence[str], config: ImageSettings) -> ConfigurationError:
+    """Return the error for a dataset whose configuration is not chosen, or does not exist."""
+    listed = ", ".join(names if len(names) <= MAX_LISTED else [*names[:MAX_LISTED], f"… ({len(names)} in all)"])
+    if config.dataset_config is None:
+        return ConfigurationError(
+            f"--dataset {config.dataset} has the configurations {listed}: name one with --dataset_config"
+        )
+    return ConfigurationError(
+        f"--dataset_config {config.dataset_config}: --dataset {config.dataset} has no such configuration"
+        f"{did_you_mean(config.dataset_config, names)}; it has {listed}"
+    )
+
+
+def with_splits(builder: DatasetBuilder, names: Sequence[str]) -> DatasetBuilder:
+    """Return a builder of some splits of a dataset. Its copy is in a folder of its own, beside that of the whole.
+
+    If the whole is in the cache already, or all splits are wanted, return the builder as it is.
+    """
+    files = builder.config.data_files or {}
+    whole = os.path.join(builder.cache_dir, datasets.config.DATASET_INFO_FILENAME)
+    if len(names) >= len(files) or os.path.exists(whole):
+        return builder
+    info = builder.info.copy()
+    info.download_size = info.dataset_size = info.size_in_bytes = None  # those of the whole
+    if info.splits is not None:
+        info.splits = SplitDict({name: info.splits[name] for name in names if name in info.splits})
+    part = type(builder)(
+        config_name=builder.config.name,
+        config_id=f"{builder.config.name}-{'+'.join(names)}",
+        data_files=DataFilesDict({name: files[name] for name in names}),
+        hash=builder.hash,
+        info=info,
+        base_path=builder.base_path,
+        repo_id=builder.repo_id,
+        dataset_name=builder.dataset_name,
+    )
+    part.info.config_name = part.config_id  # without the network, `datasets` looks for a folder of this name
+    return part
 
 
 def copy_parquet(splits: Mapping[str, Sequence[str]], config: ImageSettings) -> dict[str, Dataset]:

@@ -100,7 +100,7 @@ def load_images(config: ImageSettings, dataset: Dataset | None = None) -> ImageD
     elif os.path.exists(config.dataset):
         splits = load_folder(folder, config, remarks)
     else:
-        splits = load_hub(config)
+        splits = load_hub(config, remarks)
     splits = {name: split for name, split in splits.items() if len(split)}
     if not splits:
         raise ConfigurationError(f"--dataset {config.dataset} holds no image: its files are empty or contain no images")

@@ -1,8 +1,10 @@
 import os
 
+import datasets
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 from helpers import encoded, load, pixel, write_image, write_parquet, write_table, write_tar
+from huggingface_hub import constants
 from loopback_hub import loopback_hub
 
 from m2t_accel.config.fields import ConfigurationError
@@ -50,22 +52,99 @@ def test_a_data_set_of_the_hub_over_http(tmp_path, run_script):
             assert reason in line
 
 
+def write_splits(folder, **splits):
+    """Write a parquet file of four images for each split, numbered from the given numbers."""
+    for name, first in splits.items():
+        write_parquet(folder / "data" / f"{name}-00000-of-00001.parquet", first, 4, row_group_size=4)
+
+
+def values(images):
+    return [pixel(images, i) for i in range(len(images))]
+
+
+CONFIGURATIONS = """---
+configs:
+- config_name: small
+  data_files:
+  - {split: train, path: small/train-*}
+- config_name: large
+  data_files:
+  - {split: train, path: large/train-*}
+  - {split: validation, path: large/validation-*}
+---
+"""
+
+
+def write_configurations(folder):
+    for name, first in (("small/train", 10), ("large/train", 20), ("large/validation", 30)):
+        write_parquet(folder / f"{name}-00000-of-00001.parquet", first, 4, row_group_size=4)
+    (folder / "README.md").write_text(CONFIGURATIONS)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_only_the_splits_that_are_used_are_read(tmp_path, dataset_hub, streaming):
+    write_splits(tmp_path / "hub" / "someone" / "pictures", train=10, test=20, validation=30, extra=40)
+    images = load("someone/pictures", streaming=streaming)
+    assert "test, extra" in images.note
+    assert values(images.bank) == [10, 11, 12, 13]
+    assert values(images.validation) == [30, 31, 32, 33]
+    read = [request for request in dataset_hub.requests if ".parquet" in request]
+    assert any("validation-0" in request for request in read)
+    assert not any("test-0" in request or "extra-0" in request for request in read)
+    others = load("someone/pictures", streaming=streaming, train_split="extra", validation_split="test")
+    assert (values(others.bank), values(others.validation)) == ([40, 41, 42, 43], [20, 21, 22, 23])
+
+
+def test_a_copy_of_some_splits_leaves_that_of_the_whole_alone(tmp_path, dataset_hub, monkeypatch):
+    write_splits(tmp_path / "hub" / "someone" / "pictures", train=10, validation=30, extra=40)
+    assert len(load("someone/pictures").train) == 4
+    whole = datasets.load_dataset("someone/pictures")
+    assert list(whole) == ["train", "validation", "extra"]
+    dataset_hub.requests.clear()
+    assert "datasets-cache/someone___pictures/default/" in load("someone/pictures").train.cache_files[0]["filename"]
+    assert not any("GET" in request and ".parquet" in request for request in dataset_hub.requests)
+
+
+def test_a_copy_is_found_without_the_network(tmp_path, dataset_hub, monkeypatch):
+    write_splits(tmp_path / "hub" / "someone" / "pictures", train=10, validation=30, extra=40)
+    write_configurations(tmp_path / "hub" / "someone" / "two")
+    before = load("someone/pictures"), load("someone/two", dataset_config="large")
+    for module in (constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    after = load("someone/pictures"), load("someone/two", dataset_config="large")
+    assert [images.fingerprint for images in after] == [images.fingerprint for images in before]
+    assert values(after[1].validation) == [30, 31, 32, 33]
+    with pytest.raises(ConfigurationError, match="the Hub cannot be reached: leave out --streaming"):
+        load("someone/pictures", streaming=True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_configuration_is_chosen_by_its_name(tmp_path, dataset_hub, streaming):
+    write_configurations(tmp_path / "hub" / "someone" / "two")
+    with pytest.raises(ConfigurationError, match="has the configurations small, large: name one with --dataset_config"):
+        load("someone/two", streaming=streaming)
+    with pytest.raises(
+        ConfigurationError, match=r"--dataset_config larg: .* did you mean .*large.*it has small, large"
+    ):
+        load("someone/two", streaming=streaming, dataset_config="larg")
+    images = load("someone/two", streaming=streaming, dataset_config="large")
+    assert (values(images.bank), values(images.validation)) == ([20, 21, 22, 23], [30, 31, 32, 33])
+
+
+def test_a_revision_is_a_branch_or_a_commit(tmp_path, dataset_hub):
+    for name, first in (("pictures", 10), ("pictures@old", 50)):
+        write_splits(tmp_path / "hub" / "someone" / name, train=first, validation=first + 10)
+    assert values(load("someone/pictures").train) == [10, 11, 12, 13]
+    assert values(load("someone/pictures", dataset_revision="old").train) == [50, 51, 52, 53]
+    with pytest.raises(ConfigurationError, match=r"cannot be loaded .*evision"):
+        load("someone/pictures", dataset_revision="nothing")
+
+
 def test_an_unreachable_hub_is_an_error_of_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigurationError, match=r"--dataset nobody/nothing-at-all cannot be loaded") as caught:
         load("nobody/nothing-at-all")
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("files", [{}, {"train": ["hf://a.parquet", "hf://b.jpg"]}])
-def test_only_parquet_is_streamed_from_the_hub(monkeypatch, files):
-    class Builder:
-        def __init__(self, name):
-            self.config = type("Config", (), {"data_files": files})
-
-    monkeypatch.setattr("datasets.load_dataset_builder", Builder)
-    with pytest.raises(ConfigurationError, match=r"stored as (no files|b\.jpg), .*leave out --streaming"):
-        load("some/pictures", streaming=True)
 
 
 def test_files_that_datasets_cannot_join_are_an_error_without_its_log(tmp_path, capfd):
