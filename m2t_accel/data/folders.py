@@ -1,8 +1,7 @@
-"""Image files in a folder: a scan that is cached, and the splits and classes that the subfolders name."""
+"""The files in a folder: a scan that is cached."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import time
@@ -12,21 +11,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow
-from datasets import ClassLabel, Dataset, Features, Image
 
+from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.data.cache import cache_path, read_cache, times_of_change, write_cache
-from m2t_accel.data.shards import to_dataset
-from m2t_accel.data.splits import TRAIN_NAMES, VALIDATION_NAMES
+from m2t_accel.data.splits import TRAIN, split_of
 from m2t_accel.progress import late_progress_bar
 
-PATHS_PER_CHUNK = 2**18  # a path has at most 4096 bytes, and a chunk must stay below 2 GB
 MAX_LISTED = 6  # kinds of files or folders that a message lists
 JPEG_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif")
 IMAGE_EXTENSIONS = frozenset(
     (*JPEG_EXTENSIONS, ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
 )
 SHARD_EXTENSIONS = (".parquet", ".tar")
+# Files that may hold images, but are not read. A train.csv beside train/ is only a list.
+ARCHIVE_EXTENSIONS = frozenset(
+    (".7z", ".arrow", ".beton", ".bz2", ".gz", ".h5", ".hdf5", ".lmdb", ".mat", ".mdb", ".npy", ".npz", ".rar", ".rec")
+)
+ARCHIVE_EXTENSIONS |= {".tfrecord", ".tgz", ".xz", ".zip", ".zst"}
 IGNORED_FOLDERS = ("@eaDir", "__MACOSX")  # thumbnails and metadata of network storage and of macOS
 PROGRESS_INTERVAL = 10_000  # entries of a folder between two updates of the progress bar
 SETTLED = 2.0  # seconds; a folder that changed this recently may change again without a new time stamp
@@ -37,6 +39,7 @@ class FoundFiles(NamedTuple):
 
     paths: list[str]  # images and shards, relative to the folder, sorted
     others: dict[str, int]  # number of other files by extension
+    called_train: list[str]  # folders, archives and broken links that are called train, sorted
 
 
 def find_files(folder: Path) -> FoundFiles:
@@ -51,12 +54,12 @@ def find_files(folder: Path) -> FoundFiles:
     cached = cache_path("folder", str(folder.resolve()))
     table = read_cache(cached)
     if table is not None and times_now(folder, times := json.loads(table.schema.metadata[b"times"])) == times:
-        return FoundFiles(table["path"].to_pylist(), json.loads(table.schema.metadata[b"others"]))
+        return FoundFiles(table["path"].to_pylist(), *json.loads(table.schema.metadata[b"others"]))
     started = time.time()
     found, times = scan(folder)
     if max(max(pair) for pair in times.values() if pair) < (started - SETTLED) * 1e9:
         table = pyarrow.table({"path": pyarrow.array(found.paths, pyarrow.string())})
-        metadata = {"times": json.dumps(times), "others": json.dumps(found.others)}
+        metadata = {"times": json.dumps(times), "others": json.dumps([found.others, found.called_train])}
         write_cache(cached, table.replace_schema_metadata(metadata))
     return found
 
@@ -77,7 +80,7 @@ def scan(folder: Path) -> tuple[FoundFiles, dict[str, list[int] | None]]:
 
     A broken link counts as a file. Its time is None, because a folder may appear in its place when a disk is mounted.
     """
-    paths, others, times = [], Counter(), {}
+    paths, others, called_train, times = [], Counter(), [], {}
     pending: list[tuple[str, frozenset]] = [("", frozenset())]
     bar = late_progress_bar(f"looking for images in {folder}", " files")
     try:
@@ -98,8 +101,11 @@ def scan(folder: Path) -> tuple[FoundFiles, dict[str, list[int] | None]]:
                     path = f"{below}/{entry.name}" if below else entry.name
                     if entry.is_dir():
                         pending.append((path, parents))
+                        if split_of(entry.name) == TRAIN:
+                            called_train.append(path)
                         continue
-                    if entry.is_symlink() and not os.path.exists(entry.path):
+                    is_broken = entry.is_symlink() and not os.path.exists(entry.path)
+                    if is_broken:
                         times[path] = None
                     elif not entry.is_file():  # a device or a pipe
                         continue
@@ -107,8 +113,10 @@ def scan(folder: Path) -> tuple[FoundFiles, dict[str, list[int] | None]]:
                     if extension in IMAGE_EXTENSIONS or extension in SHARD_EXTENSIONS:
                         path.encode()
                         paths.append(path)
-                    else:
-                        others[extension.encode(errors="replace").decode()] += 1
+                        continue
+                    others[extension.encode(errors="replace").decode()] += 1
+                    if (is_broken or extension in ARCHIVE_EXTENSIONS) and split_of(entry.name) == TRAIN:
+                        called_train.append(path)
     except OSError as error:
         raise ConfigurationError(f"--dataset {folder}: {error.filename} cannot be read ({error.strerror})") from None
     except UnicodeEncodeError as error:
@@ -116,105 +124,45 @@ def scan(folder: Path) -> tuple[FoundFiles, dict[str, list[int] | None]]:
         raise ConfigurationError(f"--dataset {folder}: the file name {name} is not UTF-8; rename it") from None
     finally:
         bar.close()
-    return FoundFiles(sorted(paths), dict(sorted(others.items()))), times
+    return FoundFiles(sorted(paths), dict(others.most_common()), sorted(called_train)), times
 
 
 def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in IGNORED_FOLDERS
 
 
-def load_image_files(folder: Path, images: Sequence[str], remarks: list[str]) -> dict[str, Dataset]:
-    """Return the splits of a folder of image files, with labels if the images are in class folders.
+def check_train(
+    folder: Path, splits: Iterable[str], called_train: Sequence[str], files: Sequence[str], config: ImageSettings
+) -> None:
+    """Check that something is a training split, if anything is called train.
 
     Args:
         folder: top folder.
-        images: paths relative to it.
-        remarks: list to which this adds notes for the user.
-    """
-    by_folder: dict[str, list[str]] = {}
-    for path in images:
-        top, _, rest = path.partition("/") if "/" in path else ("", "", path)
-        by_folder.setdefault(top, []).append(rest)
-    split_folders = {name.lower(): name for name in by_folder if name.lower() in (*TRAIN_NAMES, *VALIDATION_NAMES)}
-    train_name = next((split_folders[name] for name in TRAIN_NAMES if name in split_folders), None)
-    if train_name is None and len(by_folder) == len(split_folders) == 1:
-        train_name = next(iter(by_folder))  # there is only val/
-    if train_name is None:
-        class_names = class_folders(images, remarks)
-        if class_names is None and (below := folder_of_splits(images)):
-            remarks.append(f"training and validation images are mixed: --dataset {folder / below} keeps them apart")
-        return {"train": images_to_dataset(folder, images, class_names)}
-    class_names = class_folders(by_folder[train_name], remarks)
-    splits, used = {"train": images_to_dataset(folder / train_name, by_folder[train_name], class_names)}, {train_name}
-    if class_names is not None:
-        candidates = [split_folders[name] for name in VALIDATION_NAMES if name in split_folders]
-        for name in [name for name in candidates if name != train_name]:
-            used.add(name)
-            if class_folders(by_folder[name], []) is not None:
-                splits["val"] = images_to_dataset(folder / name, by_folder[name], class_names)
-                break
-            remarks.append(f"{name}/ is not used, because it has no class folders")
-    unused = {name: len(paths) for name, paths in by_folder.items() if name not in used}
-    if unused:
-        places = [f"{name}/" if name else "the top folder" for name in unused]
-        names = ", ".join(places if len(places) <= MAX_LISTED else [*places[:MAX_LISTED], "…"])
-        number = sum(unused.values())
-        hint = "" if class_names or len(split_folders) > 1 else f" (if {train_name} is a class, rename its folder)"
-        remarks.append(f"not used: {number:,} image{'s' * (number > 1)} outside {train_name}/, in {names}{hint}")
-    return splits
-
-
-def folder_of_splits(images: Sequence[str]) -> str | None:
-    """Return the first deeper folder that contains a training and a validation folder; None if there is none."""
-    below: dict[str, set[str]] = {}
-    for parent in {path.rpartition("/")[0] for path in images}:
-        names = parent.split("/")
-        for i, name in enumerate(names):
-            for kind in (TRAIN_NAMES, VALIDATION_NAMES):
-                if i and name.lower() in kind:
-                    below.setdefault("/".join(names[:i]), set()).add(kind)
-    return next((place for place in sorted(below) if len(below[place]) == 2), None)
-
-
-def class_folders(paths: Sequence[str], remarks: list[str]) -> list[str] | None:
-    """Return the class names if every file is directly in one of several folders, else None with a remark."""
-    parts = [path.split("/") for path in paths]
-    names = sorted({part[0] for part in parts if len(part) > 1})
-    if len(names) < 2:
-        remarks += [f"no labels, because all images are in one folder, {name}" for name in names]
-        return None
-    stray = next(("/".join(part) for part in parts if len(part) != 2), None)
-    if stray is not None:
-        remarks.append(f"no labels, because {stray} is not directly in a class folder")
-        return None
-    return names
-
-
-def images_to_dataset(root: Path, paths: Sequence[str], class_names: list[str] | None) -> Dataset:
-    """Return a Dataset of the paths below `root`, labelled by their folder if class names are given.
+        splits: the splits that the used files belong to.
+        called_train: what is called train.
+        files: the used files.
+        config: may name the training split.
 
     Raises:
-        ConfigurationError: a folder is not among the class names.
+        ConfigurationError: what is called train holds none of the files.
     """
-    columns, features = [image_column(f"{root}/{path}" for path in paths)], Features({"image": Image(decode=False)})
-    if class_names is not None:
-        class_numbers = {name: i for i, name in enumerate(class_names)}
-        folders = [path.split("/")[0] for path in paths]
-        unknown = sorted(set(folders) - class_numbers.keys())
-        if unknown:
-            raise ConfigurationError(
-                f"--dataset: {root} has the class folder {unknown[0]}, which the training split does not have; "
-                "both need the same names"
-            )
-        columns.append(pyarrow.array([class_numbers[name] for name in folders], pyarrow.int64()))
-        features["label"] = ClassLabel(names=class_names)
-    return to_dataset(pyarrow.Table.from_arrays(columns, schema=features.arrow_schema))
-
-
-def image_column(paths: Iterable[str]) -> pyarrow.ChunkedArray:
-    """Return a column of undecoded images at these paths, in chunks because one holds at most 2 GB of text."""
-    chunks, paths, kind = [], iter(paths), Image(decode=False).pa_type
-    while part := list(itertools.islice(paths, PATHS_PER_CHUNK)):
-        names = pyarrow.array(part, pyarrow.string())
-        chunks.append(pyarrow.StructArray.from_arrays([pyarrow.nulls(len(part), pyarrow.binary()), names], fields=kind))
-    return pyarrow.chunked_array(chunks, kind)
+    if config.train_split is not None or TRAIN in splits:
+        return
+    for place in called_train:
+        if any(path.startswith(f"{place}/") for path in files):
+            continue
+        path = folder / place
+        kinds = Counter(os.path.splitext(name)[1].lower() for _, _, names in os.walk(path) for name in names)
+        if not path.exists():
+            reason = "is a broken link: mount its disk"
+        elif path.is_file():
+            reason = "is not read: unpack it"
+        elif kinds:
+            (kind, number), *_ = kinds.most_common(1)
+            reason = f"holds no image that can be read, but {number:,} files like *{kind}: convert or unpack them"
+        else:
+            reason = "is empty: fill it"
+        raise ConfigurationError(
+            f"--dataset {folder}: {place} is called train and {reason}, remove it, or name another split with "
+            "--train_split"
+        )

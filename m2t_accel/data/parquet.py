@@ -34,7 +34,6 @@ from m2t_accel.data.shards import (
     to_dataset,
     with_retries,
 )
-from m2t_accel.data.splits import used_splits
 
 READERS = 8  # threads that read row groups into memory
 BATCH_ROWS = 64  # rows that are decoded at once
@@ -150,7 +149,7 @@ class ParquetShards:
 
 
 def parquet_splits(files: dict[str, list[str]], config: ImageSettings) -> dict[str, ParquetShards]:
-    """Return the training and the validation split of parquet files.
+    """Return the shards of each split.
 
     Args:
         files: local paths or URLs by split.
@@ -160,9 +159,8 @@ def parquet_splits(files: dict[str, list[str]], config: ImageSettings) -> dict[s
         ConfigurationError: a file cannot be read, or the files number the classes differently.
     """
     splits = {name: ParquetShards(paths) for name, paths in files.items()}
-    splits = {name: split for name, split in splits.items() if len(split)}
-    splits = {name: splits[name] for name in (used_splits(splits) if splits else ())}
-    first_files = [(split.files[int(np.argmax(split.file_sizes > 0))], split.class_names) for split in splits.values()]
+    filled = [split for split in splits.values() if len(split)]
+    first_files = [(split.files[int(np.argmax(split.file_sizes > 0))], split.class_names) for split in filled]
     between_splits = class_conflicts(first_files)
     for split in splits.values():
         label = label_column(split.schema.names, config)

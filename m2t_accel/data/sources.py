@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +18,46 @@ from pyarrow import compute
 
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.data.folders import IMAGE_EXTENSIONS, MAX_LISTED, SHARD_EXTENSIONS, find_files, load_image_files
+from m2t_accel.data.folders import (
+    ARCHIVE_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    MAX_LISTED,
+    SHARD_EXTENSIONS,
+    check_train,
+    find_files,
+)
 from m2t_accel.data.held_out import hold_out_images, hold_out_pieces
 from m2t_accel.data.hub_datasets import copy_parquet, load_hub
+from m2t_accel.data.image_files import load_image_files
 from m2t_accel.data.labels import standard_columns
 from m2t_accel.data.parquet import ParquetShards, parquet_splits
 from m2t_accel.data.shards import Shards
-from m2t_accel.data.splits import files_by_split, used_splits
+from m2t_accel.data.splits import TRAIN, choose_splits, describe_files, group_files, split_of_path
 from m2t_accel.data.tars import TarShards, tar_splits
+
+CLEAR_SHARE = 0.9  # share of the bytes of a folder that makes a kind of files the one that is meant
+SIZED_FILES = 200  # files whose sizes are read for an estimate of all
+# Notes that people keep beside images. Many of them are no reason for a warning.
+NOTES_EXTENSIONS = frozenset(
+    f".{word}"
+    for word in [
+        "cls",
+        "csv",
+        "html",
+        "json",
+        "jsonl",
+        "log",
+        "md",
+        "npy",
+        "pkl",
+        "pt",
+        "tsv",
+        "txt",
+        "xml",
+        "yaml",
+        "yml",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -94,30 +128,50 @@ def load_images(config: ImageSettings, dataset: Dataset | None = None) -> ImageD
     remarks: list[str] = []
     folder = Path(os.path.abspath(config.dataset))  # the same for every spelling
     if dataset is not None:
-        splits = {"train": dataset.flatten_indices() if dataset._indices is not None else dataset}
+        splits = {"": dataset.flatten_indices() if dataset._indices is not None else dataset}
     elif config.dataset == "digits":
         splits = load_digits()
     elif os.path.exists(config.dataset):
         splits = load_folder(folder, config, remarks)
     else:
-        splits = load_hub(config, remarks)
-    splits = {name: split for name, split in splits.items() if len(split)}
-    if not splits:
-        raise ConfigurationError(f"--dataset {config.dataset} holds no image: its files are empty or contain no images")
-    splits = {name: splits[name] for name in used_splits(splits)}
-    num_images = len(next(iter(splits.values())))
-    if isinstance(next(iter(splits.values())), ParquetShards):
-        train, bank, validation = hold_out_pieces(*with_validation(splits), config, remarks)
+        splits = {f"split {name}": split for name, split in load_hub(config, remarks).items()}
+    train_place = next(iter(splits))
+    for place in [place for place, split in splits.items() if not len(split)]:
+        if place == train_place:
+            found = "; ".join([*([f"{place} is the training split"] if place else []), *remarks])
+            raise ConfigurationError(
+                f"--dataset {config.dataset} holds no image to train on" + (f" ({found})" if found else "")
+            )
+        remarks.append(f"{place} is not used, because it holds no image")
+        del splits[place]
+    all_images = splits[train_place]
+    if isinstance(all_images, ParquetShards):
+        train, bank, validation = hold_out_pieces(all_images, validation_of(splits), config, remarks)
     else:
         splits = standard_columns(splits, config, remarks)
-        train, bank, validation = hold_out_images(*with_validation(splits), config)
-    class_names = bank.features["label"].names if bank is not None else None
+        all_images = splits[train_place]
+        train, bank, validation = hold_out_images(all_images, validation_of(splits), config)
+    labelled = all_images if isinstance(all_images, Dataset) and "label" in all_images.features else bank
+    num_classes = count_classes(labelled, remarks) if labelled is not None else 0
+    if num_classes < 2:
+        train, bank, validation = all_images, None, None
+        if isinstance(train, Dataset) and "label" in train.features:
+            train = train.remove_columns("label")
     note = f"{config.dataset}: {len(train):,} images"
-    if class_names is not None:
+    class_names = bank.features["label"].names if bank is not None else None
+    if class_names is not None and isinstance(all_images, Dataset) and num_classes < len(class_names):
+        note += f" of {num_classes} classes ({len(class_names)} are named)"
+    elif class_names is not None:
         note += f" of {len(class_names)} classes"
+    if train_place:
+        note += f" in {train_place}"
     if validation is not None and config.evaluates:
-        origin = "held out of the training images" if len(train) < num_images else "its own validation split"
+        origin = "held out of the training images"
+        if len(train) == len(all_images):
+            origin = f"{list(splits)[1]}, its own validation split" if list(splits)[1] else "its own validation split"
         note += f"; evaluation on {len(validation):,} others ({origin})"
+    if config.evaluates and (validation is None or len(train) < len(all_images)):
+        remarks += [f"{place or 'the validation split'} is not used" for place in list(splits)[1:]]
     if config.streaming and isinstance(train, Dataset):
         if "offset" in train.features:
             train = TarShards(train)
@@ -128,12 +182,32 @@ def load_images(config: ImageSettings, dataset: Dataset | None = None) -> ImageD
             f"{num_pieces} {'piece' if num_pieces == 1 else 'pieces'} (row groups, runs of a tar) for "
             f"{config.num_virtual_devices} virtual devices: several devices read the same piece, each from its start"
         )
-    return ImageData(train, bank, validation, class_names, "; ".join([note, *remarks]), str(folder))
+    warnings = [remark for remark in remarks if remark.startswith("warning: ")]
+    note = "; ".join([note, *(remark for remark in remarks if remark not in warnings)])
+    return ImageData(train, bank, validation, class_names, "\n".join([note, *warnings]), str(folder))
 
 
-def with_validation(splits: dict[str, Dataset] | dict[str, ParquetShards]) -> tuple:
-    train, *validation = splits.values()
-    return train, validation[0] if validation else None
+def validation_of(splits: dict[str, Dataset] | dict[str, ParquetShards]) -> Dataset | ParquetShards | None:
+    return next(itertools.islice(splits.values(), 1, None), None)
+
+
+def count_classes(images: Dataset, remarks: list[str]) -> int:
+    """Return the number of classes that occur; warn if they do not suffice for an evaluation.
+
+    Args:
+        images: training images with labels, or a sample of them.
+        remarks: list to which this adds the warning.
+    """
+    counts = np.bincount(images.with_format("arrow")["label"][:].to_numpy())
+    names = images.features["label"].names
+    if np.count_nonzero(counts) == 1:
+        remarks.append(f"no labels, because all images are of one class, {names[int(counts.argmax())]}")
+    elif counts.max() == 1:
+        remarks.append(
+            "warning: no class has two training images, so a nearest neighbour never has the right class; name another "
+            "column with --label_column"
+        )
+    return np.count_nonzero(counts)
 
 
 def load_digits() -> dict[str, Dataset]:
@@ -148,26 +222,24 @@ def load_digits() -> dict[str, Dataset]:
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=[str(n) for n in range(10)])})
     digits = Dataset.from_dict({"image": images, "label": digits.target}, features=features)
     held_out = np.arange(len(digits)) % 5 == 0
-    return {"train": digits.select(np.flatnonzero(~held_out)), "val": digits.select(np.flatnonzero(held_out))}
+    train, validation = digits.select(np.flatnonzero(~held_out)), digits.select(np.flatnonzero(held_out))
+    return {"": train, "every fifth digit": validation}
 
 
 def load_folder(
     folder: Path, config: ImageSettings, remarks: list[str]
 ) -> dict[str, Dataset] | dict[str, ParquetShards]:
-    """Return the splits of a folder of image files, of parquet files or of tars.
-
-    Its subfolders `train` and `val` (or validation, valid, test) are splits; without `train` the folder is one split.
+    """Return the training and the validation split of a folder of image files, parquet files or tars, by their places.
 
     Raises:
-        ConfigurationError: the path is a file, or the folder holds no images or files of several kinds.
+        ConfigurationError: the path is a file, the folder holds no images or files of several kinds, or a training
+            split holds nothing.
     """
     if folder.is_file():
         known = folder.suffix.lower() in (*IMAGE_EXTENSIONS, *SHARD_EXTENSIONS)
         advice = "give the folder that it is in" if known else "unpack it if it is an archive, and give the folder"
         raise ConfigurationError(f"--dataset {folder} is a file: {advice}")
     found = find_files(folder)
-    others = [f"{number:,} {f'*{name}' if name else 'without extension'}" for name, number in found.others.items()]
-    others = ", ".join(others if len(others) <= MAX_LISTED else [*others[:MAX_LISTED], "and other kinds"])
     files_by_kind: dict[str, list[str]] = {}
     for path in found.paths:
         stem, extension = os.path.splitext(path)
@@ -176,27 +248,97 @@ def load_folder(
         elif os.path.basename(stem) != "metadata":  # the Hub describes folders of images in such a file
             files_by_kind.setdefault(extension.lower(), []).append(path)
     if not files_by_kind:
+        others = Counter(found.others)
         raise ConfigurationError(
             f"--dataset {folder} holds no image: searched at any depth for *.parquet, *.tar and "
             f"{' '.join(sorted(IMAGE_EXTENSIONS))}"
-            + (f"; found {others} (unpack archives; Arrow tables: Dataset.to_parquet)" if others else "")
+            + (f"; found {list_files(others)}: {advice_on(others)}" if others else "")
         )
-    if len(files_by_kind) > 1:
-        examples = " and ".join(f"{len(paths):,} like {paths[0]}" for paths in files_by_kind.values())
-        raise ConfigurationError(f"--dataset {folder} holds {examples}: give a folder with files of one kind")
-    if others:
-        remarks.append(f"not used: {others}")
-    ((kind, files),) = files_by_kind.items()
+    kind = choose_kind(folder, files_by_kind)
+    files = files_by_kind.pop(kind)
+    others = Counter(found.others)
+    for paths in files_by_kind.values():
+        others.update(os.path.splitext(path)[1].lower() for path in paths)
+    remarks += unused_files(others, len(files), kind)
     if kind == "image":
-        return load_image_files(folder, files, remarks)
-    by_split = files_by_split(files)
+        return load_image_files(folder, files, found.called_train, config, remarks)
+    groups = group_files(files, config)
+    check_train(folder, list(groups), found.called_train, files, config)
+    choice = choose_splits(list(groups), config)
+    remarks += [f"not used: {describe_files(groups[name])}, no part of the training split" for name in choice.unused]
+    chosen = {describe_files(groups[name]): groups[name] for name in choice[:2] if name is not None}
     if kind == ".tar":
-        return tar_splits(folder, {name: by_split[name] for name in used_splits(by_split)}, config, remarks)
-    shards = parquet_splits({name: [str(folder / path) for path in paths] for name, paths in by_split.items()}, config)
+        return tar_splits(folder, chosen, config, remarks)
+    shards = parquet_splits({place: [str(folder / path) for path in paths] for place, paths in chosen.items()}, config)
     if config.streaming:
         return shards
     # `datasets` fails on a file without rows.
-    filled = {
-        name: [part.files[i] for i in np.flatnonzero(part.file_sizes)] for name, part in shards.items() if len(part)
-    }
-    return copy_parquet(filled, config) if filled else {}
+    filled = {place: [part.files[i] for i in np.flatnonzero(part.file_sizes)] for place, part in shards.items()}
+    copied = (
+        copy_parquet({place: files for place, files in filled.items() if files}, config) if any(filled.values()) else {}
+    )
+    return {place: copied.get(place, []) for place in filled}
+
+
+def choose_kind(folder: Path, files_by_kind: dict[str, list[str]]) -> str:
+    """Return the kind of files to use: `image`, `.parquet` or `.tar`.
+
+    It is the only kind, the only one with files that are called train, or the one with nearly all bytes. Parquet files
+    that img2dataset writes beside tars or folders of images of the same names describe these images.
+
+    Raises:
+        ConfigurationError: no kind stands out.
+    """
+    stems = {os.path.splitext(path)[0] for path in files_by_kind.get(".tar", [])}
+    stems |= {os.path.dirname(path) for path in files_by_kind.get("image", [])}
+    described = [path for path in files_by_kind.get(".parquet", []) if os.path.splitext(path)[0] in stems]
+    kinds = [kind for kind in files_by_kind if kind != ".parquet" or not described] or list(files_by_kind)
+    if len(kinds) > 1:
+        training = [kind for kind in kinds if any(map(says_train, unique_names(files_by_kind[kind])))]
+        kinds = training if len(training) == 1 else kinds
+    if len(kinds) > 1:
+        sizes = {kind: estimate_size(folder, files_by_kind[kind]) for kind in kinds}
+        kinds = [kind for kind in kinds if sizes[kind] >= CLEAR_SHARE * sum(sizes.values())] or kinds
+    if len(kinds) > 1:
+        examples = " and ".join(f"{len(files_by_kind[kind]):,} like {files_by_kind[kind][0]}" for kind in kinds)
+        raise ConfigurationError(f"--dataset {folder} holds {examples}: give a folder with files of one kind")
+    return kinds[0]
+
+
+def unique_names(paths: Sequence[str]) -> set[str]:
+    """Return the paths of shards, and the folders of images, because these have too many paths to look at each."""
+    return {path if path.lower().endswith(SHARD_EXTENSIONS) else os.path.dirname(path) for path in paths}
+
+
+def says_train(path: str) -> bool:
+    return split_of_path(path) == TRAIN
+
+
+def estimate_size(folder: Path, paths: Sequence[str]) -> float:
+    """Return the size of files in bytes, estimated from some of them."""
+    sample = [paths[i] for i in np.linspace(0, len(paths) - 1, min(len(paths), SIZED_FILES)).astype(int)]
+    sizes = [os.path.getsize(folder / path) for path in sample if os.path.exists(folder / path)]
+    return sum(sizes) / len(sample) * len(paths)
+
+
+def unused_files(others: Counter[str], num_used: int, kind: str) -> list[str]:
+    """Return remarks about files that are not read. If they are many and no mere notes, the remark is a warning."""
+    if not others:
+        return []
+    skipped = Counter({name: number for name, number in others.items() if name not in NOTES_EXTENSIONS})
+    if kind == "image" and skipped.total() > num_used:
+        return [f"warning: {list_files(skipped)} are not used, more than the {num_used:,} images: {advice_on(skipped)}"]
+    return [f"not used: {list_files(others)}"]
+
+
+def list_files(others: Counter[str]) -> str:
+    """Return the numbers of files by extension in words, the most frequent first."""
+    kinds = [f"{number:,} {f'*{name}' if name else 'without extension'}" for name, number in others.most_common()]
+    return ", ".join(kinds if len(kinds) <= MAX_LISTED else [*kinds[:MAX_LISTED], "and other kinds"])
+
+
+def advice_on(others: Counter[str]) -> str:
+    name = others.most_common(1)[0][0]
+    if name == ".arrow":
+        return "write them as parquet (Dataset.to_parquet)"
+    return "unpack them" if name in ARCHIVE_EXTENSIONS else "convert them to JPEG or PNG"

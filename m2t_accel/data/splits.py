@@ -5,6 +5,7 @@ One rule serves all sources: if anything is called a training split, nothing els
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -108,8 +109,8 @@ def find_train(names: Sequence[str], config: ImageSettings) -> str:
     if train or len(unnamed) == 1 or len(names) == 1:
         return (train or unnamed or names)[0]
     raise ConfigurationError(
-        f"--dataset {config.dataset} has the splits {', '.join(names)}, and none is called train: name the one to "
-        "train on with --train_split"
+        f"--dataset {config.dataset} has the splits {', '.join(sorted(names))}, and none is called train: name the one "
+        "to train on with --train_split"
     )
 
 
@@ -119,36 +120,20 @@ def preference(name: str) -> tuple[int, int]:
     return list(EVALUATION_WORDS).index(split) if split in EVALUATION_WORDS else -1, len(name)
 
 
-# The rule of earlier versions, until every source follows the one above.
-TRAIN_NAMES = ("train", "training")
-VALIDATION_NAMES = ("val", "validation", "valid", "test", "testing")  # in order of preference
+def group_files(files: Iterable[str], config: ImageSettings) -> dict[str, list[str]]:
+    """Return files by split: by one that a flag names, if it is a word of their name or a folder, else by their path.
 
-
-def used_splits(names: Iterable[str]) -> list[str]:
-    """Return the name of the training split and, if there is one, of the validation split."""
-    names = list(names)
-    train_name = "train" if "train" in names else names[0]
-    return [train_name, *[name for name in VALIDATION_NAMES if name in names and name != train_name][:1]]
-
-
-def files_by_split(files: Sequence[str]) -> dict[str, list[str]]:
-    """Group shards by the split that their name, or else the name of a folder, contains as a word.
-
-    Example: `train-00000-of-00002.parquet` belongs to `train`.
+    Example: with `--train_split extra`, the files of `extra/` and `extra-00000.parquet` are the training split.
     """
-    by_split: dict[str, list[str]] = {}
+    flags = [name for name in (config.train_split, config.validation_split) if name is not None]
+    groups: dict[str, list[str]] = {}
     for path in files:
-        by_split.setdefault(old_split_of(path), []).append(path)
-    return by_split
+        found = split_of_path(path)
+        names = {path, *path.split("/"), posixpath.dirname(path), *words_of(posixpath.basename(path)), found}
+        groups.setdefault(next((flag for flag in flags if flag in names), found), []).append(path)
+    return groups
 
 
-def old_split_of(path: str) -> str:
-    for name in reversed(path.lower().split("/")):
-        words = set(re.split(r"[-_.]", name))
-        validation = next((word for word in VALIDATION_NAMES if word in words), None)
-        if words.isdisjoint(TRAIN_NAMES):
-            if validation is not None:
-                return validation
-        elif validation is None:  # a name that contains both, such as train-test-split, says nothing
-            return "train"
-    return "train"
+def describe_files(files: Sequence[str]) -> str:
+    """Return the first and the last file in words, and their number."""
+    return files[0] if len(files) == 1 else f"{files[0]} … {files[-1]} ({len(files):,} files)"

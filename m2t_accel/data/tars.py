@@ -20,7 +20,8 @@ from pyarrow import compute
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError, one_line
 from m2t_accel.data.cache import cached_table, file_status
-from m2t_accel.data.folders import IMAGE_EXTENSIONS, image_column, is_hidden
+from m2t_accel.data.folders import IMAGE_EXTENSIONS, is_hidden
+from m2t_accel.data.image_files import image_column
 from m2t_accel.data.shards import MAX_HELD_BYTES, Reader, to_dataset, unreadable_shard
 from m2t_accel.progress import late_progress_bar
 

@@ -4,7 +4,7 @@ import pytest
 from helpers import load, pixel, write_image, write_tar
 
 from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.data import folders
+from m2t_accel.data import folders, image_files
 from m2t_accel.data.decode import DecodeError, decode_image
 
 
@@ -90,7 +90,7 @@ def test_the_target_of_a_broken_link_is_found_when_it_appears(folder, scans, nam
     assert len(scans) == 3
     write_image(disk / "4.png")
     for _ in range(2):
-        assert folders.find_files(folder) == (["a/1.jpg", "a/2.png", "b/3.jpeg", f"{name}/4.png"], {})
+        assert folders.find_files(folder) == (["a/1.jpg", "a/2.png", "b/3.jpeg", f"{name}/4.png"], {}, [])
     assert len(scans) == 3 + 4
 
 
@@ -153,7 +153,7 @@ def test_a_validation_folder_without_class_folders_is_not_used(image_net):
     remove(image_net / "val")
     write_image(image_net / "val" / "ILSVRC_val_0.JPEG")
     note = load(image_net).note
-    assert "val/ is not used" in note
+    assert "not used: 1 image in val/, which has no class folders" in note
     assert "held out of the training images" in note
 
 
@@ -180,22 +180,25 @@ def test_the_note_says_why_there_are_no_labels(tmp_path, names, reason):
     assert f"no labels, because {reason}" in images.note
 
 
-def test_the_note_names_the_folder_of_splits_that_are_deeper(tmp_path):
+def test_splits_that_are_deeper_are_found(tmp_path):
     """Kaggle's ImageNet has this layout, and users give its top folder."""
     for name in ("train/n01/1.JPEG", "train/n02/1.JPEG", "val/1.JPEG"):
         write_image(tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / name)
-    assert f"mixed: --dataset {tmp_path}/ILSVRC/Data/CLS-LOC " in load(tmp_path).note
-    assert "mixed" not in load(tmp_path / "ILSVRC" / "Data" / "CLS-LOC").note
+    found, named = load(tmp_path, validation_fraction=0), load(tmp_path / "ILSVRC/Data/CLS-LOC", validation_fraction=0)
+    assert found.class_names == named.class_names == ["n01", "n02"]
+    assert "2 images of 2 classes in ILSVRC/Data/CLS-LOC/train/; not used: 1 image in ILSVRC/" in found.note
 
 
 def test_the_note_counts_images_outside_the_splits(tmp_path, image_net):
     for name in ("unlabeled/1.png", "unlabeled/2.png", "test/n01/1.png", "logo.png"):
         write_image(image_net / name)
-    assert load(image_net).note.endswith("not used: 4 images outside train/, in the top folder, test/, unlabeled/")
+    assert load(image_net).note.endswith(
+        "; not used: 3 images in the top folder, unlabeled/; not used: 1 image in test/"
+    )
     for name in ("train/1.png", "train/2.png", "bus/1.png", "car/1.png"):
         write_image(tmp_path / "vehicles" / name)
     note = load(tmp_path / "vehicles").note
-    assert note.endswith("not used: 2 images outside train/, in bus/, car/ (if train is a class, rename its folder)")
+    assert note.endswith("not used: 2 images in bus/, car/ (if train is a class, rename its folder)")
 
 
 def test_the_note_counts_files_that_are_not_images(tmp_path):
@@ -205,11 +208,13 @@ def test_the_note_counts_files_that_are_not_images(tmp_path):
     for name in ("a/3.heic", "a/4.HEIC", "b/tars.tar.gz", "LICENCE"):
         (tmp_path / "images" / name).write_bytes(b"")
     images = load(tmp_path / "images")
-    assert images.note.endswith("; not used: 1 without extension, 1 *.gz, 2 *.heic")
+    assert (
+        "\nwarning: 2 *.heic, 1 without extension, 1 *.gz are not used, more than the 2 images: convert them to JPEG"
+    ) in images.note
     assert len(images.train) + len(images.validation) == 2
     for path in (tmp_path / "images").glob("?/?.*[gF]"):
         path.unlink()
-    with pytest.raises(ConfigurationError, match=r"holds no image: .*; found 1 without .* 2 \*\.heic"):
+    with pytest.raises(ConfigurationError, match=r"holds no image: .*; found 2 \*\.heic, 1 without .*: convert them"):
         load(tmp_path / "images")
 
 
@@ -224,7 +229,7 @@ def test_the_chunks_of_a_table_change_nothing(tmp_path, monkeypatch, kind):
             write_tar(tmp_path / f"train-{first:02}.tar", first, number)
     given = {"streaming": kind == "streamed tars", "validation_fraction": 0.2}
     whole = load(tmp_path, **given)
-    monkeypatch.setattr(folders, "PATHS_PER_CHUNK", 4)
+    monkeypatch.setattr(image_files, "PATHS_PER_CHUNK", 4)
     chunked = load(tmp_path, **given)
     assert chunked.bank.data.column("image").num_chunks > 5
     assert (len(whole.train), len(whole.validation)) == (len(chunked.train), len(chunked.validation)) == (24, 6)

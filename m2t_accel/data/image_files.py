@@ -1,0 +1,183 @@
+"""Image files in folders: the splits and the classes that the folders name."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import posixpath
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pyarrow
+from datasets import ClassLabel, Dataset, Features, Image
+
+from m2t_accel.config.data import ImageSettings
+from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.data.folders import MAX_LISTED, check_train
+from m2t_accel.data.shards import to_dataset
+from m2t_accel.data.splits import TRAIN, UNNAMED, choose_splits, split_of_folder
+
+PATHS_PER_CHUNK = 2**18  # a path has at most 4096 bytes, and a chunk must stay below 2 GB
+
+# Paths of images relative to the top folder, by the folder that is their split. It is empty for the top folder.
+Places = dict[str, list[str]]
+
+
+def load_image_files(
+    folder: Path, images: Sequence[str], called_train: Sequence[str], config: ImageSettings, remarks: list[str]
+) -> dict[str, Dataset]:
+    """Return the training and the validation split of a folder of image files, by the names of their folders.
+
+    They have labels if the images are in class folders.
+
+    Args:
+        folder: top folder.
+        images: paths relative to it.
+        called_train: folders and other things that are called train.
+        config: may name the splits.
+        remarks: list to which this adds notes for the user.
+
+    Raises:
+        ConfigurationError: no split is a training split, or validation images have a class that training lacks.
+    """
+    groups = group_by_split(images, called_train, config)
+    check_train(folder, groups, called_train, images, config)
+    choice = choose_splits(list(groups), config)
+    train = groups[choice.train]
+    names = class_paths(train)
+    if any((folder / f"{name}_stats.json").exists() for name in {path.split("/")[0] for path in images}):
+        class_names = None
+        remarks.append("no labels, because the folders are shards of img2dataset")
+    else:
+        class_names = class_folders(names, remarks)
+    splits = {describe(train): images_to_dataset(folder, train, names, class_names)}
+    unused = dict.fromkeys(choice.unused, "")
+    if choice.validation is not None:
+        validation = groups[choice.validation]
+        names = class_paths(validation)
+        if class_names is None:
+            unused[choice.validation] = ""
+        elif any(name.count("/") != 1 for name in names):
+            unused[choice.validation] = ", which has no class folders"
+        else:
+            splits[describe(validation)] = images_to_dataset(folder, validation, names, class_names)
+    for split, reason in unused.items():
+        number = sum(map(len, groups[split].values()))
+        if split == UNNAMED and choice.train == TRAIN and class_names is None and len(groups) == 2:
+            reason = " (if train is a class, rename its folder)"
+        remarks.append(f"not used: {number:,} image{'s' * (number > 1)} in {describe(groups[split], True)}{reason}")
+    return splits
+
+
+def group_by_split(images: Sequence[str], called_train: Sequence[str], config: ImageSettings) -> dict[str, Places]:
+    """Return the images of each split, by the folders that are this split.
+
+    A folder directly in the top folder may be a split. A deeper one is a split only if it has a sibling of the other
+    kind, as in `data/train` and `data/val`, because it may be a class. Folders that the flags name are splits, too.
+    """
+    children: dict[str, set[str]] = {}
+    for folder in {*map(posixpath.dirname, images), *called_train}:
+        while folder:
+            parent, name = posixpath.split(folder)
+            children.setdefault(parent, set()).add(name)
+            folder = parent
+    splits = {"": UNNAMED}
+    for parent, names in children.items():
+        found = {name: split for name in names if (split := split_of_folder(name, names)) != UNNAMED}
+        if parent and len({split == TRAIN for split in found.values()}) < 2:
+            found = {}
+        for name in names:
+            place = posixpath.join(parent, name)
+            flags = (config.train_split, config.validation_split)
+            split = next((flag for flag in flags if flag in (name, place, found.get(name))), found.get(name))
+            if split is not None:
+                splits[place] = split
+
+    @functools.cache
+    def place_of(folder: str) -> str:
+        """Return the outermost folder around this one that is a split."""
+        names = folder.split("/")
+        outer = ("/".join(names[:depth]) for depth in range(1, len(names) + 1))
+        return next((place for place in outer if place in splits), "")
+
+    groups: dict[str, Places] = {}
+    for path in images:
+        place = place_of(posixpath.dirname(path))
+        groups.setdefault(splits[place], {}).setdefault(place, []).append(path)
+    return groups
+
+
+def describe(places: Places, with_top: bool = False) -> str:
+    """Return the folders of a split, in words; for the top folder, those in it if asked for."""
+    if with_top and "" in places:
+        names = {path.split("/")[0] + "/" if "/" in path else "the top folder" for path in places[""]}
+        names = sorted(names, key=lambda name: (name.endswith("/"), name))
+    else:
+        names = [f"{place}/" for place in places if place]
+    return ", ".join(names if len(names) <= MAX_LISTED else [*names[:MAX_LISTED], "…"])
+
+
+def class_paths(places: Places) -> list[str]:
+    """Return the paths of a split's images from the folder on that holds the class folders, if there are any.
+
+    This is the folder of the split, or the only folder in it. If several folders are the split, as in `cat/train` and
+    `dog/train`, the folders around them may be the classes.
+    """
+    names = []
+    for place, paths in places.items():
+        outer = posixpath.dirname(place) if len(places) > 1 else ""
+        names += [posixpath.join(outer, path[len(place) + 1 :]) if place else path for path in paths]
+    folders = {posixpath.dirname(name) for name in names}
+    wrapper = posixpath.commonpath(folders)
+    return [name[len(wrapper) + 1 :] for name in names] if wrapper and wrapper not in folders else names
+
+
+def class_folders(paths: Sequence[str], remarks: list[str]) -> list[str] | None:
+    """Return the class names if every file is directly in one of several folders, else None with a remark."""
+    parts = [path.split("/") for path in paths]
+    names = sorted({part[0] for part in parts if len(part) > 1})
+    if len(names) < 2:
+        remarks += [f"no labels, because all images are in one folder, {name}" for name in names]
+        return None
+    stray = next(("/".join(part) for part in parts if len(part) != 2), None)
+    if stray is not None:
+        remarks.append(f"no labels, because {stray} is not directly in a class folder")
+        return None
+    return names
+
+
+def images_to_dataset(folder: Path, places: Places, names: Sequence[str], class_names: list[str] | None) -> Dataset:
+    """Return a Dataset of the images of a split, labelled by their class folders if class names are given.
+
+    Args:
+        folder: top folder.
+        places: the images of the split.
+        names: their paths from the class folder on.
+        class_names: the classes of the training split.
+
+    Raises:
+        ConfigurationError: a folder is not among the class names.
+    """
+    paths = itertools.chain.from_iterable(places.values())
+    columns, features = [image_column(f"{folder}/{path}" for path in paths)], Features({"image": Image(decode=False)})
+    if class_names is not None:
+        class_numbers = {name: i for i, name in enumerate(class_names)}
+        folders = [name.split("/")[0] for name in names]
+        unknown = sorted(set(folders) - class_numbers.keys())
+        if unknown:
+            raise ConfigurationError(
+                f"--dataset: {folder}/{describe(places)} has the class folder {unknown[0]}, which the training split "
+                "does not have; both need the same names"
+            )
+        columns.append(pyarrow.array([class_numbers[name] for name in folders], pyarrow.int64()))
+        features["label"] = ClassLabel(names=class_names)
+    return to_dataset(pyarrow.Table.from_arrays(columns, schema=features.arrow_schema))
+
+
+def image_column(paths: Iterable[str]) -> pyarrow.ChunkedArray:
+    """Return a column of undecoded images at these paths, in chunks because one holds at most 2 GB of text."""
+    chunks, paths, kind = [], iter(paths), Image(decode=False).pa_type
+    while part := list(itertools.islice(paths, PATHS_PER_CHUNK)):
+        names = pyarrow.array(part, pyarrow.string())
+        chunks.append(pyarrow.StructArray.from_arrays([pyarrow.nulls(len(part), pyarrow.binary()), names], fields=kind))
+    return pyarrow.chunked_array(chunks, kind)

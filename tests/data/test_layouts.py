@@ -1,0 +1,204 @@
+"""Every row of the table of layouts in docs/data.md, in miniature, and layouts that are refused."""
+
+import os
+
+import pytest
+from helpers import ROOT, load, write_image, write_parquet, write_tar
+
+from m2t_accel.config.fields import ConfigurationError
+
+SOME = "train/a/1.png train/a/2.png train/b/3.png "
+VALIDATION = "val/a/4.png val/b/5.png "
+
+# Layout in the table (its name there), files, flags, images and classes trained on, images evaluated on, text of the
+# first line. Shards hold four images each.
+LAYOUTS = {
+    "split and class folders": (SOME + VALIDATION, {}, 3, 2, 2, "2 classes in train/; evaluation on 2 others (val/,"),
+    "only `val/`": (VALIDATION, {}, 1, 2, 1, "in val/; evaluation on 1 others (held out of the training images)"),
+    "class folders": ("a/1.png a/2.png b/3.png b/4.png", {}, 3, 2, 1, "3 images of 2 classes; evaluation on 1"),
+    "class folders in a wrapper": ("top/a/1.png top/a/2.png top/b/3.png top/b/4.png", {}, 3, 2, 1, "of 2 classes"),
+    "images at any depth": ("1.png x/2.png x/y/3.png", {}, 3, 0, 0, "3 images; no labels, because all images are"),
+    "class folders beside `val/`": ("a/1.png a/2.png b/3.png b/4.png val/a/5.png", {}, 4, 2, 1, "(val/, its own"),
+    "glued names": (
+        "train2017/a/1.png train2017/b/2.png train2017/b/3.png val2017/a/3.png",
+        {},
+        3,
+        2,
+        1,
+        "in train2017/; evaluation on 1 others (val2017/",
+    ),
+    "ILSVRC's names": (
+        "ILSVRC2012_img_train/a/1.png ILSVRC2012_img_train/b/2.png ILSVRC2012_img_train/b/3.png "
+        "ILSVRC2012_img_val/a/3.png",
+        {},
+        3,
+        2,
+        1,
+        "in ILSVRC2012_img_train/; evaluation on 1 others (ILSVRC2012_img_val/",
+    ),
+    "splits deeper": (
+        "data/train/a/1.png data/train/b/2.png data/train/b/3.png data/val/a/3.png labels/train/1.txt",
+        {},
+        3,
+        2,
+        1,
+        "in data/train/; evaluation on 1 others (data/val/",
+    ),
+    "splits in class folders": (
+        "a/train/1.png a/train/2.png b/train/3.png a/val/4.png b/val/5.png",
+        {},
+        3,
+        2,
+        2,
+        "in a/train/, b/train/; evaluation on 2 others (a/val/, b/val/",
+    ),
+    "folders beside `train/`": (SOME + "extra/1.png", {}, 2, 2, 1, "not used: 1 image in extra/"),
+    "a split by flag": (
+        SOME + "extra/1.png extra/2.png",
+        {"train_split": "extra"},
+        2,
+        0,
+        0,
+        "2 images in extra/; not used: 3 images in train/",
+    ),
+    "parquet": (
+        "train-00000-of-00001.parquet validation-00000-of-00001.parquet",
+        {},
+        4,
+        2,
+        4,
+        "in train-00000-of-00001.parquet; evaluation on 4 others (validation-00000-of-00001.parquet",
+    ),
+    "`dev` beside `train`": (
+        "train-0.parquet train-1.parquet dev-0.parquet",
+        {},
+        8,
+        2,
+        4,
+        "in train-0.parquet … train-1.parquet (2 files); evaluation on 4 others (dev-0.parquet",
+    ),
+    "`eval` and `test`": (
+        "train.tar eval.tar test.tar",
+        {},
+        4,
+        2,
+        4,
+        "(eval.tar, its own validation split); not used: test.tar",
+    ),
+    "shards beside `train`": ("train.tar extra.tar", {"validation_fraction": 0}, 4, 2, 0, "not used: extra.tar"),
+    "shards without names": ("0.tar 1.tar 2.tar", {}, 11, 2, 1, "in 0.tar … 2.tar (3 files)"),
+    "img2dataset's tars": (
+        "00000.tar 00000.parquet 00000_stats.json 00002.tar 00002.parquet 00002_stats.json",
+        {},
+        7,
+        2,
+        1,
+        "in 00000.tar … 00002.tar (2 files); evaluation on 1 others (held out of the training images); "
+        "not used: 2 *.json, 2 *.parquet",
+    ),
+    "img2dataset's files": (
+        "00000/000000000.png 00000/000000001.png 00002/000020000.png 00000.parquet 00002.parquet 00000_stats.json",
+        {},
+        3,
+        0,
+        0,
+        "no labels, because the folders are shards of img2dataset",
+    ),
+    "a stray file": (
+        "train-0.parquet train-1.parquet logo.png",
+        {"validation_fraction": 0},
+        8,
+        2,
+        0,
+        "not used: 1 *.png",
+    ),
+}
+
+
+def make(folder, files):
+    """Make empty files, images (by a seed that is the number of the file), and shards of four images."""
+    for number, name in enumerate(files.split()):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".png"):
+            write_image(path, value=number)
+        elif name.endswith(".parquet"):
+            write_parquet(path, 4 * number, 4, row_group_size=1)
+        elif name.endswith(".tar"):
+            write_tar(path, 4 * number, 4)
+        elif name.endswith("/"):
+            path.mkdir()
+        else:
+            path.write_bytes(b"x")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(tmp_path, layout):
+    files, flags, train, classes, validation, text = LAYOUTS[layout]
+    make(tmp_path, files)
+    for streaming in (False, True) if "parquet" in files or "tar" in files else (False,):
+        images = load(tmp_path, streaming=streaming, batch_size=2, **flags)
+        found = len(images.train), len(images.class_names or []), len(images.validation or [])
+        assert found == (train, classes, validation)
+        assert text in images.note
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_in_the_documentation(layout):
+    assert f"| {layout} |" in (ROOT / "docs" / "data.md").read_text()
+
+
+# Files, and what the error says.
+REFUSED = {
+    "train/ val/a/1.png val/b/2.png": "train is called train and is empty: fill it, remove it, or .*--train_split",
+    "train/a/1.heic train/b/2.heic val/a/1.png": r"train .*holds no image that can be read, but 2 files like \*\.heic",
+    "train.zip val/a/1.png val/b/2.png": "train.zip is called train and is not read: unpack it",
+    "data/train/ data/val/1.png": "data/train is called train and is empty",
+    "train/ val-0.parquet": "train is called train and is empty",
+    "val/a/1.png test/a/1.png": "has the splits test, validation, and none is called train",
+    "val.tar test.tar": "has the splits test, validation, and none is called train",
+    "a.tar b.parquet": r"holds 1 like a\.tar and 1 like b\.parquet: give a folder",
+}
+
+
+@pytest.mark.parametrize("files", REFUSED)
+def test_refused_layouts(tmp_path, files):
+    make(tmp_path, files)
+    with pytest.raises(ConfigurationError, match=f"--dataset .*{REFUSED[files]}"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_training_shard_without_rows_is_not_replaced_by_the_validation_split(tmp_path, streaming):
+    write_parquet(tmp_path / "train.parquet", 0, 0, row_group_size=4)
+    write_parquet(tmp_path / "validation.parquet", 0, 8, row_group_size=4)
+    with pytest.raises(ConfigurationError, match=r"holds no image to train on .*train\.parquet is the training split"):
+        load(tmp_path, streaming=streaming)
+
+
+def test_a_training_folder_on_a_disk_that_is_not_mounted(tmp_path):
+    make(tmp_path, "val/a/1.png val/b/2.png")
+    os.symlink(tmp_path / "disk", tmp_path / "train")
+    with pytest.raises(ConfigurationError, match="train is called train and is a broken link: mount its disk"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folders", "tars", "parquet", "streamed"])
+def test_one_class_is_no_class(tmp_path, kind):
+    """Every neighbour has the right class then, and kNN reaches 100 %."""
+    for i in range(0, 8, 2):  # write_tar and write_parquet label even images 0
+        if kind == "folders":
+            write_image(tmp_path / "train" / "a" / f"{i}.png")
+            (tmp_path / "train" / "b").mkdir(exist_ok=True)
+        elif kind == "tars":
+            write_tar(tmp_path / f"{i}.tar", i, 1)
+        else:
+            write_parquet(tmp_path / f"{i}.parquet", i, 1, row_group_size=1)
+    images = load(tmp_path, streaming=kind == "streamed")
+    assert (len(images.train), images.bank, images.validation, images.class_names) == (4, None, None, None)
+    assert "no labels, because all images are" in images.note
+
+
+def test_classes_of_one_image_each_are_a_warning(tmp_path):
+    make(tmp_path, "a/1.png b/2.png c/3.png d/4.png")
+    assert "\nwarning: no class has two training images" in load(tmp_path).note
