@@ -29,11 +29,15 @@ from transformers import (
     ResNetModel,
 )
 
-from m2t_accel.config.fields import ConfigurationError, one_line
-from m2t_accel.hub.tensor_names import from_torchvision, resnet_config
+from m2t_accel.config.fields import ConfigurationError, did_you_mean, one_line
+from m2t_accel.hub.tensor_names import first_names, from_torchvision, resnet_config
 from m2t_accel.model import embed, quiet_transformers
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+# The encoder that a method evaluates, if its checkpoint holds several: MoCo, MoCo v3, most others.
+MAIN_NETWORKS = ("encoder_q.", "base_encoder.", "backbone.")
+# Classifiers and projectors: modules after the encoder, which may stay unused.
+HEADS = re.compile(r"(fc|classifier|heads?|linear|mlp|prototypes)$|.*(proj|predict)")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -130,7 +134,8 @@ def load_transformers(source: str, config: Mapping[str, object]) -> LoadedEncode
     missing = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     if missing:
         raise ConfigurationError(
-            f"--encoder {source}: {len(missing)} of its tensors are missing or have another shape, such as {missing[0]}"
+            f"--encoder {source}: {len(missing)} of its tensors are missing or have another shape: "
+            f"{first_names(missing)}"
         )
     network = (config.get("momentum2_teacher") or {}).get("network", "as loaded")
     try:
@@ -169,7 +174,9 @@ def load_timm(source: str, config: Mapping[str, object]) -> LoadedEncoder:
 
 
 def load_weight_file(path: Path) -> LoadedEncoder:
-    """Load a state dict of a ResNet with torchvision's names.
+    """Load a state dict of a ResNet with torchvision's names, or of a method that has trained such a ResNet.
+
+    From a checkpoint of this method's published code this takes the teacher.
 
     Raises:
         ConfigurationError: the file cannot be loaded, or holds another network than a plain ResNet.
@@ -179,11 +186,14 @@ def load_weight_file(path: Path) -> LoadedEncoder:
             f"--encoder {path}: give a folder, a Hub id, or a file of weights ({' '.join(WEIGHT_FILES)})"
         )
     try:
-        model, unused = load_plain_resnet(read_state(path))
+        state, others, is_published_code = select_network(read_state(path), "teacher")
+        model, unused = load_plain_resnet(state)
     except ConfigurationError as error:
         raise ConfigurationError(f"--encoder {path}: {error}") from None
-    preprocessing = Preprocessing(remark="224 pixels and ImageNet's mean and deviation are assumed")
-    return loaded_encoder(model, preprocessing, "as loaded", str(path), unused)
+    remark = "the teacher of a checkpoint of the published code; " if is_published_code else ""
+    preprocessing = Preprocessing(remark=f"{remark}224 pixels and ImageNet's mean and deviation are assumed")
+    network = "teacher" if is_published_code else "as loaded"
+    return loaded_encoder(model, preprocessing, network, str(path), [*others, *unused])
 
 
 def loaded_encoder(
@@ -256,16 +266,50 @@ def load_resnet(state: Mapping[str, Tensor]) -> tuple[ResNetModel, list[str]]:
 
 
 def load_plain_resnet(state: Mapping[str, Tensor]) -> tuple[ResNetModel, list[str]]:
-    """Do the same as `load_resnet`, but allow unused tensors only in the last layer, `fc`.
+    """Do the same as `load_resnet`, but allow unused tensors only in classifiers and projectors.
 
     Raises:
         ConfigurationError: as `load_resnet`, or the state has other unused tensors, so it is another network.
     """
     model, unused = load_resnet(state)
-    other = [name for name in unused if not name.startswith("fc.")]
+    other = [name for name in unused if not HEADS.match(name.split(".")[0])]
     if other:
-        raise ConfigurationError(f"{len(other)} tensors that no plain ResNet has: {count_by_module(other)}")
+        raise ConfigurationError(f"{len(other)} tensors that no plain ResNet has: {first_names(other)}")
     return model, unused
+
+
+def select_network(state: Mapping[str, Tensor], network: str) -> tuple[dict[str, Tensor], list[str], bool]:
+    """Select the tensors of one ResNet from the state dict of a method, and remove the prefix of their names.
+
+    DistributedDataParallel puts `module.` before each name, and a method the name of the network, such as
+    `encoder_q.`. The published code of this method writes `teacher_encoder.` and `student_encoder.`.
+
+    Args:
+        network: "teacher" or "student": the network to select from a checkpoint of the published code.
+
+    Returns:
+        The tensors of the network; the names of all other tensors; whether the checkpoint is of the published code.
+
+    Raises:
+        ConfigurationError: the checkpoint does not hold the network, or holds several of unknown names.
+    """
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    modules = sorted({name.split(".")[0] for name in state})
+    is_published_code = not {"teacher_encoder", "student_encoder"}.isdisjoint(modules)
+    if is_published_code:
+        prefix = f"{network}_encoder."
+    else:
+        stems = [name.removesuffix("conv1.weight") for name in state if name.endswith("conv1.weight")]
+        found = [prefix for prefix in stems if f"{prefix}layer1.0.conv1.weight" in state]
+        known = [prefix for prefix in ("", *MAIN_NETWORKS) if prefix in found]
+        if len(found) > 1 and not known:
+            raise ConfigurationError(f"it holds {len(found)} networks ({', '.join(found)}): keep one of them in a file")
+        prefix = (known or found or [""])[0]
+    others = [name for name in state if not name.startswith(prefix)]
+    if len(others) == len(state):
+        raise ConfigurationError(f"it has no {prefix}…{did_you_mean(prefix, modules)}; there are {', '.join(modules)}")
+    selected = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return selected, others, is_published_code
 
 
 def count_by_module(names: list[str]) -> str:

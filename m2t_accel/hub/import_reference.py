@@ -8,10 +8,10 @@ import torch
 from huggingface_hub import ModelCardData
 
 from m2t_accel.config.data import ImageSettings
-from m2t_accel.config.fields import ConfigurationError, did_you_mean
+from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.files import atomic_write
 from m2t_accel.hub.card import loading_code
-from m2t_accel.hub.encoders import LoadedEncoder, count_by_module, load_resnet, read_state
+from m2t_accel.hub.encoders import LoadedEncoder, count_by_module, load_resnet, read_state, select_network
 from m2t_accel.hub.export import feature_difference, standard_name, torchvision_features
 from m2t_accel.hub.folder import save_encoder
 
@@ -23,8 +23,7 @@ def import_reference(checkpoint: Path, network: str, output: Path) -> list[str]:
     """Write the encoder of a checkpoint as a folder that AutoModel loads. Return lines for the user.
 
     A checkpoint of the published code (`last_epoch_ckpt.pth.tar`) holds its tensors under `model`, with the names
-    `teacher_encoder.…` and `student_encoder.…`. DistributedDataParallel puts `module.` before them. The rest of each
-    name is torchvision's; `fc` is the projector.
+    `teacher_encoder.…` and `student_encoder.…`. The rest of each name is torchvision's; `fc` is the projector.
 
     Every tensor of the encoder must be present, in its shape. The lines name each tensor that is not used.
 
@@ -40,16 +39,8 @@ def import_reference(checkpoint: Path, network: str, output: Path) -> list[str]:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigurationError(f"--output {output} exists and is not empty: give another folder")
     try:
-        state = {name.removeprefix("module."): tensor.float() for name, tensor in read_state(checkpoint).items()}
-        modules = sorted({name.split(".")[0] for name in state})
-        is_published_code = any(module.endswith("_encoder") for module in modules)
-        prefix = f"{network}_encoder." if is_published_code else ""
-        others = [name for name in state if not name.startswith(prefix)]
-        if len(others) == len(state):
-            raise ConfigurationError(
-                f"it has no {prefix}…{did_you_mean(prefix, modules)}; there are {', '.join(modules)}"
-            )
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        state, others, is_published_code = select_network(read_state(checkpoint), network)
+        state = {name: tensor.float() for name, tensor in state.items()}
         model, unused = load_resnet(state)
     except ConfigurationError as error:
         raise ConfigurationError(f"{checkpoint}: {error}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -110,20 +110,29 @@ def from_torchvision(
         The renamed tensors, and the names in `state` that the model does not use.
 
     Raises:
-        ConfigurationError: a tensor is missing or has another shape.
+        ConfigurationError: tensors are missing, or one has another shape.
     """
     renamed, unused = {}, dict.fromkeys(state)
+    missing = []
     for name, tensor in expected.items():
         other = torchvision_name(name)
         if other not in state:
             if name.endswith("num_batches_tracked"):  # older files have none, and no result depends on it
                 renamed[name] = tensor
-                continue
-            raise ConfigurationError(f"the tensor {other} is missing")
+            else:
+                missing.append(other)
+            continue
         if state[other].shape != tensor.shape:
             raise ConfigurationError(
                 f"the tensor {other} has the shape {tuple(state[other].shape)}, {tuple(tensor.shape)} is needed"
             )
         renamed[name] = state[other]
         del unused[other]
+    if missing:
+        raise ConfigurationError(f"tensors are missing: {first_names(missing)}")
     return renamed, list(unused)
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Return the first five names, and the number of the others."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -153,9 +153,9 @@ def test_missing_and_damaged_weights_are_refused(run, tmp_path):
     state = create_encoder("resnet10-quarter").state_dict()
     name = "embedder.embedder.convolution.weight"
     save_file({k: v for k, v in state.items() if k != name}, weights, metadata={"format": "pt"})
-    assert f"1 of its tensors are missing or have another shape, such as {name}" in refused(run)
+    assert f"1 of its tensors are missing or have another shape: {name}" in refused(run)
     save_file(state | {name: torch.zeros(16, 3, 5, 5)}, weights, metadata={"format": "pt"})
-    assert f"1 of its tensors are missing or have another shape, such as {name}" in refused(run)
+    assert f"1 of its tensors are missing or have another shape: {name}" in refused(run)
     weights.unlink()
     assert "cannot be loaded" in refused(run)
     torch.save([1, 2], tmp_path / "list.pth")
@@ -164,10 +164,43 @@ def test_missing_and_damaged_weights_are_refused(run, tmp_path):
     assert "cannot be loaded" in refused(tmp_path / "cut.pth")
 
 
-def test_a_file_of_another_network_is_refused(tmp_path):
-    state = torchvision_state() | {"head.weight": torch.zeros(2, 2)}
-    torch.save(state, tmp_path / "weights.pth")
-    assert "tensors that no plain ResNet has: head (1)" in refused(tmp_path / "weights.pth")
+@pytest.mark.parametrize("name", ["layer1.0.se.fc1.weight", "attnpool.c_proj.weight", "bn0.weight"])
+def test_a_file_of_another_network_is_refused(tmp_path, name):
+    torch.save(torchvision_state() | {name: torch.zeros(2, 2)}, tmp_path / "weights.pth")
+    assert f"1 tensors that no plain ResNet has: {name}" in refused(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "other", "unused"),
+    [
+        ("", "prototypes.weight", "prototypes (1), fc (2)"),
+        ("module.", "module.projection_head.0.weight", "projection_head (1), fc (2)"),
+        ("module.encoder_q.", "module.encoder_k.", "encoder_k (74), fc (2)"),
+        ("module.base_encoder.", "module.momentum_encoder.", "momentum_encoder (74), fc (2)"),
+        ("backbone.", "momentum_backbone.", "momentum_backbone (74), fc (2)"),
+        ("module.encoder.", "module.predictor.0.weight", "predictor (1), fc (2)"),
+        ("teacher_encoder.", "student_encoder.", "student_encoder (74), fc (2)"),
+    ],
+)
+def test_the_encoder_of_a_method_is_found_in_its_checkpoint(tmp_path, prefix, other, unused):
+    """The tensors of the other network are twice as large, so that a mistake shows."""
+    state = torchvision_state()
+    content = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+    is_network = other.endswith(".")
+    content |= {f"{other}{k}": 2 * v for k, v in state.items()} if is_network else {other: torch.zeros(2, 2)}
+    torch.save({"state_dict": content}, tmp_path / "checkpoint.pth.tar")
+    loaded = load_encoder(str(tmp_path / "checkpoint.pth.tar"))
+    for name, tensor in to_torchvision(loaded.model.state_dict()).items():
+        assert torch.equal(tensor, state[name])
+    assert set(unused.split(", ")) == set(loaded.note.split("not used: ")[1].split(", "))
+    assert loaded.network == ("teacher" if "teacher" in prefix else "as loaded")
+
+
+def test_a_checkpoint_of_several_networks_of_unknown_names_is_refused(tmp_path):
+    state = torchvision_state()
+    content = {f"{prefix}.{name}": tensor for prefix in ("left", "right") for name, tensor in state.items()}
+    torch.save(content, tmp_path / "weights.pth")
+    assert "it holds 2 networks (left., right.)" in refused(tmp_path / "weights.pth")
 
 
 class Bomb:

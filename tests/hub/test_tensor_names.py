@@ -76,8 +76,10 @@ def test_missing_and_misshapen_tensors_are_refused():
     def without(name):
         return {key: value for key, value in state.items() if name not in key}
 
-    with pytest.raises(ConfigurationError, match=r"layer2\.0\.bn2\.bias is missing"):
+    with pytest.raises(ConfigurationError, match=r"tensors are missing: layer2\.0\.bn2\.bias$"):
         tensor_names.from_torchvision(without("layer2.0.bn2.bias"), model.state_dict())
+    with pytest.raises(ConfigurationError, match=r"missing: bn1\.running_var, (layer\S+, ){3}layer\S+ and 7 more$"):
+        tensor_names.from_torchvision(without("running_var"), model.state_dict())
     wrong = state | {"bn1.weight": torch.ones(3)}
     with pytest.raises(ConfigurationError, match=r"bn1\.weight has the shape \(3,\), \(16,\) is needed"):
         tensor_names.from_torchvision(wrong, model.state_dict())
