@@ -39,22 +39,23 @@ def quiet_transformers() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def create_encoder(name: str) -> PreTrainedModel:
+def create_encoder(name: str, architecture: PretrainedConfig | None = None) -> PreTrainedModel:
     """Create an encoder with random weights.
 
     Args:
         name: a name in ENCODERS, a folder with a transformers config.json, or a Hub id.
+        architecture: the configuration, if it is known already; `name` is then for messages.
 
     Raises:
         ConfigurationError: the configuration cannot be read, or its model has no BatchNorm.
     """
-    if name in ENCODERS:
+    if name in ENCODERS and architecture is None:
         return ResNetModel(ResNetConfig(**ENCODERS[name]))
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+    if architecture is None and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ConfigurationError(f"--encoder {name}: the folder has no config.json of a transformers model")
     try:
         # Never run remote code: a configuration from the Hub is data.
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = architecture or AutoConfig.from_pretrained(name, trust_remote_code=False)
         config.dtype = torch.get_default_dtype()  # many published configurations say float16, for inference
         encoder = AutoModel.from_config(config)
     except Exception as error:  # a wrong configuration can raise anything in the model's code

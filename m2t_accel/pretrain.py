@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 from datetime import timedelta
 from itertools import islice
 
@@ -12,7 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from m2t_accel import __version__
 from m2t_accel.config.data import check_enough_images
@@ -27,6 +29,7 @@ from m2t_accel.data.views import TwoViews
 from m2t_accel.distributed.interruption import StopRequestedError, StopSignals, report_lost_processes
 from m2t_accel.distributed.launch import command, hardware, start_accelerator
 from m2t_accel.distributed.processes import broadcast_object, check_same_images, on_all_processes
+from m2t_accel.hub.warm_start import load_warm_start
 from m2t_accel.model import Teacher, create_encoder, create_student
 from m2t_accel.optim import create_optimizer
 from m2t_accel.run import resume
@@ -67,6 +70,10 @@ def pretrain(
     accelerator = start_accelerator(config, config.trackers, config.output_dir, timeout)
     is_main = accelerator.is_main_process
     if encoder is not None:
+        if config.init_from is not None:
+            raise ConfigurationError(
+                f"--init_from {config.init_from}: pretrain() was given an encoder: load its weights before the call"
+            )
         config = dataclasses.replace(config, encoder=type(encoder).__name__)
     folder = RunFolder(config.output_dir)
 
@@ -81,13 +88,19 @@ def pretrain(
         accelerator.print(f"{config.output_dir} is complete: {config.output_dir}/encoder")
         return None
     on_all_processes(accelerator, lambda: check_inputs(config, dataset is None, encoder is None))
-    if start.checkpoint is not None and config.evaluate_every is None:
-        config = dataclasses.replace(config, evaluate_every=start.checkpoint.manifest["config"]["evaluate_every"])
+    warm = None
+    if start.checkpoint is not None:
+        config = resume.with_settled_settings(config, start.checkpoint.manifest)
+    elif config.init_from is not None:
+        warm = load_warm_start(config, accelerator)
+        config = dataclasses.replace(config, encoder=warm.encoder)
+        start = start._replace(remarks=(*start.remarks, *warm.lines), init_from=warm.record)
     data = on_all_processes(accelerator, lambda: load_images(config, dataset))  # process 0 fills the cache first
     check_enough_images(len(data.train), config)
     check_same_images(accelerator, data.note, data.fingerprint)
     config = settle_evaluation(config, data)
-    step = create_step(config, accelerator, encoder)
+    architecture = warm.architecture if warm is not None else resume.saved_architecture(config, start)
+    step = create_step(config, accelerator, encoder, architecture, warm.state if warm is not None else None)
     with (
         StopSignals() as signals,
         contextlib.closing(folder),
@@ -106,15 +119,28 @@ def pretrain(
     return step.teacher
 
 
-def create_step(config: PretrainConfig, accelerator: Accelerator, encoder: nn.Module | None = None) -> TrainingStep:
+def create_step(
+    config: PretrainConfig,
+    accelerator: Accelerator,
+    encoder: nn.Module | None = None,
+    architecture: PretrainedConfig | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> TrainingStep:
     """Create student, teacher and optimizer, the same on every process.
+
+    Args:
+        encoder: the encoder to train. Default: one of random weights.
+        architecture: its configuration. Default: that of `config.encoder`.
+        weights: weights and statistics that it starts from.
 
     Raises:
         ConfigurationError: the encoder cannot be created, has no BatchNorm, or takes no images of this size.
     """
     set_seed(config.seed)
     if encoder is None:
-        encoder = on_all_processes(accelerator, lambda: create_encoder(config.encoder))
+        encoder = on_all_processes(accelerator, lambda: create_encoder(config.encoder, architecture))
+    if weights is not None:
+        encoder.load_state_dict(weights, strict=True)
     student = create_student(encoder, config.image_size, config.hidden_size, config.projection_size, config.encoder)
     try:
         teacher = Teacher(student)
@@ -199,6 +225,7 @@ class Run:
             lines += resume.describe_changes(config, manifest, accelerator, self.steps_per_epoch)
         progress.parts.append(
             {"step": progress.step, "command": command(), "hardware": hardware(accelerator), "versions": VERSIONS}
+            | ({"init_from": start.init_from} if start.init_from is not None else {})
         )
         header = f"# m2t_accel {__version__}, torch {torch.__version__}, on {hardware(accelerator)}\n# {command()}\n"
         text = header + dataclasses.replace(config, resume="auto").to_yaml()

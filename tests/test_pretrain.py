@@ -16,9 +16,11 @@ from helpers import tiny, write_image, write_parquet
 from survive import different, last_tensors, metrics
 
 from m2t_accel import step as training
+from m2t_accel.config.evaluation import build_knn
 from m2t_accel.config.fields import ConfigurationError, Interrupted
 from m2t_accel.config.recipes import build_config
 from m2t_accel.data.order import permute
+from m2t_accel.evaluation.knn import evaluate_knn
 from m2t_accel.model import Teacher
 from m2t_accel.momentum_norm import MomentumBatchNorm
 from m2t_accel.pretrain import pretrain
@@ -296,6 +298,54 @@ def test_a_run_stopped_in_any_step_resumes_bit_for_bit(trained_run, tmp_path, mo
     assert checkpoint_names(tmp_path / "run") == [f"step-{step}"]
     train(tiny(tmp_path / "run"))
     assert_same_run(trained_run, tmp_path / "run")
+
+
+def test_a_warm_start_begins_with_the_knn_of_its_source_and_resumes_without_it(
+    trained_run, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(trained_run / "encoder", tmp_path / "source")
+    names = ("dataset", "image_size", "image_mean", "image_std", "evaluation_crop", "num_workers")
+    given = tiny(tmp_path / "run", init_from=str(tmp_path / "source"), epochs=1, warmup_epochs=0.5)
+    config = build_config(given)
+    views = {name: getattr(config, name) for name in names}
+    result = evaluate_knn(build_knn({**views, "encoder": given["init_from"], "output_dir": str(tmp_path / "knn")}))
+    stop_in_step(monkeypatch, 3)
+    with pytest.raises(Interrupted):
+        train(given)
+    monkeypatch.undo()
+    first = metrics(tmp_path / "run")[0]
+    assert (first["step"], first["knn_top1"]) == (0, result["figures"]["top1_k20"])
+    assert first["knn_top1"] != metrics(trained_run)[0]["knn_top1"], "random weights would have the same"
+    assert f"starts from {tmp_path / 'source'}: ResNetModel" in capsys.readouterr().out
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (saved["init_from"], saved["encoder"]) == (given["init_from"], "resnet10-quarter")
+    # A run that was never stopped has the same results, and the source is not needed again.
+    train(given, output_dir=str(tmp_path / "whole"))
+    shutil.rmtree(tmp_path / "source")
+    capsys.readouterr()
+    with pytest.raises(ConfigurationError, match=r"init_from was .*source, now None"):
+        train({name: value for name, value in given.items() if name != "init_from"})
+    train(given)
+    printed = capsys.readouterr().out
+    assert "starts from" not in printed
+    assert re.search(rf"kNN top-1: \S+ % with the weights of {tmp_path / 'source'}, ", printed)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    training = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert training["parts"][0]["init_from"]["weights"] == result["weights"]
+    assert "init_from" not in training["parts"][1]
+    card = (tmp_path / "run" / "encoder" / "README.md").read_text()
+    assert "| started from | source |" in card
+    assert "base_model" not in card, "the source is not on the Hub"
+    train(given)
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_a_warm_start_whose_source_is_wrong_writes_nothing(small, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"^--init_from runs/nothing: no such file or folder"):
+        train(small(tmp_path / "run", init_from="runs/nothing"))
+    with pytest.raises(ConfigurationError, match=r"^--init_from runs/x: pretrain\(\) was given an encoder"):
+        pretrain(build_config(small(tmp_path / "run", init_from="runs/x")), encoder=torch.nn.Conv2d(3, 8, 3))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_streamed_run_resumes_bit_for_bit_with_any_number_of_workers(tmp_path, monkeypatch):

@@ -50,8 +50,14 @@ class PretrainConfig(TrainingSettings):
 
     encoder: str = setting(
         "resnet50",
-        f"{', '.join(ENCODERS)}, a folder with a transformers config.json, or a Hub id; the weights start random",
+        f"{', '.join(ENCODERS)}, a folder with a transformers config.json, or a Hub id; the weights start random "
+        "without --init_from",
         heading="student and teacher",
+    )
+    init_from: str | None = setting(
+        None,
+        "start from the weights of a run, a transformers or timm folder, a Hub id, or a file of ResNet weights; "
+        "without --encoder the architecture is the source's",
     )
     hidden_size: int = setting(4096, "hidden width of the projector and the predictor", at_least=2)
     projection_size: int = setting(256, "output width of the projector and the predictor", at_least=2)
@@ -179,7 +185,7 @@ def check_inputs(config: PretrainConfig, check_images: bool = True, check_encode
     if check_images:
         check_dataset(config.dataset)
     is_known = config.encoder in ENCODERS or os.path.exists(config.encoder) or is_hub_id(config.encoder)
-    if check_encoder and not is_known:
+    if check_encoder and not is_known and config.encoder != config.init_from:
         raise ConfigurationError(
             f"--encoder {config.encoder}: unknown{did_you_mean(config.encoder, ENCODERS)}; give one of "
             f"{', '.join(ENCODERS)}, a folder with a transformers config.json, or a Hub id USER/NAME"

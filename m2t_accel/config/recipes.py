@@ -118,4 +118,6 @@ def build_config(given: Mapping[str, object]) -> PretrainConfig:
         raise ConfigurationError(
             f"--recipe {recipe}: unknown{did_you_mean(recipe, RECIPES)}; `--recipe list` prints them all"
         )
+    if converted.get("init_from") is not None:  # the architecture is the source's, not the recipe's
+        converted.setdefault("encoder", converted["init_from"])
     return PretrainConfig(**{**RECIPES[recipe].settings, **converted})

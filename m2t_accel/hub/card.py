@@ -72,16 +72,19 @@ def model_card(
         with_curves: whether curves.png is published beside the card.
     """
     title = f"Momentum² Teacher {without_paths(config.encoder)}, {Path(config.dataset).name}"
+    start = next((part["init_from"] for part in training.get("parts", ()) if "init_from" in part), {})
     data = ModelCardData(
         model_name=title,
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
         tags=["self-supervised-learning", "momentum2-teacher", "byol"],
+        base_model=start.get("hub_id"),
         eval_results=evaluation_results(config, accuracies, results) or None,
     )
     facts = {
         "recipe": config.recipe,
         "data": without_paths(str(training["data"]).replace(config.dataset, Path(config.dataset).name)),
+        **({"started from": without_paths(config.init_from)} if config.init_from is not None else {}),
         "epochs": str(config.epochs),
         "images seen": f"{training['images_seen']:,}",
         "hardware": training["hardware"],
@@ -160,10 +163,11 @@ def results_text(config: PretrainConfig, accuracies: Sequence[float], results: S
     """Return the accuracies measured during training, and a table of the evaluations, as Markdown."""
     lines = []
     if accuracies:
+        start = "random weights" if config.init_from is None else f"the weights of {without_paths(config.init_from)}"
         lines.append(
             "During training: weighted kNN top-1 (k = 20, T = 0.07, features of the teacher's encoder, centre crop) "
             "of at most 10 000 held-out images by at most 50 000 training images: "
-            f"**{100 * accuracies[-1]:.2f} %**, from {100 * accuracies[0]:.2f} % with random weights."
+            f"**{100 * accuracies[-1]:.2f} %**, from {100 * accuracies[0]:.2f} % with {start}."
         )
     if results:
         lines += ["", "| evaluation | data | result | protocol |", "|---|---|---|---|"]

@@ -73,8 +73,9 @@ def finish(
     write_text(folder / COMPLETE, json.dumps(training, indent=2, ensure_ascii=False) + "\n")
     lines = [f"\nTrained in {duration(seconds)}: {images_seen:,} images, {images_seen / seconds:,.0f} a second."]
     if accuracies:
+        start = "with random weights" if config.init_from is None else f"with the weights of {config.init_from}"
         first, last = 100 * accuracies[0], 100 * accuracies[-1]
-        lines.append(f"Teacher kNN top-1: {first:.2f} % with random weights, {last:.2f} % now.")
+        lines.append(f"Teacher kNN top-1: {first:.2f} % {start}, {last:.2f} % now.")
     if is_stock:
         load = f'from transformers import AutoModel; AutoModel.from_pretrained("{folder / "encoder"}")'
     else:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ class Start(NamedTuple):
     checkpoint: Checkpoint | None = None  # None: at step 0
     remarks: tuple[str, ...] = ()  # lines for the user about damaged checkpoints
     complete: bool = False  # nothing is left to train
+    init_from: Mapping[str, str | None] | None = None  # source and fingerprint of the weights of a warm start
 
 
 class RunFolder:

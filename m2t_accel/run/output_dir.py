@@ -38,6 +38,8 @@ def check_same_settings(config: PretrainConfig, saved: Mapping[str, object], whe
         new = getattr(config, item.name)
         if item.name in MAY_CHANGE or (item.name == "evaluate_every" and new is None):
             continue
+        if item.name == "encoder" and new == config.init_from:  # the source's; the earlier run has its name
+            continue
         old = saved.get(item.name, item.default)  # runs of earlier versions lack newer settings
         old = tuple(old) if isinstance(old, list) else old
         if old != new and not (item.name == "epochs" and more_epochs and new > old):

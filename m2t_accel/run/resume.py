@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.config.pretrain import PretrainConfig
@@ -34,6 +35,24 @@ def restore_progress(manifest: Mapping[str, object] | None) -> Progress:
         return Progress()
     saved = manifest["progress"]
     return Progress(manifest["step"], saved["reported"], saved["seconds"], manifest["number"], list(saved["parts"]))
+
+
+def with_settled_settings(config: PretrainConfig, manifest: Mapping[str, object]) -> PretrainConfig:
+    """Return the configuration with the values that the run has settled when it started, where none is given."""
+    saved = manifest["config"]
+    if config.evaluate_every is None:
+        config = dataclasses.replace(config, evaluate_every=saved["evaluate_every"])
+    if config.init_from is not None and config.encoder == config.init_from:
+        config = dataclasses.replace(config, encoder=saved["encoder"])
+    return config
+
+
+def saved_architecture(config: PretrainConfig, start: Start) -> PretrainedConfig | None:
+    """Return the encoder's configuration of a run that has started from `--init_from`, which may be gone."""
+    saved = start.checkpoint.manifest.get("architecture") if start.checkpoint is not None else None
+    if config.init_from is None or saved is None:
+        return None
+    return CONFIG_MAPPING[saved["model_type"]].from_dict(saved)
 
 
 def restore_state(state: RunState, checkpoint: Checkpoint, accelerator: Accelerator) -> list[Tensor]:

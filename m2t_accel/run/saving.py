@@ -106,6 +106,7 @@ class Saver:
             "num_processes": self.accelerator.num_processes,
             "mixed_precision": self.accelerator.mixed_precision,
             "gradient_scaler": self.state.gradient_scaler(),
+            "architecture": self.state.architecture(),
             "config": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(config).items()},
             "data": {"note": self.data.note, "images": len(self.data.train), "fingerprint": self.data.fingerprint},
             "progress": {

@@ -6,6 +6,7 @@ state of the random generators differ, so they are saved for each process.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 
@@ -14,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from m2t_accel.distributed.processes import broadcast_from_main, gather_to_main
 
@@ -117,6 +119,11 @@ class RunState:
             for key, value in state.get(parameter, {}).items()
             if isinstance(value, Tensor)
         }
+
+    def architecture(self) -> dict[str, object] | None:
+        """Return the configuration of the encoder as JSON types; None if it is no transformers model."""
+        encoder = self.teacher.encoder
+        return json.loads(encoder.config.to_json_string()) if isinstance(encoder, PreTrainedModel) else None
 
     def gradient_scaler(self) -> dict[str, object] | None:
         """Return the state of the gradient scaler; None without one, that is, without float16."""

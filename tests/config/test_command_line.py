@@ -106,6 +106,7 @@ def test_every_setting_is_a_flag_and_a_key():
         "checkpoint_every": ("500steps", "2epochs", "7.5min"),
         "keep": (5, 10),
         "stop_on_collapse": True,
+        "init_from": "runs/other",
     }
     numbers = {"weight_momentum": 0.5, "optimizer_momentum": 0.5, "validation_fraction": 0.25, "evaluation_crop": 0.5}
     numbers |= {"num_workers": 3, "evaluate_every": 7, "hue": 0.25}

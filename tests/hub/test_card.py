@@ -55,9 +55,22 @@ def result(evaluation="linear probe", top1=0.5, **protocol):
     return {"evaluation": evaluation, "dataset": "/data/flowers", "figures": {"top1": top1}, "protocol": protocol}
 
 
-def card(accuracies=(0.3, 0.4), results=(), **settings):
+def card(accuracies=(0.3, 0.4), results=(), parts=(), **settings):
     given = {"recipe": "8x2080Ti-b256-100ep", "dataset": "/data/my pictures", "output_dir": "/home/me/runs/x"}
-    return model_card(build_config({**given, **settings}), TRAINING, accuracies, results, "me/flowers")
+    config, training = build_config({**given, **settings}), {**TRAINING, "parts": parts}
+    return model_card(config, training, accuracies, results, "me/flowers")
+
+
+@pytest.mark.parametrize(
+    ("source", "hub_id", "shown"), [("/data/r50.pth", None, "r50.pth"), ("you/r50", "you/r50", "you/r50")]
+)
+def test_the_source_of_a_warm_start_is_named_and_the_base_model_if_it_is_on_the_hub(source, hub_id, shown):
+    text = card(parts=[{"init_from": {"hub_id": hub_id}}, {}], init_from=source, encoder="resnet50")
+    assert ModelCard(text).data.base_model == hub_id
+    assert f"| started from | {shown} |" in text
+    assert f"from 30.00 % with the weights of {shown}." in text
+    assert f"init_from: {shown}\n" in text
+    assert "from 30.00 % with random weights." in card()
 
 
 def metric_values(text):

@@ -25,7 +25,8 @@ class SavedRun:
     def __init__(self, folder, num_values=1000, **settings):
         self.value = torch.ones(num_values)
         self.lines = []
-        state = SimpleNamespace(copy=lambda rows: {"weights": {"value": self.value}}, gradient_scaler=lambda: None)
+        state = SimpleNamespace(copy=lambda rows: {"weights": {"value": self.value}})
+        state.gradient_scaler = state.architecture = lambda: None
         report = SimpleNamespace(
             rows=[], print_line=self.lines.append, report_bad_images=lambda: None, seconds=lambda: 1.0
         )
