@@ -29,6 +29,27 @@ ARCHIVE_EXTENSIONS = frozenset(
     (".7z", ".arrow", ".beton", ".bz2", ".gz", ".h5", ".hdf5", ".lmdb", ".mat", ".mdb", ".npy", ".npz", ".rar", ".rec")
 )
 ARCHIVE_EXTENSIONS |= {".tfrecord", ".tgz", ".xz", ".zip", ".zst"}
+# Notes that people keep beside images. Many of them are no reason for a warning.
+NOTES_EXTENSIONS = frozenset(
+    f".{word}"
+    for word in [
+        "cls",
+        "csv",
+        "html",
+        "json",
+        "jsonl",
+        "log",
+        "md",
+        "npy",
+        "pkl",
+        "pt",
+        "tsv",
+        "txt",
+        "xml",
+        "yaml",
+        "yml",
+    ]
+)
 IGNORED_FOLDERS = ("@eaDir", "__MACOSX")  # thumbnails and metadata of network storage and of macOS
 PROGRESS_INTERVAL = 10_000  # entries of a folder between two updates of the progress bar
 SETTLED = 2.0  # seconds; a folder that changed this recently may change again without a new time stamp
@@ -166,3 +187,26 @@ def check_train(
             f"--dataset {folder}: {place} is called train and {reason}, remove it, or name another split with "
             "--train_split"
         )
+
+
+def unused_files(others: Counter[str], num_used: int, kind: str) -> list[str]:
+    """Return remarks about files that are not read. If they are many and no mere notes, the remark is a warning."""
+    if not others:
+        return []
+    skipped = Counter({name: number for name, number in others.items() if name not in NOTES_EXTENSIONS})
+    if kind == "image" and skipped.total() > num_used:
+        return [f"warning: {list_files(skipped)} are not used, more than the {num_used:,} images: {advice_on(skipped)}"]
+    return [f"not used: {list_files(others)}"]
+
+
+def list_files(others: Counter[str]) -> str:
+    """Return the numbers of files by extension in words, the most frequent first."""
+    kinds = [f"{number:,} {f'*{name}' if name else 'without extension'}" for name, number in others.most_common()]
+    return ", ".join(kinds if len(kinds) <= MAX_LISTED else [*kinds[:MAX_LISTED], "and other kinds"])
+
+
+def advice_on(others: Counter[str]) -> str:
+    name = others.most_common(1)[0][0]
+    if name == ".arrow":
+        return "write them as parquet (Dataset.to_parquet)"
+    return "unpack them" if name in ARCHIVE_EXTENSIONS else "convert them to JPEG or PNG"

@@ -19,12 +19,13 @@ from pyarrow import compute
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.data.folders import (
-    ARCHIVE_EXTENSIONS,
     IMAGE_EXTENSIONS,
-    MAX_LISTED,
     SHARD_EXTENSIONS,
+    advice_on,
     check_train,
     find_files,
+    list_files,
+    unused_files,
 )
 from m2t_accel.data.held_out import hold_out_images, hold_out_pieces
 from m2t_accel.data.hub_datasets import copy_parquet, load_hub
@@ -37,27 +38,6 @@ from m2t_accel.data.tars import TarShards, tar_splits
 
 CLEAR_SHARE = 0.9  # share of the bytes of a folder that makes a kind of files the one that is meant
 SIZED_FILES = 200  # files whose sizes are read for an estimate of all
-# Notes that people keep beside images. Many of them are no reason for a warning.
-NOTES_EXTENSIONS = frozenset(
-    f".{word}"
-    for word in [
-        "cls",
-        "csv",
-        "html",
-        "json",
-        "jsonl",
-        "log",
-        "md",
-        "npy",
-        "pkl",
-        "pt",
-        "tsv",
-        "txt",
-        "xml",
-        "yaml",
-        "yml",
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -319,26 +299,3 @@ def estimate_size(folder: Path, paths: Sequence[str]) -> float:
     sample = [paths[i] for i in np.linspace(0, len(paths) - 1, min(len(paths), SIZED_FILES)).astype(int)]
     sizes = [os.path.getsize(folder / path) for path in sample if os.path.exists(folder / path)]
     return sum(sizes) / len(sample) * len(paths)
-
-
-def unused_files(others: Counter[str], num_used: int, kind: str) -> list[str]:
-    """Return remarks about files that are not read. If they are many and no mere notes, the remark is a warning."""
-    if not others:
-        return []
-    skipped = Counter({name: number for name, number in others.items() if name not in NOTES_EXTENSIONS})
-    if kind == "image" and skipped.total() > num_used:
-        return [f"warning: {list_files(skipped)} are not used, more than the {num_used:,} images: {advice_on(skipped)}"]
-    return [f"not used: {list_files(others)}"]
-
-
-def list_files(others: Counter[str]) -> str:
-    """Return the numbers of files by extension in words, the most frequent first."""
-    kinds = [f"{number:,} {f'*{name}' if name else 'without extension'}" for name, number in others.most_common()]
-    return ", ".join(kinds if len(kinds) <= MAX_LISTED else [*kinds[:MAX_LISTED], "and other kinds"])
-
-
-def advice_on(others: Counter[str]) -> str:
-    name = others.most_common(1)[0][0]
-    if name == ".arrow":
-        return "write them as parquet (Dataset.to_parquet)"
-    return "unpack them" if name in ARCHIVE_EXTENSIONS else "convert them to JPEG or PNG"
