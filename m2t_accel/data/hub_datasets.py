@@ -107,7 +107,7 @@ def configuration_error(names: Sequence[str], config: ImageSettings) -> Configur
         )
     return ConfigurationError(
         f"--dataset_config {config.dataset_config}: --dataset {config.dataset} has no such configuration"
-        f"{did_you_mean(config.dataset_config, names)}; it has {listed}"
+        f"{did_you_mean(config.dataset_config, names)}; it has {listed or 'none'}"
     )
 
 

@@ -42,7 +42,7 @@ def draw_preview(config: PretrainConfig, picture: Path) -> list[str]:
     config = dataclasses.replace(config, batch_size=2, device_batch_size=2, evaluate_every=0)
     data = load_images(config)
     check_enough_images(len(data.train), config)
-    lines = [data.note]
+    lines = [data.introduction]
     shown = []
     for sample, image in first_images(data.train, config):
         try:

@@ -18,6 +18,7 @@ from pyarrow import compute
 
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.data.configurations import configured_files
 from m2t_accel.data.folders import (
     IMAGE_EXTENSIONS,
     SHARD_EXTENSIONS,
@@ -54,6 +55,12 @@ class ImageData:
     class_names: list[str] | None
     note: str  # one line for the user about the images that were found
     folder: str = ""  # common start of the paths, if the images are from a folder
+    warnings: tuple[str, ...] = ()  # lines for the user
+
+    @property
+    def introduction(self) -> str:
+        """Return the note and the warnings as lines for the user."""
+        return "\n".join([self.note, *self.warnings])
 
     @property
     def lacks(self) -> str | None:
@@ -151,7 +158,8 @@ def load_images(config: ImageSettings, dataset: Dataset | None = None) -> ImageD
             origin = f"{list(splits)[1]}, its own validation split" if list(splits)[1] else "its own validation split"
         note += f"; evaluation on {len(validation):,} others ({origin})"
     if config.evaluates and (validation is None or len(train) < len(all_images)):
-        remarks += [f"{place or 'the validation split'} is not used" for place in list(splits)[1:]]
+        reason = "the training images have no labels" if bank is None else "not every image in it has a label"
+        remarks += [f"{place or 'the validation split'} is not used, because {reason}" for place in list(splits)[1:]]
     if config.streaming and isinstance(train, Dataset):
         if "offset" in train.features:
             train = TarShards(train)
@@ -162,9 +170,9 @@ def load_images(config: ImageSettings, dataset: Dataset | None = None) -> ImageD
             f"{num_pieces} {'piece' if num_pieces == 1 else 'pieces'} (row groups, runs of a tar) for "
             f"{config.num_virtual_devices} virtual devices: several devices read the same piece, each from its start"
         )
-    warnings = [remark for remark in remarks if remark.startswith("warning: ")]
+    warnings = tuple(remark for remark in remarks if remark.startswith("warning: "))
     note = "; ".join([note, *(remark for remark in remarks if remark not in warnings)])
-    return ImageData(train, bank, validation, class_names, "\n".join([note, *warnings]), str(folder))
+    return ImageData(train, bank, validation, class_names, note, str(folder), warnings)
 
 
 def validation_of(splits: dict[str, Dataset] | dict[str, ParquetShards]) -> Dataset | ParquetShards | None:
@@ -242,7 +250,7 @@ def load_folder(
     remarks += unused_files(others, len(files), kind)
     if kind == "image":
         return load_image_files(folder, files, found.called_train, config, remarks)
-    groups = group_files(files, config)
+    groups = configured_files(folder, files, config) or group_files(files, config)
     check_train(folder, list(groups), found.called_train, files, config)
     choice = choose_splits(list(groups), config)
     remarks += [f"not used: {describe_files(groups[name])}, no part of the training split" for name in choice.unused]

@@ -39,7 +39,7 @@ def embed_dataset(config: EmbedConfig) -> list[str]:
         raise ConfigurationError(f"--split validation: {config.dataset} has no validation split with labels")
     if open_folder(evaluation) is not None:
         return [f"{config.output_dir} is already complete"]
-    accelerator.print(f"{evaluation.loaded.note}\n{data.note}")
+    accelerator.print(f"{evaluation.loaded.note}\n{data.introduction}")
     with dead_workers_in_one_line():
         features = gather_features(list(embed_images(evaluation.encoder, images, config, accelerator)), accelerator)
     if not len(features.samples):

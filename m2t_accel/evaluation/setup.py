@@ -83,7 +83,7 @@ def run_once(evaluation: Evaluation, measure: Callable[[], dict[str, object]]) -
     """
     result = open_folder(evaluation)
     if result is None:
-        evaluation.accelerator.print(f"{evaluation.loaded.note}\n{evaluation.images.note}")
+        evaluation.accelerator.print(f"{evaluation.loaded.note}\n{evaluation.images.introduction}")
         with dead_workers_in_one_line():
             result = measure()
     evaluation.accelerator.print("\n".join(describe(result, Path(evaluation.config.output_dir))))

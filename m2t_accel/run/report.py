@@ -283,7 +283,7 @@ def introduction(
     """Return lines that describe the images, the encoder, the length of the run and the hardware."""
     size = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
     lines = [
-        data.note,
+        data.introduction,
         f"{config.encoder} ({size:.1f} M parameters), {config.epochs} epochs, {total_steps} steps of "
         f"{config.batch_size} images ({config.num_virtual_devices} × {config.device_batch_size}), on "
         f"{hardware(accelerator)}",

@@ -201,4 +201,39 @@ def test_one_class_is_no_class(tmp_path, kind):
 
 def test_classes_of_one_image_each_are_a_warning(tmp_path):
     make(tmp_path, "a/1.png b/2.png c/3.png d/4.png")
-    assert "\nwarning: no class has two training images" in load(tmp_path).note
+    assert "warning: no class has two training images" in load(tmp_path).warnings[0]
+
+
+CONFIGURATIONS = """---
+configs:
+- config_name: large
+  data_files:
+  - split: train
+    path: large/*
+- config_name: small
+  data_files:
+  - split: train
+    path: small/part-0*
+  - split: test
+    path: small/part-1.parquet
+---
+"""
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_copy_of_a_repository_with_two_configurations(tmp_path, streaming):
+    make(tmp_path, "large/0.parquet large/1.parquet small/part-0.parquet small/part-1.parquet")
+    (tmp_path / "README.md").write_text(CONFIGURATIONS)
+    with pytest.raises(ConfigurationError, match="has the configurations large, small: name one with --dataset_config"):
+        load(tmp_path, streaming=streaming)
+    with pytest.raises(ConfigurationError, match=r"--dataset_config smal: .* did you mean small\?"):
+        load(tmp_path, streaming=streaming, dataset_config="smal")
+    images = load(tmp_path, streaming=streaming, dataset_config="small")
+    assert (len(images.train), len(images.validation)) == (4, 4)
+    assert "in small/part-0.parquet; evaluation on 4 others (small/part-1.parquet" in images.note
+
+
+def test_a_configuration_is_refused_where_there_is_none(tmp_path):
+    make(tmp_path, "0.parquet")
+    with pytest.raises(ConfigurationError, match=r"--dataset_config small: .* has no such configuration"):
+        load(tmp_path, dataset_config="small")
