@@ -31,24 +31,7 @@ ARCHIVE_EXTENSIONS = frozenset(
 ARCHIVE_EXTENSIONS |= {".tfrecord", ".tgz", ".xz", ".zip", ".zst"}
 # Notes that people keep beside images. Many of them are no reason for a warning.
 NOTES_EXTENSIONS = frozenset(
-    f".{word}"
-    for word in [
-        "cls",
-        "csv",
-        "html",
-        "json",
-        "jsonl",
-        "log",
-        "md",
-        "npy",
-        "pkl",
-        "pt",
-        "tsv",
-        "txt",
-        "xml",
-        "yaml",
-        "yml",
-    ]
+    (".cls", ".csv", ".html", ".json", ".jsonl", ".log", ".md", ".npy", ".pkl", ".pt", ".tsv", ".txt", ".xml", ".yaml")
 )
 IGNORED_FOLDERS = ("@eaDir", "__MACOSX")  # thumbnails and metadata of network storage and of macOS
 PROGRESS_INTERVAL = 10_000  # entries of a folder between two updates of the progress bar
