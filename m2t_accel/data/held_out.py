@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pyarrow
-import pyarrow.types
 from datasets import ClassLabel, Dataset
 
 from m2t_accel.config.data import ImageSettings
-from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.data.labels import find_classes, find_columns, standard_columns
-from m2t_accel.data.parquet import ParquetShards
+from m2t_accel.data.columns import find_label_column, fits_labels
+from m2t_accel.data.labels import find_classes, stored_labels
+from m2t_accel.data.parquet import ParquetShards, choose_image_column
 from m2t_accel.data.shards import to_dataset
 
 # Images that streaming holds in memory for kNN: 1.1 and 0.2 GB of ImageNet's in each process.
 MAX_STREAMED_BANK, MAX_STREAMED_QUERIES = 10_000, 2_000
-IMAGE_TYPES = (pyarrow.binary(), pyarrow.large_binary(), pyarrow.string(), pyarrow.large_string())
 
 
 def hold_out_images(
@@ -65,27 +65,25 @@ def hold_out_pieces(
         remarks: list to which this adds notes for the user.
 
     Raises:
-        ConfigurationError: a column is missing or of the wrong kind, or a validation label is not among the training
-            labels.
+        ConfigurationError: there is no column of images, the column that `--label_column` names is missing or of the
+            wrong kind, or a validation label is not among the training labels.
     """
-    image, label = find_columns(train.features, config)
-    check_image_column(image, train, validation, config)
-    for shards in (train, validation):
-        if shards is not None:
-            shards.column = image
+    choose_image_column(train, validation, config)
+    label = find_label_column(train.features, train.column.name, config, remarks)
     if label is None or not config.evaluates:  # images for evaluation would only take memory
         return train, None, None
-    kind = train.features[label]
+    kind = train.features[label.name]
 
     def read_labels() -> pyarrow.ChunkedArray:
         # The classes of a ClassLabel are known without reading the labels of all training images.
-        return pyarrow.array([]) if isinstance(kind, ClassLabel) else train.distinct_values(label)
+        return pyarrow.array([]) if isinstance(kind, ClassLabel) else train.distinct_values(label.name)
 
     classes = find_classes(kind, read_labels, len(train), label, config, remarks)
     if classes is None:
         return train, None, None
     if validation is not None and not (
-        label in validation.features and classes.cover(validation.distinct_values(label), label, config)
+        fits_labels(validation.features.get(label.name))
+        and classes.cover(validation.distinct_values(label.name), label, config)
     ):
         validation = None
     all_images = train
@@ -107,32 +105,15 @@ def hold_out_pieces(
         pieces = spread_pieces(shards.piece_sizes, limit)
         if not len(pieces):  # at least one piece, even if it exceeds the limit
             pieces = np.array(smallest(shards.piece_sizes)[:1])
-        splits[name] = classes.apply(shards.dataset(pieces, [image, label]), label)
-    splits = standard_columns(splits, config, remarks)
-    if any("label" not in split.features for split in splits.values()):
-        return all_images, None, None
+        split = classes.apply(shards.dataset(pieces, label.name))
+        # The labels of a ClassLabel column have not been read before.
+        read_labels = functools.partial(stored_labels, split)
+        if find_classes(split.features["label"], read_labels, len(train), label, config, remarks) is None:
+            return all_images, None, None
+        splits[name] = split
     if len(splits["train"]) < len(train):
         remarks.append(f"kNN compares with {len(splits['train']):,} of the training images")
     return train, splits["train"], splits.get("val")
-
-
-def check_image_column(
-    column: str, train: ParquetShards, validation: ParquetShards | None, config: ImageSettings
-) -> None:
-    """Check that a column may hold images, and that both splits have it.
-
-    Raises:
-        ConfigurationError: the type of the column cannot hold images, or the validation split lacks the column.
-    """
-    kind = train.features.arrow_schema.field(column).type
-    is_image = pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    if not is_image and kind not in IMAGE_TYPES:
-        raise ConfigurationError(f"--image_column {column}: not a column of images but {kind}")
-    if validation is not None and column not in validation.features:
-        raise ConfigurationError(
-            f"--dataset {config.dataset}: the validation split has no column {column}, which the training split has, "
-            f"but {', '.join(validation.features)}; rename it, or move the split away"
-        )
 
 
 def spread_pieces(sizes: np.ndarray, num_images: float) -> np.ndarray:

@@ -1,8 +1,10 @@
-"""The columns of images and labels, and the classes that the labels stand for."""
+"""The standard columns `image` and `label`, and the classes that the labels stand for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pyarrow
@@ -10,39 +12,20 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from pyarrow import compute
 
 from m2t_accel.config.data import ImageSettings
-from m2t_accel.config.fields import ConfigurationError, did_you_mean
-
-IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "target")
-
-
-def find_columns(features: Features, config: ImageSettings) -> tuple[str, str | None]:
-    """Return the columns of images and of labels: those that the flags name, else the usual ones.
-
-    Raises:
-        ConfigurationError: a flag names a column that does not exist, or no column holds images.
-    """
-    columns = list(features)
-    image = config.image_column or next(
-        (name for name, feature in features.items() if isinstance(feature, Image)),
-        next((name for name in IMAGE_COLUMNS if name in columns), None),
-    )
-    label = label_column(columns, config)
-    for flag, name in (("image_column", image), ("label_column", label)):
-        if name is not None and name not in columns:
-            raise ConfigurationError(
-                f"--{flag} {name}: no such column{did_you_mean(name, columns)}; there are {', '.join(columns)}"
-            )
-    if image is None:
-        raise ConfigurationError(
-            f"--dataset {config.dataset} has no column of images; name one of {', '.join(columns)} with --image_column"
-        )
-    return image, label
-
-
-def label_column(columns: Sequence[str], config: ImageSettings) -> str | None:
-    """Return the column of labels: the one that the flag names, else the first of the usual ones."""
-    return config.label_column or next((name for name in LABEL_COLUMNS if name in columns), None)
+from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.data.columns import (
+    ImageColumn,
+    LabelColumn,
+    dataset_rows,
+    describe_type,
+    find_image_column,
+    find_label_column,
+    fits_labels,
+    listed,
+    undecoded,
+)
+from m2t_accel.data.decode import DecodeError
+from m2t_accel.data.shards import is_standard
 
 
 def standard_columns(splits: dict[str, Dataset], config: ImageSettings, remarks: list[str]) -> dict[str, Dataset]:
@@ -56,42 +39,107 @@ def standard_columns(splits: dict[str, Dataset], config: ImageSettings, remarks:
         remarks: list to which this adds notes for the user.
 
     Raises:
-        ConfigurationError: a column that a flag names is missing or of the wrong kind, or a validation label is not
-            among the training labels.
+        ConfigurationError: there is no column of images, a column that a flag names is missing or of the wrong kind, or
+            a validation label is not among the training labels.
     """
-    image, column = find_columns(next(iter(splits.values())).features, config)
-    standard, labels = {}, {}
+    train_name, train = next(iter(splits.items()))
+    if is_standard(train):
+        check_flags(train, config)
+        label = LabelColumn("label", []) if "label" in train.features else None
+    else:
+        image = find_image_column(train.features, dataset_rows(train), config)
+        label = find_label_column(train.features, image.name, config, remarks)
+        for split in splits.values():
+            check_has_images(split.features, image.name, config)
+        splits = {name: select_columns(split, image, label and label.name) for name, split in splits.items()}
+        train = splits[train_name]
+    if label is None:
+        return splits
+    labels = {name: stored_labels(split) for name, split in splits.items() if fits_labels(split.features.get("label"))}
+    classes = find_classes(train.features["label"], lambda: labels[train_name], len(train), label, config, remarks)
+    standard = {}
     for name, split in splits.items():
-        columns = {image: "image"} | ({column: "label"} if column in split.features else {})
-        columns |= {place: place for place in ("offset", "size") if image == "image" and place in split.features}
-        split = split.select_columns(list(columns)).rename_columns({k: v for k, v in columns.items() if k != v})
-        if split.features["image"] != Image(decode=False):
-            try:
-                split = split.cast_column("image", Image(decode=False))
-            except (TypeError, ValueError, pyarrow.ArrowException):
-                raise ConfigurationError(
-                    f"--image_column {image}: not a column of images but {split.features['image']}"
-                ) from None
-        standard[name] = split
-        if column in columns:
-            labels[name] = split.with_format("arrow")["label"][:]
-    if column is None:
-        return standard
-    train_name, train = next(iter(standard.items()))
-    classes = find_classes(train.features["label"], lambda: labels[train_name], len(train), column, config, remarks)
-    for name in labels:
-        if classes is not None and (name == train_name or classes.cover(labels[name], column, config)):
-            standard[name] = classes.apply(standard[name], "label")
+        usable = classes is not None and name in labels
+        if usable and (name == train_name or classes.cover(labels[name], label, config)):
+            standard[name] = classes.apply(split)
         else:
-            standard[name] = standard[name].remove_columns("label")
+            standard[name] = split.remove_columns("label") if "label" in split.features else split
     return standard
+
+
+def check_flags(images: Dataset, config: ImageSettings) -> None:
+    """Check that no flag names a column of images that are files or parts of tars.
+
+    Raises:
+        ConfigurationError: a flag does.
+    """
+    if config.image_column not in (None, "image"):
+        raise ConfigurationError(
+            f"--image_column {config.image_column}: --dataset {config.dataset} is no table and has no columns; leave "
+            "the flag out"
+        )
+    if config.label_column is not None and "label" not in images.features:
+        raise ConfigurationError(
+            f"--label_column {config.label_column}: --dataset {config.dataset} is no table and has no columns; its "
+            "labels would be the names of class folders, or in tars"
+        )
+
+
+def select_columns(split: Dataset, image: ImageColumn, label: str | None) -> Dataset:
+    """Return a table of a user with the columns `image`, undecoded, and `label` if it has usable labels.
+
+    Args:
+        split: the table.
+        image: its column of images.
+        label: name of its column of labels.
+    """
+    columns = {image.name: "image"} | ({label: "label"} if label in split.features else {})
+    split = split.with_format(None).select_columns(list(columns))  # a format or a transform would change the rows
+    split = split.rename_columns({name: other for name, other in columns.items() if name != other})
+    feature = split.features["image"]
+    if isinstance(feature, dict | Image) or (isinstance(feature, Value) and not image.root):
+        with contextlib.suppress(TypeError, ValueError, pyarrow.ArrowException):  # views, or 2 GB in a chunk
+            split = split.cast_column("image", Image(decode=False))
+    if split.features["image"] == Image(decode=False) and not image.root:
+        return split
+    return split.map(
+        functools.partial(undecoded_rows, root=image.root),
+        batched=True,
+        features=Features({**split.features, "image": Image(decode=False)}),
+        desc="reading the column of images",
+    )
+
+
+def undecoded_rows(rows: Mapping[str, list], root: str) -> dict[str, list]:
+    """Return the undecoded images of some rows; None for a row without an image."""
+    images = []
+    for value in rows["image"]:
+        try:
+            image = undecoded(value, root)
+        except DecodeError:
+            image = {"bytes": None, "path": None}
+        images.append(None if image["bytes"] is None and image["path"] is None else image)
+    return {"image": images}
+
+
+def check_has_images(features: Features, column: str, config: ImageSettings) -> None:
+    """Check that a split has the column of images.
+
+    Raises:
+        ConfigurationError: it does not.
+    """
+    if column not in features:
+        raise ConfigurationError(
+            f"--dataset {config.dataset}: the validation split has no column {column}, which the training split has, "
+            f"but {', '.join(features)}; rename it, or move the split away"
+        )
 
 
 def find_classes(
     feature: object,
     read_labels: Callable[[], pyarrow.ChunkedArray],
     num_images: int,
-    column: str,
+    column: LabelColumn,
     config: ImageSettings,
     remarks: list[str],
 ) -> Classes | None:
@@ -104,7 +152,7 @@ def find_classes(
         feature: type of the column.
         read_labels: returns the labels of all images, or their distinct values.
         num_images: number of training images; a label of this size or more is not the number of a class.
-        column: name of the column.
+        column: the column, and others that may be meant.
         config: names the column if the user asks for it.
         remarks: list to which this adds the reason if no labels are used.
 
@@ -114,8 +162,8 @@ def find_classes(
     dtype = feature.dtype if isinstance(feature, Value) else ""
     numbers = dtype.startswith(("int", "uint"))
     names, reason = [], ""
-    if not isinstance(feature, ClassLabel) and not numbers and dtype not in ("string", "large_string", "bool"):
-        reason = f"the values are {dtype or feature}"
+    if not fits_labels(feature):
+        reason = f"the values are {describe_type(feature)}"
         if dtype.startswith("float"):
             reason += ", which pandas makes of whole numbers if some are missing"
     else:
@@ -128,10 +176,11 @@ def find_classes(
             reason = f"the values are numbers up to {max(labels):,}"
         else:
             names = [str(i) for i in range(max(labels) + 1)] if numbers else sorted(map(str, labels))
+    others = f"; --label_column may name {listed(column.others)}" if reason and column.others else ""
     if reason and config.label_column is not None:
-        raise ConfigurationError(f"--label_column {column}: not every image has a class in it ({reason})")
+        raise ConfigurationError(f"--label_column {column.name}: not every image has a class in it ({reason}){others}")
     if reason:
-        remarks.append(f"no labels, because not every image has a class in the column {column} ({reason})")
+        remarks.append(f"no labels, because not every image has a class in the column {column.name} ({reason}){others}")
         return None
     return Classes(names, isinstance(feature, ClassLabel))
 
@@ -150,12 +199,12 @@ class Classes:
         self.numbers = {name: number for number, name in enumerate(names)}
         self.by_number = by_number
 
-    def cover(self, labels: pyarrow.ChunkedArray, column: str, config: ImageSettings) -> bool:
+    def cover(self, labels: pyarrow.ChunkedArray, column: LabelColumn, config: ImageSettings) -> bool:
         """Return whether no label of a validation split is missing.
 
         Args:
             labels: the labels of all images, or their distinct values.
-            column: name of the column.
+            column: the column.
             config: names the dataset.
 
         Raises:
@@ -168,23 +217,27 @@ class Classes:
         if unknown:
             raise ConfigurationError(
                 f"--dataset {config.dataset}: the label {unknown[0]} of the validation split is not among the "
-                f"training labels of the column {column}; choose another with --label_column"
+                f"training labels of the column {column.name}; choose another with --label_column"
             )
         return True
 
-    def apply(self, split: Dataset, column: str) -> Dataset:
+    def apply(self, split: Dataset) -> Dataset:
         """Return the split with its labels as ClassLabel."""
-        if isinstance(split.features[column], ClassLabel):
+        if isinstance(split.features["label"], ClassLabel):
             return split
-        labels = split.with_format("arrow")[column][:]
+        labels = stored_labels(split)
         numbers = {label: self.number(label) for label in distinct(labels)}
         numbers = np.array([numbers[label] for label in labels.to_pylist()], np.int64)
-        return split.remove_columns(column).add_column(column, numbers, feature=ClassLabel(names=self.names))
+        return split.remove_columns("label").add_column("label", numbers, feature=ClassLabel(names=self.names))
 
     def number(self, label: int | str) -> int | None:
         if self.by_number and isinstance(label, int):
             return label if label < len(self.names) else None
         return self.numbers.get(str(label))
+
+
+def stored_labels(split: Dataset) -> pyarrow.ChunkedArray:
+    return split.with_format("arrow")["label"][:]
 
 
 def distinct(labels: pyarrow.ChunkedArray) -> list[object]:

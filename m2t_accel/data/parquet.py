@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO
 
@@ -16,7 +16,9 @@ from pyarrow import parquet
 
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError, one_line
-from m2t_accel.data.labels import label_column
+from m2t_accel.data.columns import ImageColumn, find_image_column, find_label_column, spread, undecoded
+from m2t_accel.data.decode import DecodeError
+from m2t_accel.data.labels import check_has_images, select_columns
 from m2t_accel.data.parquet_index import (
     class_conflicts,
     class_names,
@@ -41,6 +43,7 @@ BATCH_ROWS = 64  # rows that are decoded at once
 # Bytes that are read at once. ImageNet has row groups of 4320 images, 500 MB: to read one from its first row to its
 # last took 0.15 s and 0.1 GB of memory with 8 MB, 0.33 s with 1 MB, 0.16 s with 32 MB, and as a whole 0.8 s and 2 GB.
 BUFFER_BYTES = 8 << 20
+FIRST_ROWS, FIRST_BYTES = 2, 1 << 20  # rows to look at of a row group, and bytes that are read at once for them
 PAGE_ROWS = 1024  # rows of a page, by pyarrow's default
 
 
@@ -50,7 +53,7 @@ class ParquetShards:
     def __init__(self, files: Sequence[str]) -> None:
         """Index the files: local paths or URLs."""
         self.files = files
-        self.column = "image"  # name of the column of images
+        self.column = ImageColumn("image", "")
         index = index_parquet(files)
         self.metadata = index.schema.metadata
         groups = index["rows"].combine_chunks()
@@ -111,23 +114,38 @@ class ParquetShards:
     def open(self, piece: int, max_held_bytes: int = MAX_HELD_BYTES) -> Reader:
         file, group = self.place(piece)
         first_sample = self.first_sample(piece)
-        rows = RowGroup(self.files[file], group, self.column, int(self.piece_sizes[piece]), max_held_bytes)
+        rows = RowGroup(self.files[file], group, self.column.name, int(self.piece_sizes[piece]), max_held_bytes)
 
         def read(first: int, stop: int) -> tuple[np.ndarray, list[dict[str, object]]]:
             place = f"of row group {group} of {self.files[file]}"
             images = [
-                undecoded(row, f"row {number} {place}") for number, row in enumerate(rows.read(first, stop), first)
+                streamed(row, f"row {number} {place}", self.column.root)
+                for number, row in enumerate(rows.read(first, stop), first)
             ]
             return first_sample + np.arange(first, stop), images
 
         return read
 
-    def dataset(self, pieces: np.ndarray, columns: list[str]) -> Dataset:
-        """Return some of the pieces in memory.
+    def sample_rows(self, column: str) -> Iterator[tuple[str, object]]:
+        """Yield the first rows of some pieces, spread over the files, each with a phrase that says where it is.
+
+        Raises:
+            ConfigurationError: a file is missing or damaged, or the network fails.
+        """
+        filled = np.flatnonzero(self.piece_sizes)
+        for number in spread(len(filled)):
+            file, group = self.place(int(filled[number]))
+            read = functools.partial(read_first_rows, file=self.files[file], group=group, column=column)
+            for row, value in enumerate(read_file(self.files[file], read)):
+                yield f"row {row} of row group {group} of {self.files[file]}", value
+
+    def dataset(self, pieces: np.ndarray, label: str) -> Dataset:
+        """Return some of the pieces in memory, with the columns `image`, undecoded, and `label`.
 
         Raises:
             ConfigurationError: a file is missing or damaged, the network fails, or the files' columns differ.
         """
+        columns = [self.column.name, label]
         schema = Features({name: self.features[name] for name in columns}).arrow_schema
 
         def read(piece: int) -> pyarrow.Table:
@@ -140,7 +158,8 @@ class ParquetShards:
                 raise columns_differ(columns, file, error) from None
 
         with ThreadPoolExecutor(READERS) as readers:
-            return to_dataset(pyarrow.concat_tables(readers.map(read, pieces)))
+            table = pyarrow.concat_tables(readers.map(read, pieces))
+        return select_columns(to_dataset(table), self.column, label)
 
     def distinct_values(self, column: str) -> pyarrow.ChunkedArray:
         """Return the distinct values of a column in all files that have rows, such as the labels."""
@@ -163,11 +182,23 @@ def parquet_splits(files: dict[str, list[str]], config: ImageSettings) -> dict[s
     first_files = [(split.files[int(np.argmax(split.file_sizes > 0))], split.class_names) for split in filled]
     between_splits = class_conflicts(first_files)
     for split in splits.values():
-        label = label_column(split.schema.names, config)
+        label = config.label_column or getattr(find_label_column(split.features, "", config), "name", None)
         for conflicts in (json.loads(split.metadata[b"conflicts"]), between_splits):
             if label in conflicts:
                 raise ConfigurationError(conflicts[label])
     return splits
+
+
+def choose_image_column(train: ParquetShards, validation: ParquetShards | None, config: ImageSettings) -> None:
+    """Find the column of images by a look at some training images, and use it for both splits.
+
+    Raises:
+        ConfigurationError: there is none, or the validation split lacks it.
+    """
+    train.column = find_image_column(train.features, train.sample_rows, config)
+    if validation is not None:
+        check_has_images(validation.features, train.column.name, config)
+        validation.column = train.column
 
 
 def read_row_group(source: IO[bytes], file: str, group: int, columns: list[str]) -> pyarrow.Table:
@@ -180,16 +211,21 @@ def open_parquet(source: IO[bytes], file: str, **options: object) -> parquet.Par
     return parquet.ParquetFile(source, metadata=footer, pre_buffer=False, **options)
 
 
-def undecoded(row: object, place: str) -> dict[str, object]:
+def read_first_rows(source: IO[bytes], file: str, group: int, column: str) -> list[object]:
+    shard = open_parquet(source, file, buffer_size=FIRST_BYTES)
+    batches = shard.iter_batches(FIRST_ROWS, row_groups=[group], columns=[column], use_threads=False)
+    return next(batches)[column].to_pylist()
+
+
+def streamed(row: object, place: str, root: str) -> dict[str, object]:
     """Return the image of a row as decode_image takes it; `place` serves as its path if it has none."""
-    content, path = row, None
-    if isinstance(row, dict):
-        content, path = row.get("bytes"), row.get("path")
-    elif isinstance(row, str):
-        content, path = None, row
-    if content is None and path is None:
-        content = b""  # a row without an image
-    return {"bytes": content, "path": path or place}
+    try:
+        image = undecoded(row, root)
+    except DecodeError as error:
+        return {"bytes": b"", "path": f"{place}, {error}"}
+    if image["bytes"] is None and image["path"] is None:
+        image["bytes"] = b""  # a row without an image
+    return {**image, "path": image["path"] or place}
 
 
 class RowGroup:

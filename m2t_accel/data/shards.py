@@ -16,6 +16,7 @@ from m2t_accel.config.fields import ConfigurationError, one_line
 
 Result = TypeVar("Result")
 RETRY_DELAYS = (1, 2, 4, 8)  # seconds before a remote file is tried again
+BUILDER = "m2t_accel"  # marks a Dataset whose columns are those of ImageData, whatever columns a user's table has
 MAX_HELD_BYTES = 1 << 30  # memory that all readers of a process together may hold between two reads
 
 # A function of the first row and the stop row in a piece. It returns n sample numbers, int64, and n undecoded images.
@@ -43,11 +44,16 @@ class Shards(Protocol):
 
 
 def to_dataset(table: pyarrow.Table, info: DatasetInfo | None = None) -> Dataset:
-    """Return the table as a Dataset.
+    """Return a table with the columns of ImageData as a Dataset, marked as such in its info.
 
     It gets a random fingerprint, because `datasets` would compute its own by copying the whole table into one chunk.
     """
-    return Dataset(table, info, fingerprint=uuid.uuid4().hex[:16])
+    return Dataset(table, info or DatasetInfo(builder_name=BUILDER), fingerprint=uuid.uuid4().hex[:16])
+
+
+def is_standard(images: Dataset) -> bool:
+    """Return whether `to_dataset` made this Dataset, so that no column of it is a user's."""
+    return images.info.builder_name == BUILDER
 
 
 def read_file(file: str, read: Callable[[IO[bytes]], Result]) -> Result:

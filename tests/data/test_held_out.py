@@ -114,7 +114,9 @@ def test_the_classes_are_those_of_all_rows(tmp_path, sorted_by_class, words, mon
 
 def test_a_streamed_column_must_hold_images(tmp_path):
     write_parquet(tmp_path / "a.parquet", 0, 20, row_group_size=5)
-    with pytest.raises(ConfigurationError, match=r"--image_column label: .* int64"):
+    with pytest.raises(
+        ConfigurationError, match=r"--image_column label: .* class labels; --image_column may name image"
+    ):
         load(tmp_path, streaming=True, image_column="label", label_column="image")
 
 

@@ -1,26 +1,10 @@
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from helpers import encoded, load, settings, write_parquet, write_table
+from helpers import encoded, load, write_parquet, write_table
 
 from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.data.labels import standard_columns
 
 CLASSES = ClassLabel(names=["even", "odd"])
-
-
-@pytest.mark.parametrize(
-    ("columns", "given", "message"),
-    [
-        ({"image": "x"}, {"image_column": "imgae"}, "--image_column imgae: no such column, did you mean image"),
-        ({"image": "x"}, {"label_column": "kind"}, "--label_column kind: no such column; there are image"),
-        ({"words": "x"}, {}, "no column of images; name one of words with --image_column"),
-        ({"words": 3}, {"image_column": "words"}, "--image_column words: not a column of images"),
-    ],
-)
-def test_a_column_must_exist_and_fit(columns, given, message):
-    split = Dataset.from_dict({name: [value] * 8 for name, value in columns.items()})
-    with pytest.raises(ConfigurationError, match=message):
-        standard_columns({"train": split}, settings("digits", **given), [])
 
 
 # Labels of the training split, of the validation split, and their types; the answer: the class names and the numbers of
@@ -81,7 +65,8 @@ def test_labels_of_both_splits(tmp_path, case, streaming):
         (["b", None, "a", "a"], "some are missing or negative"),
         ([20_000_001, 7, 9, 9], "numbers up to 20,000,001"),
         ([0.5, 1.0, 0.0, 0.0], "float64, which pandas"),
-        ([[0], [1], [1], [0]], "List"),
+        ([[0], [1], [1], [0]], "the values are lists of int64"),
+        ([{"id": 0}] * 4, "the values are structs of id"),
     ],
 )
 def test_labels_that_are_not_classes(tmp_path, labels, reason, streaming):

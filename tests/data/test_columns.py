@@ -1,0 +1,163 @@
+import base64
+import re
+
+import numpy as np
+import pyarrow
+import pytest
+from datasets import Array2D, Array3D, Audio, Dataset, Features, Image, List, Value
+from helpers import encoded, load, settings
+from pyarrow import parquet
+
+from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.data.decode import decode_image
+from m2t_accel.data.sources import load_images
+from m2t_accel.data.views import read_rows
+
+NUMBER = 6  # rows of a table; image i has the value i
+FILES = [row["bytes"] for row in encoded(0, NUMBER)]
+OTHERS = [row["bytes"] for row in encoded(100, NUMBER)]
+BARE = [{"bytes": content, "path": None} for content in FILES]
+GRAY = [np.full((5, 7), i, np.uint8) for i in range(NUMBER)]
+COLOUR = [np.repeat(pixels[:, :, None], 3, 2) for pixels in GRAY]
+TEXT = [f"a picture of {i}" for i in range(NUMBER)]
+LABELS = [i % 2 for i in range(NUMBER)]
+BASE64 = [base64.b64encode(content).decode() for content in FILES]
+
+
+def nested(arrays, *kind):
+    return pyarrow.array([pixels.tolist() for pixels in arrays], *kind)
+
+
+def typed(**columns):
+    """Return a table as `datasets` writes it, from pairs of values and their type."""
+    features = Features({name: kind for name, (_, kind) in columns.items()})
+    return Dataset.from_dict({name: list(values) for name, (values, _) in columns.items()}, features=features)
+
+
+def open_table(table, mode, folder, **given):
+    """Load a table of columns as streamed or copied parquet, or from memory."""
+    if isinstance(table, dict):
+        table = Dataset(pyarrow.table(table))
+    if mode == "memory":
+        return load_images(settings("memory", **given), table)
+    folder.mkdir(exist_ok=True)
+    parquet.write_table(table.with_format("arrow")[:], folder / "train.parquet", row_group_size=4)
+    return load(folder, streaming=mode == "streamed", **given)
+
+
+def values(images):
+    """Return the first value of each training image."""
+    if isinstance(images.train, Dataset):
+        rows = read_rows(images.train, range(len(images.train)))
+    else:
+        sizes = enumerate(images.train.piece_sizes)
+        rows = [row for piece, size in sizes for row in images.train.open(piece)(0, size)[1]]
+    return [int(decode_image(row)[0, 0, 0]) for row in rows]
+
+
+SOUND = Dataset(pyarrow.table({"audio": BARE}).cast(Features({"audio": Audio(decode=False)}).arrow_schema))
+modes = pytest.mark.parametrize("mode", ["streamed", "copied", "memory"])
+
+IMAGES = {
+    "text called image": {"image": TEXT, "jpg": FILES},
+    "binary called image": {"image": OTHERS, "photo": BARE},
+    "Image before binary": typed(image=(OTHERS, Value("binary")), x=(BARE, Image())),
+    "binary before pixels": {"image": nested(COLOUR[::-1]), "x": FILES},
+    "pixels before paths": {"image": TEXT, "x": nested(GRAY)},
+    "a usual name": {"mask": OTHERS, "img": FILES},
+    "a usual name in capitals": {"Mask": OTHERS, "Image": FILES},
+    "the only images": {"image": [b"sound"] * NUMBER, "x": FILES},
+    "bytes and a number": {"image": [{"bytes": content, "path": None, "id": 3} for content in FILES]},
+    "large binary": {"x": pyarrow.array(FILES, pyarrow.large_binary())},
+    "binary view": {"x": pyarrow.array(FILES, pyarrow.binary_view())},
+    "gray lists": {"image": nested(GRAY)},
+    "gray lists of bytes": {"image": nested(GRAY, pyarrow.list_(pyarrow.list_(pyarrow.uint8())))},
+    "gray large lists": {"image": nested(GRAY, pyarrow.large_list(pyarrow.large_list(pyarrow.uint8())))},
+    "gray lists of fixed size": typed(image=(GRAY, List(List(Value("uint8"), 7), 5))),
+    "colour lists": {"image": nested(COLOUR)},
+    "Array2D": typed(image=(GRAY, Array2D((5, 7), "uint8"))),
+    "Array3D": typed(image=(COLOUR, Array3D((5, 7, 3), "uint8"))),
+    "Array3D of one channel": typed(image=([p[:, :, None] for p in GRAY], Array3D((5, 7, 1), "int32"))),
+    "Array3D, channels first": typed(image=([p.transpose(2, 0, 1) for p in COLOUR], Array3D((3, 5, 7), "uint8"))),
+}
+
+
+@modes
+@pytest.mark.parametrize("case", IMAGES)
+def test_the_column_of_images_is_chosen_by_type_before_name(tmp_path, case, mode):
+    images = open_table(IMAGES[case], mode, tmp_path / "set", evaluate_every=0)
+    assert values(images) == list(range(NUMBER))
+
+
+# The table, the flags and the message, after the place of the first row if a row is at fault.
+ROW = r"no row looked at has an image; the first is row 0.*: "
+FAULTS = {
+    "text": ({"image": TEXT}, {}, ROW + r"the text “a picture of 0” is no path of an image"),
+    "text beside images": ({"image": TEXT, "x": FILES}, {"image_column": "image"}, ROW + ".*--image_column may name x"),
+    "a missing file": ({"image": ["/none.jpg"] * NUMBER}, {}, ROW + r".*/none.jpg.*\(No such file or directory\)"),
+    "a zero character": ({"image": ["a\0"] * NUMBER}, {}, ROW + ".*zero character"),
+    "URLs": ({"image": ["https://x.org/1.jpg"] * NUMBER}, {}, ROW + "the URL https://x.org/1.jpg; download"),
+    "base64": ({"image": BASE64}, {}, ROW + r"an image as base64 text, .*dataset\.map\(.*b64decode"),
+    "base64 in binary": ({"image": [text.encode() for text in BASE64]}, {}, ROW + "an image as base64 text"),
+    "a data URL": (
+        {"image": [f"data:image/png;base64,{text}" for text in BASE64]},
+        {},
+        ROW + "an image as base64 text",
+    ),
+    "null": ({"image": pyarrow.nulls(NUMBER, pyarrow.binary())}, {}, ROW + "null$"),
+    "null beside images": ({"image": [{"bytes": None, "path": None}] * NUMBER, "x": FILES}, {"image_column": "x"}, None),
+    "no type": ({"image": pyarrow.nulls(NUMBER)}, {}, "no column of images: image has null"),
+    "empty": ({"image": [b""] * NUMBER, "text": TEXT}, {}, ROW + "the file is empty; --image_column may name text"),
+    "sounds": ({"image": [b"RIFF\0\0\0\0WAVE"] * NUMBER}, {}, ROW + "no known image format"),
+    "structs": ({"image": [{"a": 1, "b": 2}] * NUMBER}, {}, "no column of images: image has structs of a, b"),
+    "structs of numbers": (
+        {"image": [{"bytes": [1, 2]}] * NUMBER},
+        {},
+        "no column of images: image has structs of bytes",
+    ),
+    "several in a row": ({"images": [[row] for row in BARE]}, {}, "images has lists of structs of bytes, path"),
+    "Audio": (SOUND, {}, "no column of images: audio has Audio"),
+    "flat lists": ({"image": [[1, 2]] * NUMBER}, {}, "image has lists of int64, which are no images: .*lists of lists"),
+    "floats": ({"image": nested([p / 255 for p in GRAY])}, {}, ROW + "pixels with type float64: store whole numbers"),
+    "numbers alone": ({"a": LABELS, "b": LABELS}, {}, "no column of images: a has int64, b has int64"),
+    "several": ({"left": FILES, "right": OTHERS}, {}, "several columns of images: left, right; .* --image_column"),
+    "a wrong name": ({"image": FILES}, {"image_column": "imgae"}, "--image_column imgae: .*, did you mean image"),
+    "no such label": (
+        {"image": FILES},
+        {"label_column": "kind"},
+        "--label_column kind: no such column; there are image",
+    ),
+    "numbers as images": (
+        {"image": FILES, "n": LABELS},
+        {"image_column": "n"},
+        "--image_column n: .* int64; .* image$",
+    ),
+    "images as labels": (
+        {"image": FILES, "n": LABELS},
+        {"label_column": "image"},
+        "--label_column image: .*another of n",
+    ),
+}
+
+
+@modes
+def test_rows_without_an_image_among_others_are_no_fault(tmp_path, mode):
+    images = open_table({"image": [None, *FILES[1:]], "label": LABELS}, mode, tmp_path / "set", evaluate_every=0)
+    assert len(images.train) == NUMBER
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_column_without_images_is_answered_in_one_line(tmp_path, case):
+    """Streamed, copied and in-memory data sets answer alike, up to the place of the row."""
+    table, given, message = FAULTS[case]
+    answers = []
+    for mode in ("streamed", "copied", "memory"):
+        if message is None:
+            assert values(open_table(table, mode, tmp_path / "set", evaluate_every=0, **given)) == list(range(NUMBER))
+            continue
+        with pytest.raises(ConfigurationError, match=message) as caught:
+            open_table(table, mode, tmp_path / "set", **given)
+        answers.append(str(caught.value))
+        assert "\n" not in answers[-1]
+    places = re.compile(r" of row group 0 of \S+/train.parquet| in \S+ nor in \S+|\S+/set\b|memory")
+    assert len({places.sub("", answer) for answer in answers}) < 2
