@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.data.columns import find_label_column, fits_labels
 from m2t_accel.data.labels import find_classes, stored_labels
-from m2t_accel.data.parquet import ParquetShards, choose_image_column
+from m2t_accel.data.parquet import ParquetShards
 from m2t_accel.data.shards import to_dataset
 
 # Images that streaming holds in memory for kNN: 1.1 and 0.2 GB of ImageNet's in each process.
@@ -65,10 +65,9 @@ def hold_out_pieces(
         remarks: list to which this adds notes for the user.
 
     Raises:
-        ConfigurationError: there is no column of images, the column that `--label_column` names is missing or of the
-            wrong kind, or a validation label is not among the training labels.
+        ConfigurationError: the column that `--label_column` names is of the wrong kind, or a validation label is not
+            among the training labels.
     """
-    choose_image_column(train, validation, config)
     label = find_label_column(train.features, train.column.name, config, remarks)
     if label is None or not config.evaluates:  # images for evaluation would only take memory
         return train, None, None

@@ -168,14 +168,15 @@ class ParquetShards:
 
 
 def parquet_splits(files: dict[str, list[str]], config: ImageSettings) -> dict[str, ParquetShards]:
-    """Return the shards of each split.
+    """Return the shards of each split, with the column of images found by a look at some training images.
 
     Args:
-        files: local paths or URLs by split.
-        config: names the column of labels.
+        files: local paths or URLs by split, the training split first.
+        config: may name the columns.
 
     Raises:
-        ConfigurationError: a file cannot be read, or the files number the classes differently.
+        ConfigurationError: a file cannot be read, the files number the classes differently, or a split lacks the column
+            of images.
     """
     splits = {name: ParquetShards(paths) for name, paths in files.items()}
     filled = [split for split in splits.values() if len(split)]
@@ -186,19 +187,13 @@ def parquet_splits(files: dict[str, list[str]], config: ImageSettings) -> dict[s
         for conflicts in (json.loads(split.metadata[b"conflicts"]), between_splits):
             if label in conflicts:
                 raise ConfigurationError(conflicts[label])
+    train = next(iter(splits.values()))
+    if len(train):
+        column = find_image_column(train.features, train.sample_rows, config)
+        for split in filled:
+            check_has_images(split.features, column.name, config)
+            split.column = column
     return splits
-
-
-def choose_image_column(train: ParquetShards, validation: ParquetShards | None, config: ImageSettings) -> None:
-    """Find the column of images by a look at some training images, and use it for both splits.
-
-    Raises:
-        ConfigurationError: there is none, or the validation split lacks it.
-    """
-    train.column = find_image_column(train.features, train.sample_rows, config)
-    if validation is not None:
-        check_has_images(validation.features, train.column.name, config)
-        validation.column = train.column
 
 
 def read_row_group(source: IO[bytes], file: str, group: int, columns: list[str]) -> pyarrow.Table:

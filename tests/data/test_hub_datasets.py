@@ -149,7 +149,7 @@ def test_an_unreachable_hub_is_an_error_of_one_line(monkeypatch):
 
 def test_files_that_datasets_cannot_join_are_an_error_without_its_log(tmp_path, capfd):
     for i, label in enumerate((1, "one")):
-        write_table(tmp_path / f"{i}.parquet", image=[b"image"], label=[label])
+        write_table(tmp_path / f"{i}.parquet", image=encoded(i, 1), label=[label])
     with pytest.raises(ConfigurationError, match="cannot be loaded"):
         load(tmp_path)
     assert "Failed to read" not in "".join(capfd.readouterr())
@@ -218,7 +218,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch, small_disk):
-    write_table(tmp_path / "set" / "train-0.parquet", image=[os.urandom(200_000)] * 4)
+    write_table(tmp_path / "set" / "train-0.parquet", image=[encoded(0, 1)[0]["bytes"] + os.urandom(200_000)] * 4)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", small_disk(64))
     with pytest.raises(ConfigurationError, match=r"into the cache .*No space left on device.*--streaming"):
         load(tmp_path / "set")
