@@ -85,7 +85,7 @@ def pretrain(
 
     start = broadcast_object(on_all_processes(accelerator, find_start))
     if start.complete:
-        accelerator.print(f"{config.output_dir} is complete: {config.output_dir}/encoder")
+        accelerator.print("\n".join([*start.remarks, f"{config.output_dir} is complete: {config.output_dir}/encoder"]))
         return None
     on_all_processes(accelerator, lambda: check_inputs(config, dataset is None, encoder is None))
     warm = None
@@ -261,7 +261,7 @@ class Run:
             ConfigurationError: a file cannot be written; the run can resume from its last checkpoint.
         """
         try:
-            finish(self.config, self.data, self.step, self.progress.parts, self.report.seconds())
+            finish(self.config, self.data, self.step, self.progress.parts, self.progress.step, self.report.seconds())
         except (OSError, SafetensorError) as error:
             reason, last_good = getattr(error, "strerror", None) or error, self.saver.describe_last_good()
             raise ConfigurationError(

@@ -145,6 +145,28 @@ def test_a_complete_run_is_left_unchanged(trained_run, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")}
 
 
+def test_a_complete_run_writes_again_what_it_lacks(trained_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    weights = (run / "encoder" / "model.safetensors").read_bytes()
+    (run / "config.yaml").unlink()
+    shutil.rmtree(run / "encoder")
+    with pytest.raises(ConfigurationError, match=r"other settings \(seed was 0, now 1\)"):
+        train(tiny(run), seed=1)
+    assert not (run / "encoder").exists()
+    before = {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")}
+    train(tiny(run))
+    printed = capsys.readouterr().out
+    assert re.search(r"missing in .*: config\.yaml, encoder/README\.md, .*; written again from the last check", printed)
+    assert "resumes from step 10 of 10" in printed
+    assert (run / "encoder" / "model.safetensors").read_bytes() == weights
+    assert yaml.safe_load((run / "config.yaml").read_text())["seed"] == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")}
+    assert metrics(run) == metrics(trained_run)
+    train(tiny(run))
+    assert capsys.readouterr().out == f"{run} is complete: {run}/encoder\n"
+
+
 def test_saves_workers_trackers_and_environment_do_not_change_a_run(whole_run, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

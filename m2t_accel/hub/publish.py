@@ -102,11 +102,18 @@ def gather(run: Path, staged: Path, repo_id: str) -> str:
         if (run / name).is_file():
             shutil.copyfile(inside(run, run / name), staged / Path(name).name)
     try:
-        config = build_config(yaml.safe_load(inside(run, run / "config.yaml").read_text(encoding="utf-8")))
+        settings = yaml.safe_load(inside(run, run / "config.yaml").read_text(encoding="utf-8"))
+        config = build_config(settings)
         training = json.loads(inside(run, run / "training.json").read_text(encoding="utf-8"))
+        changed = [name for name, value in training.get("config", {}).items() if settings.get(name) != value]
         accuracies = [row["knn_top1"] for row in read_metrics(run / "metrics.jsonl") if "knn_top1" in row]
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         raise ConfigurationError(f"--run {run} holds files that are not a run's ({one_line(error)})") from None
+    if changed:
+        raise ConfigurationError(
+            f"--run {run}: its config.yaml has been changed since the run ended ({', '.join(changed)}): remove that "
+            "file, and the command of the run writes it again"
+        )
     (staged / "config.yaml").write_text(public_settings(config), encoding="utf-8")
     model = load_encoder(str(run / "encoder")).model
     if isinstance(model, ResNetModel):

@@ -6,10 +6,12 @@ import json
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
+import yaml
 from transformers import PreTrainedModel
 
 from m2t_accel import __version__
@@ -22,7 +24,7 @@ from m2t_accel.hub.folder import save_encoder
 from m2t_accel.model import plain_encoder
 from m2t_accel.pictures import draw_curves
 from m2t_accel.progress import duration
-from m2t_accel.run.folder import COMPLETE
+from m2t_accel.run.output_dir import COMPLETE, list_files
 from m2t_accel.step import TrainingStep
 
 VERSIONS = {"m2t_accel": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
@@ -33,12 +35,14 @@ def finish(
     data: ImageData,
     step: TrainingStep,
     parts: Sequence[Mapping[str, object]],
+    num_steps: int,
     seconds: float,
 ) -> None:
     """Write the encoder and its card, the curves and, last, training.json. Print where they are.
 
     Args:
         parts: step, command, hardware and versions of each start of the run.
+        num_steps: optimizer steps of the run.
         seconds: time that the run has taken in all its parts.
 
     Raises:
@@ -47,11 +51,13 @@ def finish(
     folder = Path(config.output_dir)
     rows = list(read_metrics(folder / "metrics.jsonl"))
     accuracies = [row["knn_top1"] for row in rows if "knn_top1" in row]
-    images_seen = rows[-1]["step"] * config.batch_size
+    images_seen = num_steps * config.batch_size
+    # A start that trained nothing wrote files that were missing, maybe on another machine.
+    trained = [part for part in parts if part["step"] < num_steps]
     training = {
         "data": data.note,
         "images_seen": images_seen,
-        "hardware": ", then ".join(dict.fromkeys(part["hardware"] for part in parts)),
+        "hardware": ", then ".join(dict.fromkeys(part["hardware"] for part in trained)),
         "seconds": round(seconds, 1),
         "time": duration(seconds),
         "command": command(),
@@ -65,11 +71,13 @@ def finish(
     card = model_card(config, training, accuracies) if is_stock else weights_card(config)
     save_encoder(encoder, config, card, partial)
     replace_folder(partial, folder / "encoder")
-    draw_curves(
-        folder / "metrics.jsonl",
-        folder / "curves.png",
-        title=f"{config.encoder} on {config.dataset}, recipe {config.recipe}",
-    )
+    if rows:
+        draw_curves(
+            folder / "metrics.jsonl",
+            folder / "curves.png",
+            title=f"{config.encoder} on {config.dataset}, recipe {config.recipe}",
+        )
+    training |= {"config": yaml.safe_load(replace(config, resume="auto").to_yaml()), "files": list_files(folder)}
     write_text(folder / COMPLETE, json.dumps(training, indent=2, ensure_ascii=False) + "\n")
     lines = [f"\nTrained in {duration(seconds)}: {images_seen:,} images, {images_seen / seconds:,.0f} a second."]
     if accuracies:

@@ -23,9 +23,7 @@ from m2t_accel.run.checkpoint import (
     set_aside,
     verify,
 )
-from m2t_accel.run.output_dir import check_same_settings
-
-COMPLETE = "training.json"  # written last, so a run that has it is complete
+from m2t_accel.run.output_dir import COMPLETE, check_same_settings, missing_files, read_training
 
 
 class Start(NamedTuple):
@@ -67,11 +65,31 @@ class RunFolder:
                     "or --resume auto"
                 ) from None
         else:
-            if (self.path / COMPLETE).exists():
-                return Start(complete=True)
+            training = read_training(self.path)
+            missing = missing_files(self.path, training) if training is not None else []
+            remarks = []
+            if self.metrics.path.name in missing:  # no checkpoint holds the metrics
+                missing.remove(self.metrics.path.name)
+                remarks.append(f"{self.metrics.path} is missing, and cannot be written again")
+            if training is not None and not missing:
+                return Start(complete=True, remarks=tuple(remarks))
+            if missing:
+                remarks.append(f"missing in {self.path}: {', '.join(missing)}; written again from the last checkpoint")
             damaged: list[tuple[Path, str]] = []
             start = Start(next(good_checkpoints(self.checkpoints, damaged), None))
-            start = start._replace(remarks=tuple(f"damaged, not used: {path} ({why})" for path, why in damaged))
+            remarks += [f"damaged, not used: {path} ({why})" for path, why in damaged]
+            start = start._replace(remarks=tuple(remarks))
+            if missing and start.checkpoint is None:
+                raise ConfigurationError(
+                    f"--output_dir {self.path}: the run was complete, but lacks {', '.join(missing)}, and no intact "
+                    "checkpoint is left to write that from: remove the folder to train again, or give another one"
+                )
+            if missing and start.checkpoint.manifest["step"] * config.batch_size < training.get("images_seen", 0):
+                raise ConfigurationError(
+                    f"--output_dir {self.path}: the run was complete, but lacks {', '.join(missing)}, and its newest "
+                    "checkpoint is of an earlier step: to train again from there, type --resume "
+                    f"{start.checkpoint.path}"
+                )
             if damaged and start.checkpoint is None:
                 raise ConfigurationError(
                     f"--output_dir {self.path}: all checkpoints are damaged ({'; '.join(start.remarks)}): repair one, "

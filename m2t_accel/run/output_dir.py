@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 import yaml
 
@@ -19,6 +21,42 @@ MAY_CHANGE = (
     *("checkpoint_every", "keep", "stop_on_collapse", "collective_timeout", "max_bad_fraction"),
 )
 RUN_FILES = ("config.yaml", "metrics.jsonl", "training.json", "encoder", "checkpoints")
+COMPLETE = "training.json"  # written last; a run that has it is complete unless `missing_files` finds something
+
+# Files of a complete run of an earlier version, whose training.json does not list them.
+FILES = ("config.yaml", "encoder/README.md", "encoder/model.safetensors", "encoder/preprocessor_config.json")
+
+
+def read_training(folder: Path) -> dict[str, object] | None:
+    """Return the content of a run's training.json; None if there is none, or it cannot be read."""
+    try:
+        content = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def list_files(folder: Path) -> dict[str, int | None]:
+    """Return the files that a complete run leaves, for training.json, and the sizes of the weights."""
+    paths = [folder / "config.yaml", folder / "metrics.jsonl", folder / "curves.png"]
+    paths += sorted((folder / "encoder").iterdir())
+    return {
+        str(path.relative_to(folder)): path.stat().st_size if path.suffix == ".safetensors" else None
+        for path in paths
+        if path.is_file()
+    }
+
+
+def missing_files(folder: Path, training: Mapping[str, object]) -> list[str]:
+    """Return the files of a complete run that are missing, and the weights that have another size."""
+    missing = []
+    for name, size in training.get("files", dict.fromkeys(FILES)).items():
+        path = folder / name
+        if not path.is_file():
+            missing.append(name)
+        elif size is not None and path.stat().st_size != size:
+            missing.append(f"{name} ({path.stat().st_size:,} bytes instead of {size:,})")
+    return missing
 
 
 def check_same_settings(config: PretrainConfig, saved: Mapping[str, object], where: str, more_epochs: bool) -> None:
@@ -66,12 +104,18 @@ def check_output_dir(config: PretrainConfig) -> None:
     output_dir = config.output_dir
     folder = os.path.abspath(output_dir)
     found = [name for name in RUN_FILES if os.path.exists(os.path.join(folder, name))]
-    if found and (config.resume == "never" or "config.yaml" not in found):
+    recorded = (read_training(Path(folder)) or {}).get("config")
+    # Without a config.yaml the settings are those of training.json or of a checkpoint, which `find_start` checks.
+    has_settings = bool(recorded) or "config.yaml" in found
+    is_run = bool(found) and (has_settings or any(Path(folder).glob("checkpoints/step-*/manifest.json")))
+    if found and (config.resume == "never" or not is_run):
         raise ConfigurationError(
             f"--output_dir {output_dir} already holds a run ({found[0]}): give another folder, or remove this one"
-            + (", or continue its run with --resume auto" if "config.yaml" in found else "")
+            + (", or continue its run with --resume auto" if is_run else "")
         )
-    if found:
+    if recorded:
+        check_same_settings(config, recorded, f"--output_dir {output_dir}", more_epochs=config.resume != "auto")
+    if "config.yaml" in found:
         try:
             with open(os.path.join(folder, "config.yaml"), encoding="utf-8") as file:
                 saved = yaml.safe_load(file)
@@ -80,6 +124,16 @@ def check_output_dir(config: PretrainConfig) -> None:
         if not isinstance(saved, dict):
             raise ConfigurationError(
                 f"--output_dir {output_dir} holds a config.yaml that is not a run's: give another folder"
+            )
+        changed = [
+            f"{name} was {plain_text(value)}, now {plain_text(saved.get(name))}"
+            for name, value in (recorded or {}).items()
+            if name not in MAY_CHANGE and saved.get(name) != value
+        ]
+        if changed:
+            raise ConfigurationError(
+                f"--output_dir {output_dir}: its config.yaml has been changed since the run ended "
+                f"({'; '.join(changed)}): remove that file, and the same command writes it again"
             )
         check_same_settings(config, saved, f"--output_dir {output_dir}", more_epochs=config.resume != "auto")
     if config.resume not in ("auto", "never") and not os.path.isdir(config.resume):

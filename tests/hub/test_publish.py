@@ -200,6 +200,12 @@ def test_an_incomplete_run_is_refused(run, logged_in, name):
     assert f"there is no {name}; give the folder of a run that has ended" in refused(run)
 
 
+def test_a_changed_config_yaml_is_refused(run, logged_in):
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("seed: 0", "seed: 3"))
+    assert "its config.yaml has been changed since the run ended (seed): remove" in refused(run)
+
+
 def test_changed_or_damaged_weights_are_refused(run, logged_in):
     weights = run / "encoder" / "model.safetensors"
     state = load_file(weights)

@@ -4,6 +4,7 @@ import json
 import types
 
 import pytest
+import yaml
 
 from m2t_accel.config.recipes import build_config
 from m2t_accel.model import Teacher, create_encoder, create_student
@@ -26,17 +27,36 @@ def ended(tmp_path):
     student = create_student(create_encoder("resnet10-quarter"), 32, 16, 8)
     step = types.SimpleNamespace(student=student, teacher=Teacher(student))
     parts = [{"step": step, "command": "c", "hardware": name, "versions": VERSIONS} for step, name in enumerate("aab")]
-    return config, types.SimpleNamespace(note="digits: 3 images"), step, parts, 9.0
+    return config, types.SimpleNamespace(note="digits: 3 images"), step, parts, 3, 9.0
 
 
 def test_all_parts_of_a_run_are_recorded(ended, tmp_path, capsys):
     finish(*ended)
     training = json.loads((tmp_path / "training.json").read_text())
     assert training["hardware"] == "a, then b"
+    assert training["config"] == yaml.safe_load(ended[0].to_yaml())
+    weights = tmp_path / "encoder" / "model.safetensors"
+    assert training["files"] == {
+        "metrics.jsonl": None,
+        "curves.png": None,
+        "encoder/README.md": None,
+        "encoder/config.json": None,
+        "encoder/model.safetensors": weights.stat().st_size,
+        "encoder/preprocessor_config.json": None,
+    }
     assert [part["step"] for part in training["parts"]] == [0, 1, 2]
     assert training["images_seen"] == 3 * 64
     assert "a, then b" in (tmp_path / "encoder" / "README.md").read_text()
     assert "Trained in 9 s: 192 images, 21 " in capsys.readouterr().out
+
+
+def test_files_that_are_written_again_change_no_fact_and_need_no_metrics(ended, tmp_path):
+    config, data, step, parts, num_steps, seconds = ended
+    (tmp_path / "metrics.jsonl").unlink()
+    finish(config, data, step, [*parts, {**parts[0], "step": num_steps, "hardware": "a laptop"}], num_steps, seconds)
+    training = json.loads((tmp_path / "training.json").read_text())
+    assert (training["hardware"], training["images_seen"]) == ("a, then b", 3 * 64)
+    assert not (tmp_path / "curves.png").exists(), "there is nothing to draw"
 
 
 @pytest.mark.parametrize("function", ["save_encoder", "replace_folder", "draw_curves"])

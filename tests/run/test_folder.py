@@ -1,6 +1,9 @@
 """Tests of the folder of a run: where a run starts, what happens to the files, and the lock."""
 
+import json
 import os
+import re
+import shutil
 import signal
 import time
 import warnings
@@ -12,6 +15,7 @@ from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.config.recipes import build_config
 from m2t_accel.run.checkpoint import write_checkpoint
 from m2t_accel.run.folder import RunFolder, Start
+from m2t_accel.run.output_dir import list_files
 
 
 def config_in(folder, **settings):
@@ -68,10 +72,55 @@ def test_a_checkpoint_must_have_the_same_settings(tmp_path):
     find_start(tmp_path, epochs=90, resume=str(tmp_path / "checkpoints" / "step-1"))
 
 
+def complete(folder, **content):
+    """Write the files of a complete run, and a training.json with this content."""
+    (folder / "encoder").mkdir(parents=True)
+    names = ("config.yaml", "metrics.jsonl", "curves.png")
+    names += ("encoder/README.md", "encoder/model.safetensors", "encoder/preprocessor_config.json")
+    for name in names:
+        (folder / name).write_text(name)
+    (folder / "training.json").write_text(json.dumps({"images_seen": 64, **content}))
+
+
 def test_a_complete_run_is_recognized(tmp_path):
     save(tmp_path, 1)
-    (tmp_path / "training.json").write_text("{}")
+    complete(tmp_path)  # as an earlier version wrote it
     assert find_start(tmp_path) == Start(complete=True)
+    complete(tmp_path / "new", files=list_files(tmp_path))
+    assert find_start(tmp_path / "new") == Start(complete=True)
+    (tmp_path / "new" / "training.json").write_text('{"cut": ')
+    assert not find_start(tmp_path / "new").complete
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "curves.png", "encoder/README.md", "encoder/model.safetensors", "encoder"]
+)
+def test_what_a_complete_run_lacks_is_named(tmp_path, name):
+    complete(tmp_path)
+    complete(tmp_path / "run", files=list_files(tmp_path))
+    path = tmp_path / "run" / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ConfigurationError, match=rf"lacks .*{name}.* no intact checkpoint .*: remove the folder"):
+        find_start(tmp_path / "run")
+    save(tmp_path / "run", 1)
+    start = find_start(tmp_path / "run")
+    assert (start.checkpoint.manifest["step"], start.complete) == (1, False)
+    assert re.search(rf"^missing in .*{name}.*; written again from the last checkpoint$", start.remarks[0])
+    (tmp_path / "run" / "training.json").write_text(json.dumps({"images_seen": 65, "files": list_files(tmp_path)}))
+    with pytest.raises(ConfigurationError, match=rf"lacks .*{name}.*, type --resume .*/step-1$"):
+        find_start(tmp_path / "run")
+
+
+def test_weights_of_another_size_and_lost_metrics_are_named(tmp_path):
+    complete(tmp_path, files={"metrics.jsonl": None, "encoder/model.safetensors": 999})
+    save(tmp_path, 1)
+    (remark,) = find_start(tmp_path).remarks
+    assert "encoder/model.safetensors (25 bytes instead of 999)" in remark
+    complete(tmp_path / "run", files=list_files(tmp_path))
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    start = find_start(tmp_path / "run")
+    assert start.complete
+    assert start.remarks == (f"{tmp_path}/run/metrics.jsonl is missing, and cannot be written again",)
 
 
 def test_the_folder_goes_back_to_the_step_of_its_checkpoint(tmp_path):

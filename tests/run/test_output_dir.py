@@ -1,4 +1,7 @@
+import json
+
 import pytest
+import yaml
 
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.config.recipes import build_config
@@ -63,7 +66,28 @@ def test_a_config_yaml_that_is_not_of_a_run_is_refused(tmp_path, content):
         check_output_dir(config_in(tmp_path))
 
 
+def test_the_settings_of_a_complete_run_are_those_of_training_json(run_folder):
+    recorded = yaml.safe_load((run_folder / "config.yaml").read_text())
+    (run_folder / "training.json").write_text(json.dumps({"config": recorded}))
+    check_output_dir(config_in(run_folder))
+    with pytest.raises(ConfigurationError, match=r"other settings \(seed was 0, now 3\)"):
+        check_output_dir(config_in(run_folder, seed=3))
+    (run_folder / "config.yaml").write_text(config_in(run_folder, evaluate_every=8, seed=3, keep=(9, 9)).to_yaml())
+    with pytest.raises(ConfigurationError, match=r"config\.yaml has been changed .*\(seed was 0, now 3\): remove"):
+        check_output_dir(config_in(run_folder))
+    with pytest.raises(ConfigurationError, match=r"other settings \(seed was 0, now 3\)"):
+        check_output_dir(config_in(run_folder, seed=3))  # `--config` with the changed file
+    (run_folder / "config.yaml").unlink()
+    check_output_dir(config_in(run_folder))
+    with pytest.raises(ConfigurationError, match=r"other settings \(seed was 0, now 3\)"):
+        check_output_dir(config_in(run_folder, seed=3))
+    with pytest.raises(ConfigurationError, match=r"epochs was 80, now 90.*--resume .*/checkpoints/step-N"):
+        check_output_dir(config_in(run_folder, epochs=90))
+
+
 def test_files_of_a_run_without_a_config_yaml_are_refused(run_folder):
     (run_folder / "config.yaml").unlink()
     with pytest.raises(ConfigurationError, match=r"holds a run \(checkpoints\)"):
         check_output_dir(config_in(run_folder))
+    (run_folder / "checkpoints" / "step-3" / "manifest.json").write_text("")
+    check_output_dir(config_in(run_folder))  # the checkpoint has the settings
