@@ -208,10 +208,8 @@ def test_the_note_counts_files_that_are_not_images(tmp_path):
     for name in ("a/3.heic", "a/4.HEIC", "b/tars.tar.gz", "LICENCE"):
         (tmp_path / "images" / name).write_bytes(b"")
     images = load(tmp_path / "images")
-    warning = (
-        "warning: 2 *.heic, 1 without extension, 1 *.gz are not used, more than the 2 images: convert them to JPEG"
-    )
-    assert images.warnings[0] == f"{warning} JPEG or PNG"
+    warning = "warning: 2 *.heic, 1 without extension, 1 *.gz are not used, more than the 2 images: "
+    assert images.warnings[0] == f"{warning}convert them to JPEG or PNG"
     assert len(images.train) + len(images.validation) == 2
     for path in (tmp_path / "images").glob("?/?.*[gF]"):
         path.unlink()
