@@ -214,7 +214,7 @@ class Run:
         """
         self.config, self.data, self.folder, self.accelerator, self.step = config, data, folder, accelerator, step
         self.steps_per_epoch = num_steps_per_epoch(len(data.train), config.batch_size)
-        self.total_steps = config.epochs * self.steps_per_epoch
+        self.total_steps = config.total_steps(self.steps_per_epoch)
         manifest = start.checkpoint.manifest if start.checkpoint is not None else None
         self.progress = progress = resume.restore_progress(manifest)
         state = RunState(step.student, step.teacher, step.optimizer, accelerator)

@@ -491,6 +491,31 @@ def test_more_epochs_need_a_named_checkpoint_and_are_reported(stopped, tmp_path,
     assert (saved["epochs"], saved["resume"]) == (3, "auto")
 
 
+def test_max_steps_is_the_length_of_the_run_and_of_its_schedules(small, tmp_path, capsys):
+    """Seven steps are 1.4 epochs; stopped after four of them, the run resumes to the same bits."""
+    whole, stopped = (small(tmp_path / name, max_steps=7, epochs=1, warmup_epochs=0.5) for name in ("whole", "parts"))
+    train(whole)
+    assert "1.4 epochs, 7 steps of 8 images" in capsys.readouterr().out
+    rows = [row for row in metrics(tmp_path / "whole") if row["step"] > 0]
+    config = build_config(whole)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["learning_rate"] for row in rows] == [config.schedule(step, 5).learning_rate for step in range(7)]
+    assert [row["step"] for row in metrics(tmp_path / "whole") if "knn_top1" in row] == [0, 5, 7]
+    assert yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())["max_steps"] == 7
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_step(patch, 4)
+        with pytest.raises(Interrupted, match="after step 4 of 7"):
+            train(stopped)
+    train(stopped)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    capsys.readouterr()
+    assert train(stopped) is None
+    assert "is complete" in capsys.readouterr().out
+    train(stopped, max_steps=9, resume=str(tmp_path / "parts" / "checkpoints" / "step-7"))
+    assert "9 steps instead of 7; from this step on the schedules are those of 9 steps" in capsys.readouterr().out
+    assert metrics(tmp_path / "parts")[-1]["step"] == 9
+
+
 def test_a_run_resumes_on_the_same_images_wherever_they_are(tmp_path, monkeypatch):
     settings = write_images_with_broken_ones(tmp_path, broken=())
     stop_in_step(monkeypatch, 3)

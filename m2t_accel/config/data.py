@@ -23,6 +23,7 @@ class ImageSettings:
     """
 
     streaming: ClassVar[bool] = False  # only pretraining has this setting
+    max_images = None  # only trainings have this setting; a ClassVar would hide it from them
 
     dataset: str | None = setting(
         None,
@@ -96,6 +97,11 @@ class TrainingSettings(ImageSettings):
     )
 
     epochs: int = setting(100, "passes over the images", at_least=1, heading="training")
+    max_steps: int | None = setting(
+        None,
+        "optimizer steps of the whole run, for a short try; the schedules span them (default: those of epochs)",
+        at_least=1,
+    )
     batch_size: int = setting(1024, "images per optimizer step, on all devices together", at_least=2, at_most=2**20)
     device_batch_size: int | None = setting(
         None,
@@ -110,6 +116,10 @@ class TrainingSettings(ImageSettings):
     crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "smallest and largest width / height of a crop", above=0)
     rotation: float = setting(0.0, "largest rotation of a crop, in degrees", at_least=0, at_most=180)
     flip_probability: float = setting(0.5, "probability of a horizontal flip", at_least=0, at_most=1)
+
+    max_images: int | None = setting(
+        None, "train on only so many of the images, evenly spread, for a short try", at_least=2, heading="data"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,6 +136,15 @@ class TrainingSettings(ImageSettings):
             )
         # Assigned although the dataclass is frozen, so that config.yaml contains the number that was used.
         object.__setattr__(self, "device_batch_size", device_batch_size)
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Return the optimizer steps of the whole run."""
+        return self.epochs * steps_per_epoch if self.max_steps is None else self.max_steps
+
+    @property
+    def length(self) -> str:
+        """Return the length of the run in words."""
+        return f"{self.epochs} epochs" if self.max_steps is None else f"{self.max_steps} steps"
 
     @property
     def num_virtual_devices(self) -> int:

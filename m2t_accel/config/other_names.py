@@ -28,7 +28,8 @@ ALIASES: Mapping[str, str] = {
     "output_dir": "output out_dir save_dir",
     "resume": "resume_from_checkpoint",
     "config": "c",
-    "encoder": "arch a model backbone config_name",
+    "init_from": "model_name_or_path initial_checkpoint",
+    "encoder": "arch a model backbone config_name model_name_or_path",  # of an evaluation; pretraining has init_from
     "epochs": "num_train_epochs num_epochs max_epochs",
     "batch_size": "b total_batch_size global_batch_size",
     "learning_rate_per_256": "base_learning_rate lr_base blr",

@@ -163,13 +163,11 @@ class PretrainConfig(TrainingSettings):
 
     def schedule(self, step: int, steps_per_epoch: int) -> Schedule:
         """Return the scheduled values of optimizer step `step`, counted from 0."""
-        return schedule(
-            step,
-            self.epochs * steps_per_epoch,
-            self.warmup_epochs * steps_per_epoch,
-            self.learning_rate,
-            self.weight_momentum,
-        )
+        total_steps = self.total_steps(steps_per_epoch)
+        warmup_steps = self.warmup_epochs * steps_per_epoch
+        if self.max_steps is not None:
+            warmup_steps = self.warmup_epochs / self.epochs * total_steps  # the same share of the run
+        return schedule(step, total_steps, warmup_steps, self.learning_rate, self.weight_momentum)
 
 
 def check_inputs(config: PretrainConfig, check_images: bool = True, check_encoder: bool = True) -> None:

@@ -49,7 +49,7 @@ def benchmark_data(config: PretrainConfig, num_images: int, repeats: int, second
         `images_per_second` decodes whole images.
     """
     config = dataclasses.replace(
-        config, batch_size=BATCH_SIZE, device_batch_size=BATCH_SIZE, epochs=10**6, evaluate_every=0
+        config, batch_size=BATCH_SIZE, device_batch_size=BATCH_SIZE, epochs=10**6, max_steps=None, evaluate_every=0
     )
     started = time.perf_counter()
     images = load_images(config).train

@@ -46,7 +46,7 @@ def select_images(images: Dataset, chosen: np.ndarray) -> Dataset:
     A table in memory is filtered, because reading the places of a million images in tars through the indices of a
     selection takes `datasets` 10 s. A table on disk is not copied.
     """
-    if images.cache_files:
+    if images.cache_files or images._indices is not None:
         return images.select(np.flatnonzero(chosen))
     return to_dataset(images.data.table.filter(pyarrow.array(chosen)), images.info)
 

@@ -101,6 +101,20 @@ class ParquetShards:
         selection.set_sizes(self.piece_sizes * chosen)
         return selection
 
+    def spread(self, number: int) -> ParquetShards:
+        """Return the same shards with only the first `number` images of evenly spread pieces."""
+        filled = np.flatnonzero(self.piece_sizes)
+        for count in range(max(1, number * len(filled) // len(self)), len(filled) + 1):
+            pieces = filled[np.arange(count) * len(filled) // count]
+            ends = np.cumsum(self.piece_sizes[pieces], dtype=np.int64)
+            if ends[-1] >= number:
+                break
+        sizes = np.zeros_like(self.piece_sizes)
+        sizes[pieces] = np.diff(np.minimum(ends, number), prepend=0)
+        selection = copy.copy(self)
+        selection.set_sizes(sizes)
+        return selection
+
     def place(self, piece: int) -> tuple[int, int]:
         """Return the number of a piece's file, and the number of its row group in that file."""
         file = int(np.searchsorted(self.first_pieces, piece, side="right")) - 1

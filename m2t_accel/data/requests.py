@@ -50,14 +50,14 @@ class DeviceBatches:
         self.first_step = first_step
 
     def __len__(self) -> int:
-        return (self.config.epochs * self.steps_per_epoch - self.first_step) * len(self.devices)
+        return (self.config.total_steps(self.steps_per_epoch) - self.first_step) * len(self.devices)
 
     def __iter__(self) -> Iterator[Request]:
         return self.read_ahead() if isinstance(self.images, Shards) else self.shuffled()
 
     def remaining_steps(self) -> Iterator[tuple[int, int]]:
         """Yield (epoch, step within the epoch) of each step from `first_step` on."""
-        for step in range(self.first_step, self.config.epochs * self.steps_per_epoch):
+        for step in range(self.first_step, self.config.total_steps(self.steps_per_epoch)):
             yield divmod(step, self.steps_per_epoch)
 
     def shuffled(self) -> Iterator[Request]:

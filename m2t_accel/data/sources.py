@@ -28,7 +28,7 @@ from m2t_accel.data.folders import (
     list_files,
     unused_files,
 )
-from m2t_accel.data.held_out import hold_out_images, hold_out_pieces
+from m2t_accel.data.held_out import hold_out_images, hold_out_pieces, select_images
 from m2t_accel.data.hub_datasets import copy_parquet, load_hub
 from m2t_accel.data.image_files import load_image_files
 from m2t_accel.data.labels import standard_columns
@@ -144,7 +144,8 @@ def load_images(config: ImageSettings, dataset: Dataset | None = None) -> ImageD
         train, bank, validation = all_images, None, None
         if isinstance(train, Dataset) and "label" in train.features:
             train = train.remove_columns("label")
-    note = f"{config.dataset}: {len(train):,} images"
+    limit = min(len(train), config.max_images or len(train))
+    note = f"{config.dataset}: {f'{limit:,} of ' if limit < len(train) else ''}{len(train):,} images"
     class_names = bank.features["label"].names if bank is not None else None
     if class_names is not None and isinstance(all_images, Dataset) and num_classes < len(class_names):
         note += f" of {num_classes} classes ({len(class_names)} are named)"
@@ -160,6 +161,7 @@ def load_images(config: ImageSettings, dataset: Dataset | None = None) -> ImageD
     if config.evaluates and (validation is None or len(train) < len(all_images)):
         reason = "the training images have no labels" if bank is None else "not every image in it has a label"
         remarks += [f"{place or 'the validation split'} is not used, because {reason}" for place in list(splits)[1:]]
+    train, bank = evenly_spread(train, limit), None if bank is None else evenly_spread(bank, limit)
     if config.streaming and isinstance(train, Dataset):
         if "offset" in train.features:
             train = TarShards(train)
@@ -177,6 +179,17 @@ def load_images(config: ImageSettings, dataset: Dataset | None = None) -> ImageD
 
 def validation_of(splits: dict[str, Dataset] | dict[str, ParquetShards]) -> Dataset | ParquetShards | None:
     return next(itertools.islice(splits.values(), 1, None), None)
+
+
+def evenly_spread(images: Dataset | ParquetShards, number: int) -> Dataset | ParquetShards:
+    """Return only so many of the images, evenly spread; all if there are not more."""
+    if len(images) <= number:
+        return images
+    if isinstance(images, ParquetShards):
+        return images.spread(number)
+    chosen = np.zeros(len(images), bool)
+    chosen[np.arange(number) * len(images) // number] = True
+    return select_images(images, chosen)
 
 
 def count_classes(images: Dataset, remarks: list[str]) -> int:

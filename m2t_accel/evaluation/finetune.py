@@ -74,7 +74,7 @@ def train_network(evaluation: Evaluation, train: Dataset, chosen: np.ndarray) ->
     """Train the encoder and a new linear layer on `train`, and write subset.json with the `chosen` sample numbers."""
     config, accelerator, class_names = evaluation.config, evaluation.accelerator, evaluation.images.class_names
     accelerator.print(
-        f"protocol {config.protocol}: {config.epochs} epochs of {len(train):,} images, {config.labels:.3g} of each "
+        f"protocol {config.protocol}: {config.length} of {len(train):,} images, {config.labels:.3g} of each "
         f"class, in batches of {config.batch_size}"
     )
     if accelerator.is_main_process:
@@ -110,7 +110,7 @@ def train_model(model: nn.Module, train: Dataset, evaluation: Evaluation) -> set
     batches = DeviceBatches(train, config, accelerator.num_processes, accelerator.process_index)
     loader = create_loader(FlippedCrops(train, config), batches, config, accelerator.device)
     steps_per_epoch = num_steps_per_epoch(len(train), config.batch_size)
-    total_steps = config.epochs * steps_per_epoch
+    total_steps = config.total_steps(steps_per_epoch)
     bar = progress_bar("step", total_steps, disable=not accelerator.is_main_process)
     broken, losses, step = set(), [], 0
     with contextlib.closing(bar):
@@ -131,7 +131,7 @@ def train_model(model: nn.Module, train: Dataset, evaluation: Evaluation) -> set
             statistics.commit(accelerator)
             step += 1
             bar.update()
-            if step % steps_per_epoch == 0:
+            if step % steps_per_epoch == 0 or step == total_steps:
                 mean = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
                 losses.clear()
                 bar.set_postfix_str(f"loss {mean:.3f}", refresh=False)

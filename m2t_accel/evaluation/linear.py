@@ -92,7 +92,7 @@ def introduction(evaluation: Evaluation, train: Dataset, held_out: Dataset | Non
     config = evaluation.config
     rates = ", ".join(f"{rate:g}" for rate in config.learning_rates)
     lines = [
-        f"protocol {config.protocol}: {config.epochs} epochs of {len(train):,} images in batches of "
+        f"protocol {config.protocol}: {config.length} of {len(train):,} images in batches of "
         f"{config.batch_size}, learning rate {rates} per 256 images, {config.schedule}"
     ]
     if held_out is not None:
@@ -137,7 +137,7 @@ def train_heads(evaluation: Evaluation, train: Dataset) -> tuple[Heads, set[int]
         accelerator.device
     )
     steps_per_epoch = num_steps_per_epoch(source.num_images, config.batch_size)
-    total_steps = config.epochs * steps_per_epoch
+    total_steps = config.total_steps(steps_per_epoch)
     checkpoint = Path(config.output_dir) / CHECKPOINT
     first_step, earlier_seconds = load_checkpoint(checkpoint, heads, source.broken, evaluation)
     started = time.perf_counter() - earlier_seconds
@@ -212,7 +212,7 @@ class CachedFeatures:
         """Yield the same as `AugmentedFeatures.batches`."""
         order = ShuffledOrder(self.num_images, self.config)
         steps_per_epoch = num_steps_per_epoch(self.num_images, self.config.batch_size)
-        for step in range(first_step, self.config.epochs * steps_per_epoch):
+        for step in range(first_step, self.config.total_steps(steps_per_epoch)):
             epoch, place = divmod(step, steps_per_epoch)
             devices = range(place * self.config.num_virtual_devices, (place + 1) * self.config.num_virtual_devices)
             samples = np.concatenate([order.sub_batch(epoch, device) for device in devices])

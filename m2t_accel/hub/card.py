@@ -20,7 +20,10 @@ SECTION_START = "<!-- m2t_accel: each push replaces the text from this line to t
 SECTION_END = "<!-- m2t_accel: end mark -->"
 
 # Settings of an evaluation that the table of results shows.
-TABLE_SETTINGS = ("protocol", "learning_rates", "chosen_learning_rate", "epochs", "batch_size", "features", "k")
+TABLE_SETTINGS = (
+    *("protocol", "learning_rates", "chosen_learning_rate", "epochs", "max_steps", "max_images", "batch_size"),
+    *("features", "k"),
+)
 TABLE_SETTINGS += ("temperature", "labels", "image_size", "evaluation_crop", "network", "precision")
 
 
@@ -85,7 +88,7 @@ def model_card(
         "recipe": config.recipe,
         "data": without_paths(str(training["data"]).replace(config.dataset, Path(config.dataset).name)),
         **({"started from": without_paths(config.init_from)} if config.init_from is not None else {}),
-        "epochs": str(config.epochs),
+        "epochs" if config.max_steps is None else "steps": str(config.max_steps or config.epochs),
         "images seen": f"{training['images_seen']:,}",
         "hardware": training["hardware"],
         "time": training["time"],

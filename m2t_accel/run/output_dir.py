@@ -66,12 +66,13 @@ def check_same_settings(config: PretrainConfig, saved: Mapping[str, object], whe
         config: settings of the run.
         saved: settings of the earlier run, by name.
         where: the flag and the folder of the earlier run, for the message.
-        more_epochs: whether `config` may ask for more epochs than `saved`.
+        more_epochs: whether `config` may ask for more epochs or steps than `saved`.
 
     Raises:
         ConfigurationError: some settings differ; the message lists them.
     """
-    different = {}
+    different, longer = {}, True
+    length = "epochs" if config.max_steps is None else "max_steps"
     for item in dataclasses.fields(config):
         new = getattr(config, item.name)
         if item.name in MAY_CHANGE or (item.name == "evaluate_every" and new is None):
@@ -80,11 +81,13 @@ def check_same_settings(config: PretrainConfig, saved: Mapping[str, object], whe
             continue
         old = saved.get(item.name, item.default)  # runs of earlier versions lack newer settings
         old = tuple(old) if isinstance(old, list) else old
-        if old != new and not (item.name == "epochs" and more_epochs and new > old):
+        grows = item.name == length and None not in (old, new) and new > old
+        if old != new and not (more_epochs and grows):
+            longer &= grows
             different[item.name] = f"{item.name} was {plain_text(old)}, now {plain_text(new)}"
     if different:
         hint = ""
-        if list(different) == ["epochs"] and config.epochs > saved.get("epochs", 0):
+        if longer:
             hint = (
                 "; to train for longer, which changes the schedules after the checkpoint, name it: "
                 f"--resume {config.output_dir}/checkpoints/step-N"

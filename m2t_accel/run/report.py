@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.config.pretrain import PretrainConfig
+from m2t_accel.data.order import num_steps_per_epoch
 from m2t_accel.data.sources import ImageData
 from m2t_accel.data.views import BadImage
 from m2t_accel.distributed.launch import hardware
@@ -146,7 +147,7 @@ class Report:
             accelerator.init_trackers("tracker", config=settings)
         self.trackers = accelerator.trackers if config.trackers else []
         if accelerator.is_main_process:
-            self.bar = progress_bar("step", config.epochs * steps_per_epoch, initial=progress.step)
+            self.bar = progress_bar("step", config.total_steps(steps_per_epoch), initial=progress.step)
 
     def write_if_due(self, encoder: nn.Module, stop_if_asked: Callable[[], None]) -> None:
         """Write the line of metrics that is due after this step, unless it exists; evaluate if that is due too.
@@ -161,7 +162,7 @@ class Report:
         """
         step, config = self.progress.step, self.config
         evaluates = self.knn is not None and is_due(step, self.steps_per_epoch, config)
-        is_line = step % config.log_every == 0 or step == config.epochs * self.steps_per_epoch
+        is_line = step % config.log_every == 0 or step == config.total_steps(self.steps_per_epoch)
         if self.progress.reported == step or not (evaluates or (is_line and step > 0)):
             return
         values: dict[str, float] = {}
@@ -273,8 +274,7 @@ class Report:
 
 def is_due(step: int, steps_per_epoch: int, config: PretrainConfig) -> bool:
     """Return whether kNN is measured after so many steps: at step 0, every `evaluate_every` epochs, and at the end."""
-    epochs, rest = divmod(step, steps_per_epoch)
-    return rest == 0 and (epochs % config.evaluate_every == 0 or epochs == config.epochs)
+    return step % (config.evaluate_every * steps_per_epoch) == 0 or step == config.total_steps(steps_per_epoch)
 
 
 def introduction(
@@ -282,9 +282,10 @@ def introduction(
 ) -> str:
     """Return lines that describe the images, the encoder, the length of the run and the hardware."""
     size = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
+    epochs = config.epochs if config.max_steps is None else f"{num_epochs(config, data):.3g}"
     lines = [
         data.introduction,
-        f"{config.encoder} ({size:.1f} M parameters), {config.epochs} epochs, {total_steps} steps of "
+        f"{config.encoder} ({size:.1f} M parameters), {epochs} epochs, {total_steps} steps of "
         f"{config.batch_size} images ({config.num_virtual_devices} × {config.device_batch_size}), on "
         f"{hardware(accelerator)}",
     ]
@@ -308,6 +309,12 @@ def settle_evaluation(config: PretrainConfig, data: ImageData) -> PretrainConfig
             f"{config.dataset} has {data.lacks}"
         )
     if config.evaluate_every is None:
-        every = max(1, config.epochs // 10) if data.validation is not None else 0
+        every = max(1, int(num_epochs(config, data) // 10)) if data.validation is not None else 0
         config = dataclasses.replace(config, evaluate_every=every)
     return config
+
+
+def num_epochs(config: PretrainConfig, data: ImageData) -> float:
+    """Return how often the run shows all images."""
+    steps_per_epoch = num_steps_per_epoch(len(data.train), config.batch_size)
+    return config.total_steps(steps_per_epoch) / steps_per_epoch

@@ -97,16 +97,14 @@ def describe_changes(
             f"note: on {accelerator.num_processes} processes, was on {manifest['num_processes']}: the same images in "
             "the same sub-batches, and the same numbers up to rounding"
         )
-    epochs = manifest["config"]["epochs"]
-    if epochs != config.epochs:
-        before, now = (
-            dataclasses.replace(config, epochs=number).schedule(manifest["step"], steps_per_epoch)
-            for number in (epochs, config.epochs)
-        )
+    saved = {name: manifest["config"].get(name) for name in ("epochs", "max_steps")}
+    earlier = dataclasses.replace(config, **saved)
+    if earlier != config:
+        before, now = (each.schedule(manifest["step"], steps_per_epoch) for each in (earlier, config))
         values = ", ".join(f"{name} {getattr(before, name):.4g} → {getattr(now, name):.4g}" for name in vars(before))
         lines.append(
-            f"note: {config.epochs} epochs instead of {epochs}; from this step on the schedules are those of "
-            f"{config.epochs} epochs: {values}"
+            f"note: {config.length} instead of {earlier.max_steps or earlier.epochs}; from this step on the schedules "
+            f"are those of {config.length}: {values}"
         )
     return lines
 

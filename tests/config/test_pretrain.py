@@ -80,3 +80,12 @@ def test_wrong_intervals_are_refused(words):
 def test_at_least_one_checkpoint_is_kept():
     with pytest.raises(ConfigurationError, match=r"^--keep 0 5: at least"):
         build_config({"keep": (0, 5)})
+
+
+def test_max_steps_replaces_the_epochs_and_keeps_the_share_of_the_warmup():
+    config = build_config({"epochs": 80, "warmup_epochs": 8, "max_steps": 50})
+    assert config.total_steps(steps_per_epoch=22) == 50
+    rates = [config.schedule(step, 22).learning_rate for step in range(50)]
+    assert rates.index(max(rates)) == 5  # a tenth of the steps
+    assert config.schedule(49, 22).weight_momentum == 1
+    assert build_config({"epochs": 80}).total_steps(22) == 1760

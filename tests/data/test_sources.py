@@ -7,6 +7,7 @@ from helpers import add_member, encoded, load, write_image, write_parquet, write
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.data import columns, sources
 from m2t_accel.data.decode import decode_image
+from m2t_accel.data.shards import Shards
 from m2t_accel.data.views import read_rows
 
 
@@ -157,3 +158,52 @@ def test_the_fingerprint_depends_on_rows_but_not_on_chunks():
     assert fingerprint_of(concatenate_datasets([rows(a), rows(b, c)])) == fingerprint_of(whole)
     others = [rows(a, b), rows(b, a, c), rows(a, (b"five5", "b"), c), rows(a, b, (b"", "c"))]
     assert len({fingerprint_of(other) for other in [whole, *others]}) == 5
+
+
+def write_unlabelled_files(folder):
+    for i in range(30):
+        write_image(folder / f"{i:02}.png", value=i)
+
+
+LAYOUTS = {  # each holds 30 images, whose pixels are their numbers
+    "files": write_unlabelled_files,
+    "tars": lambda folder: [write_tar(folder / f"{n}.tar", 10 * n, 10, labels=False) for n in range(3)],
+    "parquet": lambda folder: [write_parquet(folder / f"{n}.parquet", 10 * n, 10, 3, labels=False) for n in range(3)],
+}
+
+
+def all_pixels(images):
+    """Return the first pixel of each image, in the order of the source."""
+    if isinstance(images, Shards):
+        parts = [images.open(i)(0, size) for i, size in enumerate(images.piece_sizes) if size]
+        assert [sample for samples, _ in parts for sample in samples] == list(range(len(images)))
+        rows = [row for _, rows in parts for row in rows]
+    else:
+        rows = read_rows(images, range(len(images)))
+    return [int(decode_image(row)[0, 0, 0]) for row in rows]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_max_images_takes_an_even_sample_that_is_always_the_same(tmp_path, layout, streaming):
+    (tmp_path / "images").mkdir()
+    LAYOUTS[layout](tmp_path / "images")
+    given = {"dataset": tmp_path / "images", "streaming": streaming, "evaluate_every": 0}
+    data, again = load(**given, max_images=10), load(**given, max_images=10)
+    assert len(data.train) == 10
+    assert "10 of 30 images" in data.note
+    assert data.fingerprint == again.fingerprint != load(**given).fingerprint
+    if layout == "parquet" and streaming:  # row groups 0, 3, 6 and 9 of twelve
+        expected = [0, 1, 2, 9, 16, 17, 18, 23, 24, 25]
+    else:
+        expected = [0, 3, 6, 9, 12, 15, 18, 21, 24, 27]
+    assert all_pixels(data.train) == all_pixels(again.train) == expected
+    assert load(**given, max_images=30).note == load(**given).note
+
+
+def test_max_images_limits_the_training_images_and_the_bank_but_not_the_validation_images(image_net):
+    data = load(image_net, max_images=4)
+    assert (len(data.train), len(data.bank), len(data.validation)) == (4, 4, 6)
+    assert sorted(data.bank["label"]) == [0, 0, 1, 1]
+    assert "4 of 12 images of 2 classes in train/; evaluation on 6 others" in data.note
+    assert len(load("digits", max_images=100).train) == 100

@@ -49,6 +49,8 @@ def test_the_same_run_may_go_on(run_folder):
         ),
         ({"epochs": 90}, r"epochs was 80, now 90.*--resume .*/checkpoints/step-N"),
         ({"epochs": 70, "resume": "checkpoints/step-3"}, "epochs was 80, now 70"),
+        ({"max_steps": 90}, "max_steps was None, now 90"),
+        ({"max_steps": 90, "resume": "checkpoints/step-3"}, "max_steps was None, now 90"),
         ({"resume": "checkpoints/step-4"}, r"--resume .*step-4: no such folder"),
     ],
 )
