@@ -26,7 +26,13 @@ from m2t_accel.data.photometry import photometry
 from m2t_accel.data.requests import DeviceBatches
 from m2t_accel.data.sources import ImageData, load_images
 from m2t_accel.data.views import TwoViews
-from m2t_accel.distributed.interruption import StopRequestedError, StopSignals, report_lost_processes
+from m2t_accel.distributed.interruption import (
+    NoBatchError,
+    StopRequestedError,
+    StopSignals,
+    end_with_launcher,
+    report_lost_processes,
+)
 from m2t_accel.distributed.launch import command, hardware, start_accelerator
 from m2t_accel.distributed.processes import broadcast_object, check_same_images, on_all_processes
 from m2t_accel.hub.warm_start import load_warm_start
@@ -83,6 +89,7 @@ def pretrain(
         check_output_dir(config)
         return folder.find_start(config)
 
+    end_with_launcher()
     start = broadcast_object(on_all_processes(accelerator, find_start))
     if start.complete:
         accelerator.print("\n".join([*start.remarks, f"{config.output_dir} is complete: {config.output_dir}/encoder"]))
@@ -112,6 +119,9 @@ def pretrain(
             train(run)
         except StopRequestedError as stop:
             raise signals.interruption(stop.number, run.stop()) from None
+        except NoBatchError:  # in the middle of a step, so there is nothing to save
+            where = f"while it waited for a batch. {run.saver.describe_last_good()}; the same command continues"
+            raise signals.interruption(signals.received, where) from None
         except TooManyBadImagesError as error:  # raised between two steps, on every process
             raise ConfigurationError(f"{error}. {run.saver.save_now()}; then the run resumes from there") from None
         if is_main:

@@ -7,11 +7,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pyarrow
+import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from pyarrow import parquet
 
 from m2t_accel.config.recipes import build_config
-from m2t_accel.data.buffers import new_memory
 from m2t_accel.data.decode import decode_image
 from m2t_accel.data.sources import load_images
 from m2t_accel.data.views import read_rows
@@ -122,7 +122,7 @@ class FillingDataset:
     def __getitems__(self, request):
         value, number = request
         if number is None:
-            return new_memory((8, 8)).fill_(value)
+            return torch.full((8, 8), value, dtype=torch.uint8)
         self.buffers[number].fill_(value)
         return self.buffers.hand_over(number)
 

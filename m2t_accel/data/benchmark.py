@@ -26,7 +26,7 @@ from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.data.crops import draw_uniforms
 from m2t_accel.data.decode import DecodeError, decode_bytes, read_bytes
-from m2t_accel.data.loader import create_loader, default_num_workers, read
+from m2t_accel.data.loader import create_loader, dead_workers_in_one_line, default_num_workers, read
 from m2t_accel.data.photometry import photometry
 from m2t_accel.data.requests import DeviceBatches, Request
 from m2t_accel.data.shards import Shards
@@ -236,14 +236,15 @@ def loader_rate(
     loader = create_loader(views, batches, dataclasses.replace(config, num_workers=num_workers))
     count, started = 0, None
     first = time.perf_counter()
-    for batch in read(loader):
-        now = time.perf_counter()
-        if started is not None:
-            count += len(batch.samples)
-            if now - started > seconds:
-                break
-        elif now - first > WARM_UP:
-            started = now
+    with dead_workers_in_one_line():
+        for batch in read(loader):
+            now = time.perf_counter()
+            if started is not None:
+                count += len(batch.samples)
+                if now - started > seconds:
+                    break
+            elif now - first > WARM_UP:
+                started = now
     return count / (now - started)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
+import copyreg
+import errno
+import io
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,7 +22,8 @@ from multiprocessing.process import BaseProcess
 import cv2
 import torch
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
 
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError, one_line
@@ -27,17 +31,18 @@ from m2t_accel.data.buffers import Buffers
 from m2t_accel.data.crops import Photometry
 from m2t_accel.data.requests import DeviceBatches, Request
 from m2t_accel.data.views import CentralViews, TwoViews, ViewBatch
+from m2t_accel.distributed.interruption import NoBatchError, end_with_parent, waiting_for_a_batch
 from m2t_accel.distributed.launch import num_cores
 
 # Batches that each worker prepares ahead. With 1, 2, 4 and 8, two workers gave the same images/s within 6 %, with a
-# slower and with a faster loop. Each batch takes shared memory.
+# slower and with a faster loop. Each batch takes memory.
 PREFETCH = 2
 
 _running_workers: set[BaseProcess] = set()  # of all loaders that are being read
 
 
 class BufferedRequests:
-    """Requests of equal size, each with a buffer if one is free at that moment."""
+    """Requests, each with a buffer if one is free at that moment."""
 
     def __init__(self, requests: DeviceBatches | Sequence[Request], buffers: Buffers) -> None:
         self.requests = requests
@@ -51,8 +56,39 @@ class BufferedRequests:
             yield request._replace(buffer=self.buffers.take())
 
 
+class Packed:
+    """A batch as a worker sends it: the main process unpickles it as the batch itself.
+
+    It is pickled in the worker's own thread, and its tensors as arrays. In the thread of torch's queue, each tensor
+    would get memory in /dev/shm, and after an error the main process would wait for that batch for ever.
+    """
+
+    def __init__(self, batch: object) -> None:
+        content = io.BytesIO()
+        pickler = pickle.Pickler(content, pickle.HIGHEST_PROTOCOL)
+        pickler.dispatch_table = copyreg.dispatch_table | {Tensor: as_array}
+        pickler.dump(batch)
+        self.content = content.getvalue()
+
+    def __reduce__(self) -> tuple:
+        return pickle.loads, (self.content,)
+
+
+def as_array(tensor: Tensor) -> tuple:
+    """Return what pickle needs to store a tensor as an array."""
+    return torch.from_numpy, (tensor.numpy(),)
+
+
+def pack(batch: object) -> object:
+    """Return the batch as a worker sends it; in the main process, the batch itself."""
+    return batch if get_worker_info() is None else Packed(batch)
+
+
 def create_loader(
-    dataset: TwoViews | CentralViews, batches, config: ImageSettings, device: torch.device | None = None
+    dataset: TwoViews | CentralViews,
+    batches: DeviceBatches | Sequence[Request],
+    config: ImageSettings,
+    device: torch.device | None = None,
 ) -> DataLoader:
     """Create a DataLoader of whole batches in the order of `batches`; read it once, with `read`.
 
@@ -60,25 +96,26 @@ def create_loader(
     this process.
 
     Args:
-        batches: an iterable of indices that the dataset takes; for TwoViews, requests of `device_batch_size` samples.
         device: the device that `read` will send the batches to; for a GPU, they are put into pinned memory.
 
     Raises:
-        ConfigurationError: there is not enough shared memory for the batches of the workers.
+        ConfigurationError: there is not enough memory for the batches of the workers.
     """
-    num_workers = default_num_workers() if config.num_workers is None else config.num_workers
-    if isinstance(dataset, TwoViews):
-        # Two more than the workers prepare: the loop receives the next batch while it still holds the current one.
-        count = num_workers * PREFETCH + 2
-        dataset = copy.copy(dataset)  # another loader of the same dataset needs its own buffers
-        dataset.buffers = Buffers(count, dataset.crops_shape(config.device_batch_size), shared=num_workers > 0)
-        batches = BufferedRequests(batches, dataset.buffers)
+    num_workers = min(default_num_workers() if config.num_workers is None else config.num_workers, len(batches))
+    if isinstance(batches, DeviceBatches):
+        most_images = config.device_batch_size
+    else:
+        most_images = max((len(request.samples) for request in batches), default=0)
+    # Two more than the workers prepare: the loop receives the next batch while it still holds the current one.
+    count = min(num_workers * PREFETCH + 2, len(batches))
+    dataset = copy.copy(dataset)  # another loader of the same dataset needs its own buffers
+    dataset.buffers = Buffers(count, dataset.crops_shape(most_images), shared=num_workers > 0)
     cv2.setNumThreads(0)  # the workers run in parallel; threads of OpenCV would compete with them for the cores
     with ignore_worker_count_warning():
         return DataLoader(
             dataset,
-            batch_sampler=batches,
-            collate_fn=identity,
+            batch_sampler=BufferedRequests(batches, dataset.buffers),
+            collate_fn=pack,
             num_workers=num_workers,
             pin_memory=is_gpu(device),
             prefetch_factor=PREFETCH if num_workers > 0 else None,
@@ -108,6 +145,11 @@ def read(loader: DataLoader, device: torch.device | None = None) -> Iterator:
         try:
             with ignore_worker_count_warning():
                 batches = iter(loader)
+        except Exception as error:
+            drop_frames(error)
+            if isinstance(error, OSError):
+                raise ConfigurationError(describe_failed_start(loader.num_workers, error)) from None
+            raise
         finally:  # some workers may run even if not all could be started
             workers = set(multiprocessing.active_children()) - others
             _running_workers.update(workers)
@@ -117,10 +159,29 @@ def read(loader: DataLoader, device: torch.device | None = None) -> Iterator:
         # The frames of the error refer to the loader. If a caller kept the error, the workers would live on, and their
         # queues would be closed by the garbage collector, whose threads can then close descriptors opened meanwhile.
         traceback.clear_frames(error.__traceback__)
+        if isinstance(error, NoBatchError):
+            kill_at_exit()  # now, because torch would wait 10 s for a worker that hangs
         raise
     finally:
         batches = None
         kill(workers & _running_workers)
+
+
+def drop_frames(error: Exception) -> None:
+    """Drop what the frames of an error of starting a loader refer to. Torch cannot shut down a half-started loader."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    try:
+        traceback.clear_frames(error.__traceback__)
+    finally:
+        sys.unraisablehook = hook
+
+
+def describe_failed_start(num_workers: int, error: OSError) -> str:
+    """Return a message about workers that could not be started."""
+    advice = "allow more memory, processes (ulimit -u) and open files (ulimit -n)"
+    if error.errno == errno.ENOSPC:  # the locks of their queues lie there
+        advice = "enlarge /dev/shm (docker run --shm-size)"
+    return f"cannot start {num_workers} workers ({error.strerror}): give a smaller --num_workers, or {advice}"
 
 
 def kill(workers: set[BaseProcess]) -> None:
@@ -137,7 +198,7 @@ def kill(workers: set[BaseProcess]) -> None:
 
 @atexit.register
 def kill_at_exit() -> None:
-    """Kill the workers of loaders that the program has left half-read."""
+    """Kill the workers of loaders that the program leaves half-read."""
     if _running_workers:
         with contextlib.suppress(ValueError):  # only the main thread may set a signal handler
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report the killed workers
@@ -149,14 +210,10 @@ def next_batch(batches: Iterator) -> object | None:
 
     Raises:
         ConfigurationError: no image of the batch can be decoded.
+        NoBatchError: a signal asked the run to end, and the batch still does not come.
     """
-    try:
+    with waiting_for_a_batch():
         batch = next(batches, None)
-    except (ConnectionError, EOFError):
-        # A worker died while it sent this batch. torch raises its own error from a signal handler. Wait for that: once
-        # the loader shuts down, the error could only be printed.
-        time.sleep(1)
-        raise
     if isinstance(batch, ViewBatch) and len(batch.bad) == len(batch.samples):
         first = batch.bad[0]
         raise ConfigurationError(
@@ -196,29 +253,22 @@ def dead_workers_in_one_line() -> Iterator[None]:
     torch raises these errors from a signal handler, so they can appear anywhere in the main process.
 
     Raises:
-        ConfigurationError: a worker has died, or there is no shared memory for its batches.
+        ConfigurationError: a worker has died, or lacks memory.
     """
     try:
         yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        # If the worker dies while it sends a batch, the connection breaks instead.
-        known = r"DataLoader worker .*(exited|killed)|.*(shared memory|unable to write|ancdata|Too many open)"
+    except (RuntimeError, MemoryError) as error:
+        known = r"DataLoader worker .*(exited|killed)|can't start new thread"
         if isinstance(error, RuntimeError) and not re.match(known, str(error), re.DOTALL):
             raise
         reason = one_line(error).removeprefix("RuntimeError: ")
         raise ConfigurationError(
-            f"a worker process has died or cannot send its batch ({reason}); the usual cause is a lack of memory: "
-            "give a smaller --num_workers, or raise the limits of memory and of /dev/shm"
+            f"a worker process has died or lacks memory ({reason}): give a smaller --num_workers, or allow more memory"
         ) from error
 
 
-def identity(batch):
-    """Return the batch. This is not a lambda, because a collate function must be picklable."""
-    return batch
-
-
 def set_up_worker(worker: int) -> None:
-    """Use one thread, ignore signals, and hide what C libraries write to stderr.
+    """Use one thread, ignore signals, end with the main process, and hide what C libraries write to stderr.
 
     A signal sent to all processes must not end a worker, because the main process may first finish a step; it ends its
     workers itself. libpng and libjpeg write a line for each unusual image at each decoding, without naming the file.
@@ -230,6 +280,7 @@ def set_up_worker(worker: int) -> None:
             os.dup2(null.fileno(), 2)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent(signal.SIGKILL)  # even if the worker hangs in a read
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from m2t_accel.config.data import ImageSettings, TrainingSettings
-from m2t_accel.data.buffers import Buffers, new_memory
+from m2t_accel.data.buffers import Buffers
 from m2t_accel.data.crops import (
     FLIP,
     NUM_UNIFORMS,
@@ -49,20 +49,6 @@ class ViewBatch(NamedTuple):
     photometry: Photometry | Tensor  # parameters of 2 N views, or flips (N,) bool
     samples: Tensor  # (N,) int64: the sample shown at each place
     bad: tuple[BadImage, ...] = ()  # images replaced by others
-
-    def __reduce__(self) -> tuple:
-        """Pickle small tensors as arrays; each tensor would be sent as a file descriptor, which is slower."""
-        small = self.photometry
-        small = small.numpy() if isinstance(small, Tensor) else [values.numpy() for values in small]
-        return unpickle_view_batch, (self.crops, small, self.samples.numpy(), self.bad)
-
-
-def unpickle_view_batch(
-    crops: Tensor, small: np.ndarray | list[np.ndarray], samples: np.ndarray, bad: tuple
-) -> ViewBatch:
-    """Return the ViewBatch; convert its small arrays to tensors."""
-    small = Photometry(*map(torch.from_numpy, small)) if isinstance(small, list) else torch.from_numpy(small)
-    return ViewBatch(crops, small, torch.from_numpy(samples), bad)
 
 
 def read_rows(images: Dataset, samples: Sequence[int]) -> list[dict[str, object]]:
@@ -119,8 +105,8 @@ class TwoViews:
         An image that cannot be decoded is replaced by the next decodable one of the batch, cropped and coloured with
         the random numbers of the original place. So an epoch remains a function of the seed and the files.
         """
-        num_images, is_new = len(request.samples), request.buffer is None
-        crops = new_memory(self.crops_shape(num_images)) if is_new else self.buffers[request.buffer]
+        num_images = len(request.samples)
+        crops = memory_for(request, self.crops_shape(num_images), self.buffers)
         uniforms = np.stack(
             [draw_uniforms(self.config.seed, request.epoch, request.samples, view) for view in range(self.num_views)]
         )  # (views, N, NUM_UNIFORMS)
@@ -141,7 +127,7 @@ class TwoViews:
                 places[:, i] = places[:, other]
             shown[i] = request.samples[other]
         return ViewBatch(
-            crops=crops if is_new else self.buffers.hand_over(request.buffer),
+            crops=crops if request.buffer is None else self.buffers.hand_over(request.buffer, len(crops)),
             photometry=self.parameters(uniforms),
             samples=torch.from_numpy(shown),
             bad=tuple(bad.values()),
@@ -182,26 +168,42 @@ class CentralBatch(NamedTuple):
 
 
 class CentralViews:
-    """A map-style torch dataset that answers a list of samples with a CentralBatch."""
+    """A map-style torch dataset that answers a Request with a CentralBatch."""
 
     def __init__(self, images: Dataset, config: ImageSettings) -> None:
         self.images = images
         self.config = config
+        self.buffers: Buffers | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, samples: Sequence[int]) -> CentralBatch:
+    def __getitems__(self, request: Request) -> CentralBatch:
         size, bad = self.config.image_size, []
-        crops, digests = np.zeros((len(samples), size, size, 3), np.uint8), np.zeros(len(samples), np.int64)
-        for i, row in enumerate(read_rows(self.images, samples)):
+        crops = memory_for(request, self.crops_shape(len(request.samples)), self.buffers)
+        digests, places = np.zeros(len(request.samples), np.int64), crops.numpy()
+        for i, row in enumerate(read_rows(self.images, request.samples)):
             try:
                 content = read_bytes(row)
                 digests[i] = int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
-                crops[i] = central_view(decode_bytes(content), size, self.config.evaluation_crop)
+                places[i] = central_view(decode_bytes(content), size, self.config.evaluation_crop)
             except DecodeError as error:
-                bad.append(BadImage(int(samples[i]), describe_image(row, samples[i]), str(error)))
-        return CentralBatch(torch.from_numpy(crops), torch.from_numpy(digests), bad)
+                sample, places[i] = int(request.samples[i]), 0
+                bad.append(BadImage(sample, describe_image(row, sample), str(error)))
+        return CentralBatch(
+            crops if request.buffer is None else self.buffers.hand_over(request.buffer, len(crops)),
+            torch.from_numpy(digests),
+            bad,
+        )
+
+    def crops_shape(self, num_images: int) -> tuple[int, ...]:
+        """Return the shape of the crops of a batch."""
+        return (num_images, self.config.image_size, self.config.image_size, 3)
+
+
+def memory_for(request: Request, shape: tuple[int, ...], buffers: Buffers | None) -> Tensor:
+    """Return memory for the crops of a request: its buffer or, if it has none, new memory."""
+    return torch.empty(shape, dtype=torch.uint8) if request.buffer is None else buffers[request.buffer][: shape[0]]
 
 
 def describe_image(image: Mapping[str, object], sample: int) -> str:

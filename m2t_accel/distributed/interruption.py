@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from enum import IntEnum
@@ -25,7 +26,26 @@ from m2t_accel.distributed.processes import control_group, groups
 # SLURM and other schedulers send one of the first two before they end a job; SIGINT is Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PR_SET_PDEATHSIG = 1  # option of Linux's prctl
+BATCH_TIMEOUT = 10  # seconds to wait for a batch of the workers after a signal
 RESPONSE_TIMEOUT = timedelta(seconds=10)  # for each process to respond after a collective call has failed
+
+
+_waiting_since: float | None = None  # the start of the wait for the next batch
+
+
+@contextlib.contextmanager
+def waiting_for_a_batch() -> Iterator[None]:
+    """Let a signal end this wait, if the batch does not come in time after it."""
+    global _waiting_since
+    _waiting_since = time.monotonic()
+    try:
+        yield
+    finally:
+        _waiting_since = None
+
+
+class NoBatchError(Exception):
+    """A signal asks the run to end, but the batch that the step needs does not come: a worker hangs."""
 
 
 class StopSignals:
@@ -36,16 +56,14 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = 0  # number of the signal, or 0
+        self.received_at = 0.0
         self.previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
         with contextlib.suppress(ValueError):  # only the main thread can set handlers; in others nothing changes
             for number in SIGNALS:
                 self.previous[number] = signal.signal(number, self.receive)
-            if launcher_arguments() is not None and sys.platform == "linux":
-                # `accelerate launch` does not forward signals to a single process, so ask the kernel for a SIGTERM
-                # when the launcher dies.
-                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            self.previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.check_wait)
         return self
 
     def receive(self, number: int, frame: FrameType | None) -> None:
@@ -53,12 +71,24 @@ class StopSignals:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if not self.received:
-            self.received = number
+            self.received, self.received_at = number, time.monotonic()
+            signal.setitimer(signal.ITIMER_REAL, 1, 1)
             again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
             # os.write, because the signal may interrupt a print.
             os.write(2, f"\n{signal.Signals(number).name}: the run ends after this step and saves{again}\n".encode())
 
+    def check_wait(self, number: int, frame: FrameType | None) -> None:
+        """End a wait that takes too long; called every second after a signal.
+
+        Raises:
+            NoBatchError: the process has waited too long for a batch.
+        """
+        if _waiting_since is not None and time.monotonic() - max(_waiting_since, self.received_at) > BATCH_TIMEOUT:
+            raise NoBatchError
+
     def __exit__(self, *exception: object) -> None:
+        if self.received:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
@@ -71,6 +101,18 @@ class StopSignals:
         """
         status = STATUS_CTRL_C if number == signal.SIGINT else STATUS_RESUMABLE
         return Interrupted(f"stopped by {signal.Signals(number).name}, {saved}", status)
+
+
+def end_with_launcher() -> None:
+    """Ask for a SIGTERM when the launcher dies: `accelerate launch` does not forward signals to a single process."""
+    if launcher_arguments() is not None:
+        end_with_parent(signal.SIGTERM)
+
+
+def end_with_parent(number: int) -> None:
+    """Ask the kernel for a signal when the parent of this process dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 class StopRequestedError(Exception):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.data.loader import create_loader, read
 from m2t_accel.data.photometry import evaluation_view
+from m2t_accel.data.requests import Request
 from m2t_accel.data.views import CentralViews
 from m2t_accel.model import embed
 
@@ -53,8 +54,9 @@ def embed_images(
     was_training = encoder.training
     encoder.eval()
     try:
+        requests = [Request(0, np.array(samples), None) for samples in batches]
         for samples, batch in zip(
-            batches, read(create_loader(CentralViews(images, config), batches, config)), strict=True
+            batches, read(create_loader(CentralViews(images, config), requests, config)), strict=True
         ):
             inputs = evaluation_view(batch.crops.to(accelerator.device), config).to(dtype)
             with accelerator.autocast():

@@ -22,6 +22,7 @@ from m2t_accel.config.evaluation import EvaluationSettings, check_encoder
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.data.loader import dead_workers_in_one_line
 from m2t_accel.data.sources import ImageData, load_images
+from m2t_accel.distributed.interruption import end_with_launcher
 from m2t_accel.distributed.launch import command, hardware, start_accelerator
 from m2t_accel.distributed.processes import broadcast_object, check_same_images, on_all_processes
 from m2t_accel.files import write_text
@@ -53,6 +54,7 @@ def start_evaluation(config: EvaluationSettings) -> Evaluation:
         ConfigurationError: the launch, the encoder or the images are not usable; the same on every process.
     """
     accelerator = start_accelerator(config if isinstance(config, TrainingSettings) else None)
+    end_with_launcher()
     on_all_processes(accelerator, lambda: (check_dataset(config.dataset), check_encoder(config.encoder)))
     loaded = on_all_processes(accelerator, lambda: load_encoder(config.encoder))
     config = dataclasses.replace(

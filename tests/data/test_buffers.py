@@ -1,5 +1,7 @@
 import gc
+import os
 import pickle
+import tempfile
 
 import pytest
 import torch
@@ -7,7 +9,6 @@ from helpers import FillingDataset, identity
 from torch.utils.data import DataLoader
 
 from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.data import buffers
 from m2t_accel.data.buffers import BufferReference, Buffers
 
 
@@ -84,19 +85,29 @@ def test_workers_reuse_buffers_but_never_one_that_is_kept(context):
 def test_a_worker_sends_a_small_reference_that_unpickles_as_the_buffer():
     buffers = Buffers(1, (1000, 1000), shared=True)
     number = buffers.take()
-    sent = pickle.dumps(BufferReference(buffers.key, number))
+    sent = pickle.dumps(BufferReference(buffers.key, number, 700))
     buffers[number][5] = 1
     assert len(sent) < 100
     received = pickle.loads(sent)
-    assert torch.equal(received, buffers[number])
+    assert torch.equal(received, buffers[number][:700])
     assert received.data_ptr() == buffers[number].data_ptr()
+    del received
+    assert buffers.take() == number
 
 
-def test_too_little_shared_memory_names_num_workers_and_shm_size(monkeypatch):
-    def fail(shape):
-        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)")
+def test_memory_is_reserved_at_once_and_not_in_dev_shm():
+    buffers = Buffers(3, (2, 1000, 2000), shared=True)
+    assert os.fstat(buffers.file).st_blocks * 512 >= 12_000_000
+    assert "/dev/shm" not in os.readlink(f"/proc/self/fd/{buffers.file}")
 
-    monkeypatch.setattr(buffers, "shared_memory", fail)
-    with pytest.raises(ConfigurationError, match=r"12 MB.*--num_workers.*shm-size"):
+
+def test_too_little_memory_is_one_line_that_names_num_workers(monkeypatch, small_disk):
+    """Without memfd_create the memory is a file in the folder of temporary files."""
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk(64)))
+    assert Buffers(3, (2, 1000, 10), shared=True)[2].shape == (2, 1000, 10)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(ConfigurationError, match=r"12 MB.*No space left.*--num_workers"):
         Buffers(3, (2, 1000, 2000), shared=True)
-    assert Buffers(3, (2, 10, 20), shared=False).take() == 0
+    assert os.listdir("/proc/self/fd") == before
+    assert Buffers(3, (2, 1000, 2000), shared=False).take() == 0

@@ -1,9 +1,14 @@
+import errno
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import re
+import signal
 import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from helpers import settings, write_image, write_parquet
@@ -13,6 +18,8 @@ from m2t_accel.data.loader import create_loader, default_num_workers, read, send
 from m2t_accel.data.requests import DeviceBatches, Request
 from m2t_accel.data.sources import load_images
 from m2t_accel.data.views import FlippedCrops, TwoViews
+from m2t_accel.distributed import interruption
+from m2t_accel.distributed.interruption import NoBatchError, StopSignals
 
 
 def loader_of(config, dataset=TwoViews, device=None):
@@ -59,6 +66,19 @@ def test_workers_hide_what_c_libraries_write_to_stderr(capfd):
     assert "a message of the main process" in errors
 
 
+class UnpicklableViews(TwoViews):
+    def __getitems__(self, request):
+        return lambda: request
+
+
+def test_a_batch_that_cannot_be_sent_is_an_error():
+    """An error in the thread of torch's queue would lose the batch, and the main process would wait for it."""
+    loader = loader_of(settings("digits", num_workers=1), UnpicklableViews)
+    loader.timeout = 20
+    with pytest.raises(AttributeError, match="pickle"):
+        next(read(loader))
+
+
 def test_a_batch_without_a_decodable_image_ends_the_run(tmp_path):
     for i in range(8):
         write_image(tmp_path / f"{i}.png")
@@ -98,6 +118,32 @@ def test_two_loaders_of_the_same_dataset_can_be_read_at_once(num_workers):
     kept = [[batch.crops for batch in pair] for pair in zip(*map(read, loaders), strict=True)]
     assert all(map(torch.equal, [first for first, _ in kept], expected))
     assert all(map(torch.equal, [second for _, second in kept], expected[::-1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "words"),
+    [("SemLock", number, "/dev/shm .docker run --shm-size") for number in (0, 5, 11, 13)]
+    + [("fork", number, "ulimit -n") for number in (0, 1)],
+)
+def test_workers_that_cannot_be_started_are_one_line(monkeypatch, capfd, name, number, words):
+    """The first lock or process after `number` others fails."""
+    module = multiprocessing.synchronize._multiprocessing if name == "SemLock" else os
+    make, made = getattr(module, name), []
+
+    def fail(*arguments):
+        made.append(arguments)
+        if len(made) > number:
+            code = errno.ENOSPC if name == "SemLock" else errno.EAGAIN
+            raise OSError(code, os.strerror(code))
+        return make(*arguments)
+
+    loader = loader_of(settings("digits", num_workers=2))
+    monkeypatch.setattr(module, name, fail)
+    with pytest.raises(ConfigurationError, match=rf"cannot start 2 workers .*--num_workers, or .*{words}"):
+        next(read(loader))
+    assert len(made) == number + 1
+    assert multiprocessing.active_children() == []
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("kind", [TwoViews, FlippedCrops])
@@ -217,10 +263,9 @@ def run_program(run_script):
 
 def is_running(process_id):
     try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
+        return psutil.Process(process_id).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    return True
 
 
 @pytest.mark.slow
@@ -230,6 +275,38 @@ def test_a_killed_worker_ends_the_run_with_one_line(run_program):
     assert len(lines) == 2
     for line in lines:
         assert re.match(r"a worker process has died .*--num_workers", line)
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_ends_with_a_killed_program(run_program):
+    done = run_program(HANGING + "os.kill(os.getpid(), signal.SIGTERM)")
+    assert done.returncode == -signal.SIGTERM
+    time.sleep(0.5)
+    assert not any(is_running(int(word)) for word in done.stdout.split())
+
+
+class HangingViews(TwoViews):
+    """Hangs at the second batch."""
+
+    def __getitems__(self, request):
+        if request.epoch > 0:
+            time.sleep(600)
+        return super().__getitems__(request)
+
+
+def test_a_signal_ends_the_wait_for_a_worker_that_hangs(monkeypatch):
+    monkeypatch.setattr(interruption, "BATCH_TIMEOUT", 0.5)
+    config = settings("digits", num_workers=2, batch_size=1024)
+    with StopSignals():
+        batches = read(loader_of(config, HangingViews))
+        next(batches)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.2)  # a long step is no wait
+        started = time.monotonic()
+        with pytest.raises(NoBatchError):
+            next(batches)
+    assert 0.4 < time.monotonic() - started < 3
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.slow

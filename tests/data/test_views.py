@@ -11,7 +11,7 @@ from PIL import Image
 
 from m2t_accel.config.recipes import build_config
 from m2t_accel.data import views
-from m2t_accel.data.loader import create_loader, read
+from m2t_accel.data.loader import Packed, create_loader, read
 from m2t_accel.data.requests import DeviceBatches, Request
 from m2t_accel.data.sources import load_images
 
@@ -128,15 +128,19 @@ def test_a_replacement_that_is_damaged_elsewhere_shows_its_own_crops(monkeypatch
     assert torch.equal(batch.crops.view(2, 4, -1)[:, 0], expected[:, 1])
 
 
-@pytest.mark.parametrize("kind", [views.TwoViews, views.FlippedCrops])
-def test_a_batch_is_the_same_after_pickling(kind):
+@pytest.mark.parametrize("kind", [views.TwoViews, views.FlippedCrops, views.CentralViews])
+def test_a_batch_is_the_same_after_pickling_and_none_of_its_tensors_is_shared_by_torch(kind, monkeypatch):
+    monkeypatch.setitem(ForkingPickler._extra_reducers, torch.Tensor, lambda tensor: pytest.fail("shared by torch"))
     config = settings("digits", batch_size=3)
     batch = kind(load_images(config).train, config).__getitems__(Request(0, np.array([4, 2, 9]), None))
-    batch = batch._replace(bad=(views.BadImage(2, "two.png", "cut"),))
-    received = pickle.loads(ForkingPickler.dumps(batch))
-    assert type(received) is views.ViewBatch
+    batch = batch._replace(bad=[views.BadImage(2, "two.png", "cut")])
+    received = pickle.loads(ForkingPickler.dumps(Packed(batch)))
+    assert type(received) is type(batch)
     assert received.bad == batch.bad
-    assert type(received.photometry) is type(batch.photometry)
-    for ours, theirs in zip(*(torch.utils._pytree.tree_leaves(parts[:3]) for parts in (received, batch)), strict=True):
+    assert type(received[1]) is type(batch[1])
+    tensors = [
+        [leaf for leaf in torch.utils._pytree.tree_leaves(b) if torch.is_tensor(leaf)] for b in (received, batch)
+    ]
+    for ours, theirs in zip(*tensors, strict=True):
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs)

@@ -6,6 +6,7 @@ from helpers import encoded
 from torch import nn
 
 from m2t_accel.config.data import ImageSettings
+from m2t_accel.data.buffers import Buffers
 from m2t_accel.evaluation import features
 from m2t_accel.evaluation.features import BATCH_SIZE, fingerprint, process_batches
 from m2t_accel.evaluation.knn import measure_knn
@@ -39,6 +40,27 @@ def test_features_are_in_the_order_of_the_images_and_broken_images_are_left_out(
     result = measure_knn(encoder, images, images, 2, config, accelerator, ks=(1, 4))
     assert (result.num_bank, result.num_queries, result.num_broken) == (7, 7, 2)
     assert result.accuracies[1] == 1.0, "each image is its own nearest neighbour"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_buffers_are_reused_from_batch_to_batch(monkeypatch, num_workers):
+    """Also by the last batch, which is smaller, and by the black view of a broken image."""
+    rows = encoded(0, 40)
+    rows[38] = {"bytes": b"broken", "path": None}
+    images = Dataset.from_list([{"image": row, "label": 0} for row in rows])
+    config = ImageSettings(dataset="digits", image_size=8, num_workers=num_workers)
+    taken, take = [], Buffers.take
+    monkeypatch.setattr(Buffers, "take", lambda self: taken.append(take(self)) or taken[-1])
+    monkeypatch.setattr(features, "BATCH_SIZE", 3)
+    seen = []
+    monkeypatch.setattr(
+        features, "evaluation_view", lambda crops, config: seen.append(crops[:, 0, 0, :1] * 1.0) or crops
+    )
+    monkeypatch.setattr(features, "embed", lambda encoder, images: seen[-1])
+    parts = list(features.embed_images(MeanColour(), images, config, Accelerator()))
+    assert torch.cat([part.features[:, 0] for part in parts]).tolist() == [*range(38), 39]
+    assert torch.cat(seen)[38] == 0, "the broken image is black"
+    assert set(taken) == set(range(2 * num_workers + 2)), "a buffer was not free when it was needed, or never used"
 
 
 @pytest.mark.parametrize("batches_per_turn", [1, 2])
