@@ -192,4 +192,4 @@ def advice_on(others: Counter[str]) -> str:
     name = others.most_common(1)[0][0]
     if name == ".arrow":
         return "write them as parquet (Dataset.to_parquet)"
-    return "unpack them" if name in ARCHIVE_EXTENSIONS else "convert them to JPEG or PNG"
+    return "unpack them" if name in (*ARCHIVE_EXTENSIONS, ".tar") else "convert them to JPEG or PNG"

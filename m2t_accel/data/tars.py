@@ -1,4 +1,4 @@
-"""Images in WebDataset tars: an index of where each one lies, and reading of runs of neighbours."""
+"""Images in WebDataset tars: their splits and labels, and reading of runs of neighbours."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import functools
 import itertools
 import os
 import posixpath
-import tarfile
+import re
+import shlex
+import textwrap
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 import pyarrow
@@ -18,128 +20,22 @@ from datasets import Dataset, Features, Image, Value
 from pyarrow import compute
 
 from m2t_accel.config.data import ImageSettings
-from m2t_accel.config.fields import ConfigurationError, one_line
-from m2t_accel.data.cache import cached_table, file_status
-from m2t_accel.data.folders import IMAGE_EXTENSIONS, is_hidden
+from m2t_accel.config.fields import ConfigurationError, did_you_mean
+from m2t_accel.data.columns import LABEL_COLUMNS, listed
+from m2t_accel.data.folders import advice_on, list_files, unused_files
 from m2t_accel.data.image_files import image_column
 from m2t_accel.data.shards import MAX_HELD_BYTES, Reader, to_dataset, unreadable_shard
-from m2t_accel.progress import late_progress_bar
+from m2t_accel.data.splits import SPLIT_OF_WORD, TRAIN, UNNAMED, choose_splits, describe_files, split_of_folder
+from m2t_accel.data.tar_index import CLS, Contents, LabelMembers, index_tars, label_text, printable
 
 MAX_RUN_BYTES = 1 << 30  # read at once at most; Linux limits one read to 2 GB
 RUN_IMAGES = 64  # images of a tar that are read at once, 7 MB of ImageNet's
-TAIL_BYTES = 1 << 20  # read at once after the end of a tar: a damaged header may leave nearly all of the tar there
-MAX_LINKS = 40  # symbolic links that are followed one after the other, as Linux does
-MAX_DIGITS = 18  # digits of a label, so that it fits into 64 bits
 
 
-def index_tars(folder: Path, files: Sequence[str]) -> list[pyarrow.Table]:
-    """Return where the images are in WebDataset tars, a table for each tar. The tables are cached.
-
-    Members with the same name up to the first dot of its last part are one sample (000.jpg, 000.cls). If a sample has
-    several images (000.depth.png, 000.jpg, 000.png), the first of those with the fewest dots counts.
-
-    Returns:
-        Tables with a row for each sample: `offset` and `size` of the image in bytes, `label` (int; null without a
-        .cls that holds a number), `others` (number of further images). A link to a missing file is an image of size 0.
-
-    Raises:
-        ConfigurationError: a tar is missing, truncated, damaged, compressed or not a tar.
-    """
-    paths = [str(folder / file) for file in files]
-    ends = np.cumsum([file_status(path).st_size for path in paths])
-    tables = []
-    with late_progress_bar("indexing tars", "B", total=int(ends[-1])) as bar:
-        # One tar after the other, because the result is cached: a process indexes about 40 000 members a second.
-        for path, end in zip(paths, ends.tolist(), strict=True):
-            tables.append(cached_table("tar", [path], lambda files: index_tar(files[0], bar.update)))
-            bar.update(max(0, end - bar.n))  # a cached table has not moved the bar
-    return tables
-
-
-def index_tar(path: str, advance: Callable[[int], object] = lambda num_bytes: None) -> pyarrow.Table:
-    """Return where the images are in one tar; see index_tars. Call `advance` with the bytes of each member."""
-    images: dict[str, tuple[int, int, int]] = {}
-    others: Counter[str] = Counter()
-    labels: dict[str, int] = {}
-    try:
-        with open(path, "rb") as file:
-            for member, (offset, size) in tar_members(file, advance).items():
-                if any(is_hidden(part) for part in member.split("/")):
-                    continue
-                parent, _, name = member.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key, extension = f"{parent}/{stem}", f".{extension.lower()}"
-                if extension == ".cls":
-                    word = os.pread(file.fileno(), size, offset).strip()
-                    if word.isdigit() and len(word) <= MAX_DIGITS:
-                        labels[key] = int(word)
-                elif os.path.splitext(extension)[1] in IMAGE_EXTENSIONS or extension in IMAGE_EXTENSIONS:
-                    others[key] += key in images
-                    image = (extension.count("."), offset, size)
-                    images[key] = min(images.get(key, image), image, key=lambda image: image[0])
-    except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
-        raise ConfigurationError(
-            f"{path} cannot be read as a tar ({one_line(error)}): it is truncated, damaged, compressed or joined from "
-            "several tars; download it again, unpack it with gunzip, or move it away"
-        ) from None
-    keys = sorted(images, key=lambda key: images[key][1])  # in the order of the file, so that a run is read at once
-    table = np.array([images[key] for key in keys], np.int64).reshape(-1, 3)
-    return pyarrow.table(
-        {
-            "offset": table[:, 1],
-            "size": table[:, 2],
-            "label": pyarrow.array([labels.get(key) for key in keys], pyarrow.int64()),
-            "others": pyarrow.array([others[key] for key in keys], pyarrow.int32()),
-        }
-    )
-
-
-def tar_members(file: IO[bytes], advance: Callable[[int], object]) -> dict[str, tuple[int, int]]:
-    """Return the offset and size of each file in a tar; a link has those of its target, or size 0 without a target.
-
-    The last member of a name counts, as when the tar is unpacked. A hard link keeps the earlier file even if a later
-    member replaces it. Links to folders are not followed.
-
-    Raises:
-        tarfile.TarError: the file is truncated, damaged, compressed, joined from several tars or not a tar.
-    """
-    members: dict[str, tuple[int, int]] = {}
-    symlinks: dict[str, tuple[str, int]] = {}  # target as written, and offset of the link itself
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            name, target = posixpath.normpath(member.name), posixpath.normpath(member.linkname)
-            earlier = members.pop(name, None), symlinks.pop(name, None)
-            if member.isfile():
-                members[name] = (member.offset_data, member.size)
-            elif member.issym():
-                symlinks[name] = (member.linkname, member.offset_data)
-            elif member.islnk():
-                # If tar is given a file twice, it stores a hard link to the same name.
-                place, symlink = earlier if target == name else (members.get(target), symlinks.get(target))
-                if symlink is not None:
-                    symlinks[name] = symlink
-                else:
-                    members[name] = place or (member.offset_data, 0)
-            tar.members.clear()  # tarfile would keep them all, 0.7 kB each
-            advance(tar.offset - member.offset)
-        # A tar ends with a block of zeros and nothing after it. tarfile also accepts the end of the file, a damaged
-        # header, or the first end in two tars that were joined.
-        file.seek(tar.offset)
-        zeros = 0
-        while (part := file.read(TAIL_BYTES)) and part.count(0) == len(part):
-            zeros += len(part)
-        if part or zeros < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError(f"no end after {len(members):,} files")
-    return members | {name: follow(name, members, symlinks) for name in symlinks}
-
-
-def follow(name: str, members: dict[str, tuple[int, int]], symlinks: dict[str, tuple[str, int]]) -> tuple[int, int]:
-    """Return the offset and size of the file that a symbolic link leads to; size 0 if it leads to none."""
-    target = name
-    for _ in range(MAX_LINKS):
-        if target in symlinks:
-            target = posixpath.normpath(posixpath.join(posixpath.dirname(target), symlinks[target][0]))
-    return members.get(target, (symlinks[name][1], 0))
+SEPARATORS = "-_. "
+SPLIT_WORD = re.compile(rf"(?<![^\W\d_])({'|'.join(SPLIT_OF_WORD)})(?![^\W\d_])", re.IGNORECASE)
+WORDNET_ID = re.compile(r"n\d{8}")
+PART = re.compile(r"\d{5,}|(batch|chunk|dir|folder|group|part|shard|split|tar)[-_. ]?\d+", re.IGNORECASE)
 
 
 class TarShards:
@@ -199,38 +95,257 @@ def read_at(source: IO[bytes], offset: int, size: int) -> bytes:
     return content
 
 
+class TarImages(NamedTuple):
+    """The images of a split."""
+
+    files: Sequence[str]  # paths of the tars
+    table: pyarrow.Table  # the columns of index_tars, and `file`: the number of the tar
+
+    def used_files(self) -> list[str]:
+        return [self.files[number] for number in self.table["file"].unique().to_pylist()]
+
+
 def tar_splits(
     folder: Path, files_by_split: Mapping[str, Sequence[str]], config: ImageSettings, remarks: list[str]
 ) -> dict[str, Dataset]:
-    """Return the images of the splits, which tars_to_dataset describes.
+    """Return Datasets of the places of all images of the splits, with labels if the tars have some.
 
     Args:
         folder: folder of the tars.
-        files_by_split: paths relative to it; the training split first.
+        files_by_split: paths relative to it by the name of the split; the training split first.
         config: may name the labels.
         remarks: list to which this adds notes for the user.
+
+    Raises:
+        ConfigurationError: a tar cannot be read, the training tars hold no image, or `--label_column` names no label.
     """
-    return {name: tars_to_dataset(folder, files, remarks) for name, files in files_by_split.items()}
+    train_name, train_files = next(iter(files_by_split.items()))
+    members = find_label_members(folder, train_files, config)
+    splits, contents = {}, []
+    for name, files in files_by_split.items():
+        tables = index_tars(folder, files, members or CLS)
+        contents.append(Contents(tables))
+        file = np.repeat(np.arange(len(files)), [len(table) for table in tables])
+        table = pyarrow.concat_tables([table.replace_schema_metadata() for table in tables])
+        table = table.append_column("file", pyarrow.array(file)).unify_dictionaries().combine_chunks()
+        splits[name] = TarImages([str(folder / path) for path in files], table)
+    if not len(splits[train_name].table):
+        raise ConfigurationError(no_image(folder, train_files, contents[0]))
+    alone = sum((part.alone for part in contents), Counter())
+    remarks += unused_files(alone, sum(len(images.table) for images in splits.values()), "image")
+    if len(splits) == 1:
+        splits = divide_by_folders(train_name, splits[train_name], config, remarks)
+    if more := sum(compute.sum(images.table["others"]).as_py() or 0 for images in splits.values()):
+        remarks.append(f"not used: {more:,} more images of the same samples (0.jpg is preferred to 0.depth.png)")
+    labels = find_labels(splits, members, contents[0], config, remarks)
+    return {name: to_images(images, labels.get(name)) for name, images in splits.items()}
 
 
-def tars_to_dataset(folder: Path, files: Sequence[str], remarks: list[str]) -> Dataset:
-    """Return a Dataset of the places of all images in tars; it has labels if every image has a .cls.
+def no_image(folder: Path, files: Sequence[str], contents: Contents) -> str:
+    """Return that the training tars hold no image, what they hold instead, and what to do."""
+    text = f"--dataset {folder}: {describe_files(files)} holds no image"
+    if not contents.alone:
+        return text
+    text += f" but {list_files(contents.alone)}"
+    if contents.alone.most_common(1)[0][0] != ".tar":
+        return f"{text}: {advice_on(contents.alone)}"
+    source = shlex.quote(str(folder / files[0]))
+    target = shlex.quote(str((folder / files[0]).with_suffix("")))
+    return f"{text}: unpack it with `mkdir -p {target} && tar -xf {source} -C {target}` and type the same command again"
+
+
+def divide_by_folders(name: str, images: TarImages, config: ImageSettings, remarks: list[str]) -> dict[str, TarImages]:
+    """Return the training and the validation images of tars that hold both, in folders such as `train` and `val`.
 
     Args:
-        folder: folder of the tars.
-        files: paths relative to it.
-        remarks: list to which this adds notes for the user.
+        name: name of the tars.
+        images: all images of the tars.
+        config: names the dataset.
+        remarks: list to which this adds the folders that are not used.
     """
-    tables = index_tars(folder, files)
-    table = pyarrow.concat_tables(tables).combine_chunks()
-    if more := compute.sum(table["others"]).as_py():
-        remarks.append(f"not used: {more:,} more images of the same samples (0.jpg is preferred to 0.depth.png)")
-    if 0 < table["label"].null_count < len(table):
-        remarks.append(f"no labels, because {table['label'].null_count:,} of {len(table):,} images have no .cls")
-    paths = (itertools.repeat(str(folder / file), len(part)) for file, part in zip(files, tables, strict=True))
+    folders = images.table["folder"].unique().to_pylist()
+    levels = zip(*(folder.split("/") for folder in folders), strict=False)
+    depth = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, levels))
+    tops = {folder: "/".join(folder.split("/")[: depth + 1]) for folder in folders}
+    names = {posixpath.basename(top) for top in tops.values()}
+    split_of_top = {top: split_of_folder(posixpath.basename(top), names) for top in sorted(set(tops.values()))}
+    is_train = {split == TRAIN for split in split_of_top.values() if split != UNNAMED}
+    if len(is_train) < 2 or config.train_split or config.validation_split:  # the flags name tars
+        return {name: images}
+    choice = choose_splits(list(dict.fromkeys(split_of_top.values())), config)
+    splits = {}
+    for split in (choice.train, choice.validation, *choice.unused):
+        chosen = dict.fromkeys(top for top in split_of_top if split_of_top[top] == split)
+        below = pyarrow.array([folder for folder in folders if tops[folder] in chosen], pyarrow.string())
+        table = images.table.filter(compute.is_in(images.table["folder"].cast(pyarrow.string()), below))
+        place = f"{', '.join(f'{top}/' if top else 'the top folder' for top in chosen)} in {name}"
+        if split in choice.unused:
+            remarks.append(f"not used: {len(table):,} image{'s' * (len(table) > 1)} in {place}")
+        else:
+            splits[place] = TarImages(images.files, table)
+    return splits
+
+
+def find_label_members(folder: Path, files: Sequence[str], config: ImageSettings) -> LabelMembers | None:
+    """Return the members that hold labels, by the first tar with an image: those of the flag, else the usual ones.
+
+    Raises:
+        ConfigurationError: the flag names neither a kind of files nor a key of the JSON files.
+    """
+    # The first tar stands for all, so that each is scanned once.
+    contents = Contents(next(([table] for file in files if len(table := index_tars(folder, [file])[0])), []))
+    name = config.label_column
+    if name is not None:
+        kinds = [ending[1:] for ending in contents.beside if ending not in ("", ".json")]
+        if name in kinds:
+            return LabelMembers(f".{name}")
+        if name in contents.json:
+            return LabelMembers(".json", name)
+        choices = [*kinds, *contents.json]
+        raise ConfigurationError(
+            f"--label_column {name}: the tars have no *.{name} beside their images, and no such key in *.json"
+            f"{did_you_mean(name, choices)}; there are {listed(list(map(printable, choices))) or 'none'}"
+        )
+    extension = next((f".{word}" for word in ("cls", *LABEL_COLUMNS) if f".{word}" in contents.beside), None)
+    if extension is not None:
+        return LabelMembers(extension)
+    key = next((word for word in LABEL_COLUMNS if label_text(contents.json.get(word)) is not None), None)
+    return LabelMembers(".json", key) if key is not None and config.evaluates else None
+
+
+def find_labels(
+    splits: Mapping[str, TarImages],
+    members: LabelMembers | None,
+    contents: Contents,
+    config: ImageSettings,
+    remarks: list[str],
+) -> dict[str, pyarrow.ChunkedArray]:
+    """Return the labels of the training split, and of the validation split if it has the same kind of labels.
+
+    Args:
+        splits: the training split first.
+        members: the members that hold labels, if the first tar has some.
+        contents: what the training tars hold.
+        config: may name the labels.
+        remarks: list to which this adds where the labels are, or why they are not used.
+
+    Raises:
+        ConfigurationError: a training image has no label, and `--label_column` asks for labels.
+    """
+    (train_name, train), *others = splits.items()
+    if members is not None or train.table["label"].null_count < len(train.table):
+        read = labels_of_members
+        source = str(members or CLS)
+    elif folders_are_classes(train):
+        read, source = labels_of_folders, "the folders in the tars"
+    elif tars_are_classes(train):
+        read, source = labels_of_tars, "the names of the tars"
+    else:
+        remarks += why_no_labels(train, contents) if config.evaluates else []
+        return {}
+    labels = {train_name: read(train)}
+    if missing := labels[train_name].null_count:
+        reason = f"{missing:,} of {len(train.table):,} images have no class in {source}"
+        if config.label_column is not None:
+            raise ConfigurationError(f"--label_column {config.label_column}: {reason}")
+        remarks.append(f"no labels, because {reason}")
+        return {}
+    if source != str(CLS):
+        remarks.append(f"labels from {source}")
+    classes = set(map(str, labels[train_name].unique().to_pylist()))
+    for name, images in others:
+        found = read(images)
+        if read is labels_of_members and found.null_count:
+            reason = f"{found.null_count:,} of {len(found):,} images have no class in {source}"
+        elif found.null_count or (len(found) and classes.isdisjoint(map(str, found.unique().to_pylist()))):
+            reason = f"{source} are other classes than those of the training images"
+        else:
+            labels[name] = found
+            continue
+        remarks.append(f"no labels of {name}, because {reason}")
+    return labels
+
+
+def is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def labels_of_members(images: TarImages) -> pyarrow.ChunkedArray:
+    """Return what .cls files, or a key of .json files, hold: numbers if all are numbers."""
+    labels = images.table["label"].cast(pyarrow.string())
+    if all(text is None or is_number(text) for text in labels.unique().to_pylist()):
+        return labels.cast(pyarrow.int64())
+    return labels
+
+
+def labels_of_folders(images: TarImages) -> pyarrow.ChunkedArray:
+    folders = images.table["folder"].cast(pyarrow.string())
+    distinct = folders.unique()
+    names = pyarrow.array(map(posixpath.basename, distinct.to_pylist()), pyarrow.string())
+    return names.take(compute.index_in(folders, distinct))
+
+
+def labels_of_tars(images: TarImages) -> pyarrow.ChunkedArray:
+    return pyarrow.array(map(class_of_tar, images.files), pyarrow.string()).take(images.table["file"])
+
+
+def folders_are_classes(images: TarImages) -> bool:
+    """Return whether the folders in tars are classes: every image is directly in one of at least two sisters.
+
+    None are folders for a sample each, and those called like splits, like parts (00012, part-3), or like their tars.
+    """
+    folders = images.table["folder"].unique().to_pylist()
+    names = {posixpath.basename(folder) for folder in folders}
+    return (
+        1 < len(names) <= len(images.table) / 2
+        and "" not in names
+        and len(set(map(posixpath.dirname, folders))) == 1
+        and any(split_of_folder(name, names) == UNNAMED for name in names)
+        and not all(map(PART.fullmatch, names))
+        and names != {Path(file).stem for file in images.used_files()}
+    )
+
+
+def tars_are_classes(images: TarImages) -> bool:
+    """Return whether each tar is a class: at least two tars, and each name is that of a class (see class_of_tar)."""
+    classes = [class_of_tar(file) for file in images.used_files()]
+    return len(classes) > 1 and None not in classes and len(set(classes)) == len(classes)
+
+
+def class_of_tar(file: str) -> str | None:
+    """Return the class that the name of a tar stands for; None if it may be the name of a shard.
+
+    The words of splits do not count: train-cat.tar and val-cat.tar are of the class cat. The name of a class is an id
+    of WordNet (n01440764), or has at least two letters and no digits, but for a number before it (001.Albatross).
+    """
+    name = SPLIT_WORD.sub("", Path(file).stem).strip(SEPARATORS)
+    is_class = WORDNET_ID.fullmatch(name) or re.fullmatch(r"(\d+[-_. ]+)?[^\d]*[^\W\d_]{2}[^\d]*", name)
+    return name if is_class else None
+
+
+def why_no_labels(images: TarImages, contents: Contents) -> list[str]:
+    """Return a remark about things in tars that look like labels but are none."""
+    if {"key", "status"} <= contents.json.keys():  # written by img2dataset, which knows no labels
+        return []
+    if ".json" in contents.beside:
+        keys = [printable(key) for key, value in contents.json.items() if label_text(value) is not None]
+        choices = f"; --label_column may name {listed(keys)}" if keys else ""
+        return [f"no labels, because the *.json have no key label, class or the like{choices}"]
+    if ".txt" in contents.beside:
+        return ["no labels, because *.txt hold captions; --label_column txt takes them as names of classes"]
+    folders = sorted(images.table["folder"].unique().to_pylist())
+    if len(folders) > 1:
+        names = " and ".join(f"{folder}/" if folder else "the top" for folder in folders[:2])
+        names = textwrap.shorten(names, 80, placeholder=" …")
+        return [f"no labels, because folders in the tars, such as {names}, are no class folders"]
+    return []
+
+
+def to_images(images: TarImages, labels: pyarrow.ChunkedArray | None) -> Dataset:
+    table = images.table
     features = Features({"image": Image(decode=False), "offset": Value("int64"), "size": Value("int64")})
-    columns = [image_column(itertools.chain.from_iterable(paths)), table["offset"], table["size"]]
-    if len(table) and table["label"].null_count == 0:
-        features["label"] = Value("int64")
-        columns.append(table["label"])
+    columns = [image_column(map(images.files.__getitem__, table["file"].to_pylist())), table["offset"], table["size"]]
+    if labels is not None:
+        features["label"] = Value(str(labels.type))
+        columns.append(labels)
     return to_dataset(pyarrow.Table.from_arrays(columns, schema=features.arrow_schema))

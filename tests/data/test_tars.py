@@ -1,13 +1,10 @@
 import os
-import re
 import tarfile
-import tracemalloc
 from pathlib import Path
 
 import pytest
-from helpers import add_member, encoded, load, pixel, write_tar
+from helpers import ROOT, add_member, load, pixel, settings, write_tar
 
-from m2t_accel import progress
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.data import tars
 from m2t_accel.data.decode import DecodeError, decode_image
@@ -63,7 +60,7 @@ def test_a_tar_of_macos_with_two_images_of_a_sample_and_a_missing_label(tmp_path
     images = load(tmp_path)
     assert values(images.train) == [0, 1, 2]
     assert "not used: 3 more images of the same samples" in images.note
-    assert "no labels, because 1 of 3 images have no .cls" in images.note
+    assert "no labels, because 1 of 3 images have no class in .cls" in images.note
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -100,7 +97,7 @@ def test_a_link_stands_for_its_target(tmp_path, streaming):
         add_member(tar, "d/9.png", 9)  # after the link to it
         add_link(tar, "d/7.png", "../b/1.png", symbolic)
         add_member(tar, "d/7.png", 7)
-    images = load(tmp_path, streaming=streaming)
+    images = load(tmp_path, streaming=streaming, validation_fraction=0)
     assert values(images.train) == [1, 1, 1, 1, 2, 2, EMPTY, EMPTY, EMPTY, EMPTY, 9, 9, 9, 7]
 
 
@@ -121,36 +118,6 @@ def test_the_last_member_of_a_name_counts(tmp_path, streaming):
     assert "more images" not in images.note
 
 
-def test_damaged_truncated_and_joined_tars_are_errors(tmp_path):
-    write_tar(tmp_path / "a.tar", 0, 20)
-    content = (tmp_path / "a.tar").read_bytes()
-    half = len(content) // 2
-    for bad in (
-        content + content,
-        content[:10240] + b"x" * 512 + content[10752:],
-        content + bytes(tars.TAIL_BYTES) + b"x",
-        content[:half],
-        content[: half + 100],
-        content[: half - 300],
-        b"no tar",
-        b"",
-    ):
-        (tmp_path / "a.tar").write_bytes(bad)
-        with pytest.raises(ConfigurationError, match=r"a\.tar cannot be read as a tar .*move it away"):
-            tars.index_tars(tmp_path, ["a.tar"])
-    (tmp_path / "a.tar").unlink()
-    with pytest.raises(ConfigurationError, match=r"a\.tar cannot be read"):
-        tars.index_tars(tmp_path, ["a.tar"])
-
-
-@pytest.mark.parametrize("word", [b"cat", b"9" * 5000, b"9" * 19, b"-1", b""])
-def test_a_label_is_a_number_of_at_most_18_digits(tmp_path, word):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, content in (("0.png", b"image"), ("0.cls", word), ("1.png", b"image"), ("1.cls", b" 7\n")):
-            add_member(tar, name, content)
-    assert tars.index_tars(tmp_path, ["a.tar"])[0]["label"].to_pylist() == [None, 7]
-
-
 def test_a_cached_index_serves_every_path_of_a_tar(tmp_path, monkeypatch):
     """The same relative path may mean another tar in another working directory."""
     for number, name in enumerate(("here", "there")):
@@ -159,48 +126,8 @@ def test_a_cached_index_serves_every_path_of_a_tar(tmp_path, monkeypatch):
     for name in ("here", "there", "here"):
         monkeypatch.chdir(tmp_path / name)
         for folder in (Path("set"), tmp_path / name / "set"):
-            images = tars.tars_to_dataset(folder, ["a.tar"], [])
+            images = tars.tar_splits(folder, {"": ["a.tar"]}, settings(folder), [])[""]
             assert [image["path"] for image in images["image"]] == [f"{folder}/a.tar"] * 3
-
-
-def test_a_tar_is_indexed_once_and_again_when_it_changes(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    write_tar(tmp_path / "a.tar", 0, 5)
-    (tmp_path / "b.tar").write_bytes(b"no tar")
-    with pytest.raises(ConfigurationError, match=r"b\.tar"):
-        tars.index_tars(tmp_path, ["a.tar", "b.tar"])
-    with monkeypatch.context() as patch:  # the index of a.tar is cached, although b.tar failed
-        patch.setattr(tars.tarfile, "open", None)
-        assert tars.index_tars(tmp_path, ["a.tar"])[0]["label"].to_pylist() == [0, 1, 0, 1, 0]
-    write_tar(tmp_path / "a.tar", 0, 6)
-    assert len(tars.index_tars(tmp_path, ["a.tar"])[0]) == 6
-
-
-def test_a_bar_shows_the_progress_of_indexing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(progress, "PATIENCE", -1.0)
-    monkeypatch.setattr(progress, "LOG_INTERVAL", 0.0)
-    for i in range(4):
-        write_tar(tmp_path / f"{i}.tar", 10 * i, 3 + i)
-    tars.index_tars(tmp_path, [f"{i}.tar" for i in range(4)])
-    shares = [int(share) for share in re.findall(r"indexing tars: +(\d+)%", capsys.readouterr().err)]
-    assert shares == sorted(shares)
-    assert len(set(shares)) >= 4
-
-
-def test_the_memory_for_indexing_does_not_grow_with_the_members(tmp_path):
-    """tarfile would keep an object with the header of each member."""
-    content = encoded(0, 1)[0]["bytes"]
-    for number in (100, 1100):
-        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
-            for i in range(number):
-                add_member(tar, f"{i:06}.png", content)
-                add_member(tar, f"{i:06}.cls", b"1")
-        tracemalloc.start()
-        tars.index_tar(str(tmp_path / f"{number}.tar"))
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert peak < 2.5e6  # 4.7 MB with the headers
 
 
 @pytest.mark.parametrize("gap", [0, 500_000])
@@ -217,3 +144,190 @@ def test_a_run_that_is_mostly_other_files_is_read_image_by_image(tmp_path, monke
     os.truncate(tmp_path / "a.tar", os.path.getsize(tmp_path / "a.tar") // 2)
     with pytest.raises(ConfigurationError, match=r"a\.tar cannot be read \(EOFError: it ends at byte [\d,]+\)"):
         images.open(0)(0, 5)
+
+
+def write_tars(folder, tars):
+    """Write tars of the members that are listed: images numbered by their order, and other files, NAME=CONTENT."""
+    number = 0
+    for tar_name, members in tars.items():
+        (folder / tar_name).parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(folder / tar_name, "w") as tar:
+            for member in members.split():
+                name, _, content = member.partition("=")
+                add_member(tar, name, number if name.endswith(".png") else content.encode())
+                number += name.endswith(".png")
+
+
+def samples(*others, first=0, number=4):
+    """Return samples of an image and other files; {i} stands for 0 or 1, {w} for cat or dog."""
+    return " ".join(
+        f"{sample}{name}".replace("{i}", str(sample % 2)).replace("{w}", ("cat", "dog")[sample % 2])
+        for sample in range(first, first + number)
+        for name in (".png", *others)
+    )
+
+
+JSON, WORDS = '.json={"label":{i},"width":3}', '.json={"kind":"{w}","width":3}'
+IMG2DATASET = '.json={"key":"0","status":"success","url":"u","caption":"c","width":3}'
+CATS, DOGS = "cat/1.png cat/2.png", "dog/1.png dog/2.png"
+
+# Layout in docs/data.md (its name there), members of the tars, flags, classes, images evaluated on, text of the note.
+LABELS = {
+    "numbers in `.cls`": ({"train.tar": samples(".cls={i}"), "val.tar": samples(".cls={i}")}, {}, "0 1", 4, ""),
+    "words in `.cls`": ({"train.tar": samples(".cls={w}"), "val.tar": samples(".cls={w}")}, {}, "cat dog", 4, ""),
+    "a key of `.json`": ({"a.tar": samples(JSON)}, {}, "0 1", 1, "labels from .json (key label)"),
+    "another key of `.json`": ({"a.tar": samples(WORDS)}, {"label_column": "kind"}, "cat dog", 1, "(key kind)"),
+    "another kind of file": ({"a.tar": samples(".txt={w}")}, {"label_column": "txt"}, "cat dog", 1, "from .txt"),
+    "folders in the tars": (
+        {"train.tar": f"{CATS} {DOGS}", "val.tar": f"x/{CATS.split()[0]} x/{DOGS.split()[0]}"},
+        {},
+        "cat dog",
+        2,
+        "labels from the folders in the tars",
+    ),
+    "splits in a tar": (
+        {"a.tar": "x/train/cat/1.png x/train/cat/2.png x/train/dog/1.png x/train/dog/2.png x/val/dog/1.png x/y/2.png"},
+        {},
+        "cat dog",
+        1,
+        "4 images of 2 classes in x/train/ in a.tar; evaluation on 1 others (x/val/ in a.tar, its own validation split)"
+        "; not used: 1 image in x/y/ in a.tar",
+    ),
+    "a tar for each class": (
+        {"train/cat.tar": samples(), "train/dog.tar": samples(), "val/dog.tar": samples()},
+        {},
+        "cat dog",
+        4,
+        "labels from the names of the tars",
+    ),
+    "ILSVRC's tars": (
+        {"train/n01440764.tar": samples(), "train/n01443537.tar": samples(), "ILSVRC2012_img_val.tar": samples()},
+        {},
+        "n01440764 n01443537",
+        1,
+        "no labels of ILSVRC2012_img_val.tar, because the names of the tars are other classes than those of the "
+        "training images",
+    ),
+}
+NO_LABELS = {  # what is not in the table of the documentation: members of the tars, text of the note
+    "img2dataset": ({"00000.tar": samples(IMG2DATASET, ".txt=c"), "00002.tar": samples(IMG2DATASET)}, "(2 files)"),
+    "captions": ({"a.tar": samples(".txt=c")}, "no labels, because *.txt hold captions; --label_column txt takes"),
+    "unknown keys": ({"a.tar": samples(WORDS)}, "no key label, class or the like; --label_column may name kind, width"),
+    "json of some": ({"a.tar": samples(JSON) + " 9.png"}, "1 of 5 images have no class in .json (key label)"),
+    "binary labels": ({"a.tar": samples(".cls=\0")}, "no labels, because 4 of 4 images have no class in .cls"),
+    "two kinds": ({"a.tar": samples(".cls={i}"), "b.tar": samples(JSON)}, "4 of 8 images have no class in .cls"),
+    "a stray image": ({"a.tar": f"{CATS} {DOGS} 1.png"}, "such as the top and cat/, are no class folders"),
+    "deeper images": ({"a.tar": f"{CATS} {DOGS} dog/x/1.png"}, "such as cat/ and dog/, are no class folders"),
+    "parts": ({"a.tar": "0/1.png"} | {"b.tar": "00001/1.png 00001/2.png 00002/3.png 00002/4.png"}, "no class folders"),
+    "folders like tars": ({"s-0.tar": "s-0/1.png s-0/2.png", "s-1.tar": "s-1/1.png s-1/2.png"}, "no class folders"),
+    "folder of a sample": ({"a.tar": "x/0.png y/0.png z/0.png"}, "no class folders"),
+    "splits without train": ({"a.tar": "val/1.png val/2.png test/1.png test/2.png"}, "no class folders"),
+}
+
+
+@pytest.mark.parametrize("layout", LABELS)
+def test_labels_of_tars(tmp_path, layout):
+    members, flags, classes, evaluated, text = LABELS[layout]
+    write_tars(tmp_path, members)
+    for streaming in (False, True):
+        images = load(tmp_path, streaming=streaming, batch_size=2, **flags)
+        assert (images.class_names, len(images.validation)) == (classes.split(), evaluated)
+        assert text in images.note
+    assert f"| {layout} |" in (ROOT / "docs" / "data.md").read_text()
+
+
+@pytest.mark.parametrize("case", NO_LABELS)
+def test_tars_without_labels_say_why(tmp_path, case):
+    members, text = NO_LABELS[case]
+    write_tars(tmp_path, members)
+    images = load(tmp_path, batch_size=2)
+    assert (images.class_names, images.validation) == (None, None)
+    assert text in images.note
+    assert ("no labels" in images.note) == (case != "img2dataset")
+    quiet = load(tmp_path, batch_size=2, evaluate_every=0).note
+    assert "no labels" not in quiet or "have no class" in quiet
+
+
+def test_the_labels_of_tars_belong_to_their_images(tmp_path):
+    """Validation labels are matched by name: 1 is written as 01, and dog has another number there."""
+    write_tars(tmp_path / "words", {"train.tar": samples(".cls={w}"), "val.tar": "5.png 5.cls=dog"})
+    write_tars(tmp_path / "numbers", {"train.tar": samples(".cls={i}"), "val.tar": "5.png 5.cls=01"})
+    write_tars(tmp_path / "folders", {"train.tar": f"{CATS} {DOGS}", "val.tar": "dog/1.png"})
+    write_tars(tmp_path / "tars", {"train/dog.tar": samples(), "train/cat.tar": samples(), "val/dog.tar": "1.png"})
+    for name in ("words", "numbers", "folders", "tars"):
+        images = load(tmp_path / name)
+        assert images.validation["label"][:] == [1]
+        labels = {int(pixel(images.bank, i)): label for i, label in enumerate(images.bank["label"][:])}
+        dogs = {"words": (1, 3), "numbers": (1, 3), "folders": (2, 3), "tars": (0, 1, 2, 3)}[name]
+        assert labels == {i: int(i in dogs) for i in labels}
+
+
+VALIDATION = {  # members of val.tar beside labelled training images, text of the note
+    "none": (samples(), "no labels of val.tar, because 4 of 4 images have no class in .cls; val.tar is not used"),
+    "some": (samples(".cls={i}") + " 9.png", "no labels of val.tar, because 1 of 5 images have no class in .cls"),
+    "others": (samples(".cls={w}"), "because .cls are other classes than those of the training images"),
+    "no image": ("1.heic", "val.tar is not used, because it holds no image"),
+}
+
+
+@pytest.mark.parametrize("case", VALIDATION)
+def test_validation_tars_that_are_not_used_are_named(tmp_path, case):
+    members, text = VALIDATION[case]
+    write_tars(tmp_path, {"train.tar": samples(".cls={i}"), "val.tar": members})
+    images = load(tmp_path, batch_size=2)
+    assert (len(images.train), len(images.validation)) == (3, 1)  # held out of the training images
+    assert text in images.note
+
+
+CLASS_OF_TAR = {
+    "cat": ["cat.tar", "train-cat.tar", "val_cat.tar", "cat.test.tar"],
+    "n01440764": ["n01440764.tar", "train/n01440764.tar", "train_n01440764.tar"],
+    "001.Black_footed_Albatross": ["001.Black_footed_Albatross.tar"],
+    "golden retriever": ["golden retriever.tar"],
+    "kočka": ["kočka.tar"],
+    None: [
+        *("00000.tar", "imagenet-train-000123.tar", "part-0007.tar", "shard_3.tar", "train.tar", "val2017.tar"),
+        *("a.tar", "x-1.tar", "laion2B-en.tar", "n0144.tar", "3f2a9c.tar", "ILSVRC2012_img_train.tar", "train-0.tar"),
+    ],
+}
+
+
+def test_the_class_that_the_name_of_a_tar_stands_for():
+    for name, files in CLASS_OF_TAR.items():
+        assert {file: tars.class_of_tar(file) for file in files} == dict.fromkeys(files, name)
+
+
+REFUSED = {  # members of train.tar beside labelled validation images, flags, text of the error
+    "n01440764.tar n01443537.tar": (
+        {},
+        r"train\.tar holds no image but 2 \*\.tar: unpack it with "
+        r"`mkdir -p (.*)train && tar -xf \1train\.tar -C \1train`",
+    ),
+    "1.heic 2.heic 3.txt": ({}, r"train\.tar holds no image but 2 \*\.heic, 1 \*\.txt: convert them to JPEG or PNG"),
+    "": ({}, r"train\.tar holds no image$"),
+    samples(WORDS): ({"label_column": "kid"}, r"--label_column kid: .*did you mean kind\?; there are kind, width"),
+    samples(JSON) + " 9.png": ({"label_column": "label"}, r"--label_column label: 1 of 5 images have no class in"),
+}
+
+
+@pytest.mark.parametrize("members", REFUSED)
+def test_refused_tars(tmp_path, members):
+    flags, text = REFUSED[members]
+    write_tars(tmp_path, {"train.tar": members, "val.tar": samples(".cls={i}")})
+    with pytest.raises(ConfigurationError, match=text):
+        load(tmp_path, **flags)
+
+
+def test_an_unpacked_tar_of_tars_is_used_although_it_is_still_there(tmp_path):
+    write_tars(tmp_path, {"train.tar": "cat.tar dog.tar", "train/cat.tar": samples(), "train/dog.tar": samples()})
+    images = load(tmp_path)
+    assert images.class_names == ["cat", "dog"]
+    assert "not used: 2 *.tar" in images.note
+
+
+def test_members_that_are_not_images_are_named(tmp_path):
+    write_tars(tmp_path / "few", {"a.tar": samples(".cls={i}", ".heic=x", ".json={}") + " 8.heic 9.CR2 README"})
+    assert "not used: 1 *.heic, 1 *.cr2, 1 without extension" in load(tmp_path / "few", batch_size=2).note
+    write_tars(tmp_path / "most", {"a.tar": samples(first=0) + "".join(f" {i}.heic" for i in range(5, 12))})
+    (warning,) = load(tmp_path / "most", batch_size=2).warnings
+    assert warning == "warning: 7 *.heic are not used, more than the 4 images: convert them to JPEG or PNG"
