@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping
 from datetime import timedelta
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from accelerate import Accelerator
@@ -41,7 +41,7 @@ from m2t_accel.optim import create_optimizer
 from m2t_accel.run import resume
 from m2t_accel.run.completion import VERSIONS, finish
 from m2t_accel.run.folder import RunFolder, Start
-from m2t_accel.run.guard import Guard
+from m2t_accel.run.guard import Guard, ImagesLostError
 from m2t_accel.run.output_dir import check_output_dir
 from m2t_accel.run.report import Report, TooManyBadImagesError, introduction, settle_evaluation
 from m2t_accel.run.saving import Saver
@@ -122,7 +122,7 @@ def pretrain(
         except NoBatchError:  # in the middle of a step, so there is nothing to save
             where = f"while it waited for a batch. {run.saver.describe_last_good()}; the same command continues"
             raise signals.interruption(signals.received, where) from None
-        except TooManyBadImagesError as error:  # raised between two steps, on every process
+        except (TooManyBadImagesError, ImagesLostError) as error:  # raised between two steps, on every process
             raise ConfigurationError(f"{error}. {run.saver.save_now()}; then the run resumes from there") from None
         if is_main:
             run.finish()
@@ -169,19 +169,23 @@ def train(run: Run) -> None:
 
     Raises:
         StopRequestedError: a signal asks the run to end; every process is between two steps.
-        ConfigurationError: a loss is not finite, or too many images cannot be decoded.
+        ConfigurationError: a loss is not finite, or too many images cannot be decoded or read.
     """
     config, accelerator, step, progress = run.config, run.accelerator, run.step, run.progress
     encoder, dtype = step.teacher.encoder, next(step.student.parameters()).dtype
-    requests = DeviceBatches(
-        run.data.train, config, accelerator.num_processes, accelerator.process_index, progress.step
-    )
-    loader = create_loader(TwoViews(run.data.train, config), requests, config, accelerator.device)
+    loader = create_loader(TwoViews(run.data.train, config), run.requests, config, accelerator.device)
     num_sub_batches = config.num_virtual_devices // accelerator.num_processes
     with dead_workers_in_one_line():
         # A run that was stopped during an evaluation still lacks the line of metrics of that step.
         run.report.write_if_due(encoder, run.guard.stop_if_asked)
         batches = read(loader, accelerator.device)
+        if progress.step < run.total_steps:
+            try:
+                batches = chain([next(batches)], batches)  # the workers start before the threads that read ahead
+            except ConfigurationError:
+                if run.requests.failed is None:
+                    raise
+            run.guard.check_images(run.requests.failure(progress.step))
         for number in range(progress.step, run.total_steps):
             now = config.schedule(number, run.steps_per_epoch)
             step.begin(now)
@@ -191,14 +195,17 @@ def train(run: Run) -> None:
                 results.append(step.forward_backward(*views.chunk(2)))
                 samples.append(batch.samples)
                 run.report.add(results[-1].loss, results[-1].embedding_std, batch.bad)
-            stop, save = run.guard.agree(number, now, results, samples)
+            lost = run.requests.failure(number + 1, run.guard.is_stopping)
+            decision = run.guard.agree(number, now, results, samples, lost)
             step.update(now)
             progress.step = number + 1
             run.report.tick()
-            if stop:
-                raise StopRequestedError(stop)
+            if decision.stop:
+                raise StopRequestedError(decision.stop)
+            if decision.images_lost:
+                run.guard.check_images(lost)
             run.report.write_if_due(encoder, run.guard.stop_if_asked)
-            if save or run.saver.is_due(progress.step):
+            if decision.save or run.saver.is_due(progress.step):
                 run.saver.begin()
         run.saver.save_now()
     run.report.close()
@@ -228,10 +235,10 @@ class Run:
         manifest = start.checkpoint.manifest if start.checkpoint is not None else None
         self.progress = progress = resume.restore_progress(manifest)
         state = RunState(step.student, step.teacher, step.optimizer, accelerator)
-        rows, lines = [], list(start.remarks)
+        rows, positions, lines = [], None, list(start.remarks)
         if manifest is not None:
             resume.check_same_images(data, manifest)
-            rows = resume.restore_state(state, start.checkpoint, accelerator)
+            rows, positions = resume.restore_state(state, start.checkpoint, accelerator)
             lines += resume.describe_changes(config, manifest, accelerator, self.steps_per_epoch)
         progress.parts.append(
             {"step": progress.step, "command": command(), "hardware": hardware(accelerator), "versions": VERSIONS}
@@ -253,7 +260,17 @@ class Run:
                 flush=True,
             )
         self.report = Report(config, accelerator, folder, data, progress, self.steps_per_epoch, rows)
-        self.saver = Saver(state, folder, config, accelerator, progress, self.report, data, self.steps_per_epoch)
+        self.requests = DeviceBatches(
+            data.train,
+            config,
+            accelerator.num_processes,
+            accelerator.process_index,
+            progress.step,
+            None if positions is None else positions.numpy(),
+        )
+        self.saver = Saver(
+            state, folder, config, accelerator, progress, self.report, data, self.requests, self.steps_per_epoch
+        )
         self.saver.last_good = start.checkpoint.path if start.checkpoint is not None else None
         self.guard = Guard(config, data.train, folder, accelerator, self.saver, signals, self.steps_per_epoch)
 

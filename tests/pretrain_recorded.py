@@ -22,11 +22,11 @@ record = os.open(folder / f"{os.getpid()}.jsonl", os.O_WRONLY | os.O_CREAT | os.
 agree = Guard.agree
 
 
-def record_and_agree(self: Guard, step, now, results, samples):
+def record_and_agree(self: Guard, step, now, results, samples, lost):
     for turn, numbers in enumerate(samples):
         device = self.accelerator.process_index + turn * self.accelerator.num_processes
         os.write(record, (json.dumps([step, device, numbers.tolist()]) + "\n").encode())
-    return agree(self, step, now, results, samples)
+    return agree(self, step, now, results, samples, lost)
 
 
 Guard.agree = record_and_agree

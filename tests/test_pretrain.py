@@ -12,13 +12,14 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from helpers import tiny, write_image, write_parquet
+from helpers import tiny, write_image, write_parquet, write_tar
 from survive import different, last_tensors, metrics
 
 from m2t_accel import step as training
 from m2t_accel.config.evaluation import build_knn
 from m2t_accel.config.fields import ConfigurationError, Interrupted
 from m2t_accel.config.recipes import build_config
+from m2t_accel.data import order, shards
 from m2t_accel.data.order import permute
 from m2t_accel.evaluation.knn import evaluate_knn
 from m2t_accel.model import Teacher
@@ -320,6 +321,53 @@ def test_a_run_stopped_in_any_step_resumes_bit_for_bit(trained_run, tmp_path, mo
     assert checkpoint_names(tmp_path / "run") == [f"step-{step}"]
     train(tiny(tmp_path / "run"))
     assert_same_run(trained_run, tmp_path / "run")
+
+
+def write_hub_tars(folder):
+    """Write six tars of 16 training images and one of 12 validation images as a dataset of a Hub."""
+    folder.mkdir(parents=True)
+    for shard in range(6):
+        write_tar(folder / f"train-{shard:04}.tar", 16 * shard, 16)
+    write_tar(folder / "validation-0000.tar", 100, 12)
+
+
+def on_hub(output_dir, **others):
+    given = {"dataset": "someone/tars", "streaming": True, "images_per_epoch": 96, "batch_size": 16}
+    return tiny(output_dir, **given, device_batch_size=4, image_size=16, evaluate_every=2, **others)
+
+
+def test_a_run_on_a_streamed_hub_dataset_resumes_bit_for_bit(tmp_path, dataset_hub, monkeypatch, capsys):
+    """It is stopped by a signal, and then by a Hub that does not answer any more, with other numbers of workers."""
+    write_hub_tars(tmp_path / "hub" / "someone" / "tars")
+    for module, name, value in (
+        (shards, "RETRY_DELAYS", (0.01, 0.01)),
+        (order, "MIN_POOL_BATCHES", 2),
+        (order, "POOL_SIZE", 1),
+    ):
+        monkeypatch.setattr(module, name, value)
+    train(on_hub(tmp_path / "whole"))
+    found = "96 images of 2 classes in split train; evaluation on 12 others (split validation, its own"
+    assert found in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 3)
+        with pytest.raises(Interrupted, match=r"SIGTERM.* 3 of 12"):
+            train(on_hub(tmp_path / "run", num_workers=1))
+    begin = TrainingStep.begin
+
+    def begin_and_fail(self, now):
+        dataset_hub.fails = ("train-", 404)  # the Hub's own library repeats other errors for half a minute
+        begin(self, now)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingStep, "begin", begin_and_fail)
+        with pytest.raises(ConfigurationError, match=r"the shard hf://.*/train-000\d\.tar cannot be .* resumes from"):
+            train(on_hub(tmp_path / "run"))
+    dataset_hub.fails = ("", 200)
+    steps = [int(name.removeprefix("step-")) for name in checkpoint_names(tmp_path / "run")]
+    assert len(steps) == 2
+    assert 3 < max(steps) < 12
+    train(on_hub(tmp_path / "run"))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_a_warm_start_begins_with_the_knn_of_its_source_and_resumes_without_it(

@@ -22,7 +22,8 @@ class ImageSettings:
         ConfigurationError: a value is out of range, or `dataset` is missing.
     """
 
-    streaming: ClassVar[bool] = False  # only pretraining has this setting
+    streaming: ClassVar[bool] = False  # only pretraining has these two settings
+    images_per_epoch: ClassVar[int | None] = None
     max_images = None  # only trainings have this setting; a ClassVar would hide it from them
 
     dataset: str | None = setting(

@@ -86,7 +86,12 @@ class PretrainConfig(TrainingSettings):
     )
 
     streaming: bool = setting(
-        False, "read parquet files and tars in place while training, without copying them first", heading="data"
+        False,
+        "read a Hub dataset, or local parquet files and tars, in place while training, without copying them first",
+        heading="data",
+    )
+    images_per_epoch: int | None = setting(
+        None, "images of an epoch of a streamed Hub dataset (default: their number, if the Hub knows it)", at_least=2
     )
     max_bad_fraction: float = setting(
         0.001,

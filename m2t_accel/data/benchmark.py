@@ -31,6 +31,7 @@ from m2t_accel.data.photometry import photometry
 from m2t_accel.data.requests import DeviceBatches, Request
 from m2t_accel.data.shards import Shards
 from m2t_accel.data.sources import load_images
+from m2t_accel.data.streams import HubStream
 from m2t_accel.data.views import TwoViews, ViewBatch, decode_for_crops, read_rows
 
 BATCH_SIZE = 16  # malloc does not reuse the memory of more float32 views, so every page would be new
@@ -135,7 +136,10 @@ def read_pieces(images: Shards, pieces: list[tuple[int, int]]) -> tuple[np.ndarr
 
 def choose_requests(images: object, num_images: int) -> list[Request]:
     """Return requests for images spread evenly over the dataset; streamed images are already read."""
-    if isinstance(images, Shards):
+    if isinstance(images, HubStream):
+        samples, rows = images.first_rows(num_images)
+        rows = [row["image"] for row in rows]
+    elif isinstance(images, Shards):
         samples, rows = read_pieces(images, choose_pieces(images, num_images))
     else:
         samples, rows = np.linspace(0, len(images) - 1, min(num_images, len(images))).astype(np.int64), None

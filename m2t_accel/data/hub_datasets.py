@@ -24,11 +24,12 @@ from m2t_accel.data.cache import file_fingerprint
 from m2t_accel.data.folders import MAX_LISTED
 from m2t_accel.data.parquet import ParquetShards, parquet_splits
 from m2t_accel.data.splits import choose_splits
+from m2t_accel.data.streams import HubStream
 
 CACHE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
 
 
-def load_hub(config: ImageSettings, remarks: list[str]) -> dict[str, Dataset] | dict[str, ParquetShards]:
+def load_hub(config: ImageSettings, remarks: list[str]) -> dict[str, Dataset | ParquetShards | HubStream]:
     """Return the training and the validation split of a dataset on the Hub, by their names there.
 
     Only these are downloaded to the cache or, with `--streaming`, left on the Hub.
@@ -38,8 +39,7 @@ def load_hub(config: ImageSettings, remarks: list[str]) -> dict[str, Dataset] | 
         remarks: list to which this adds notes for the user.
 
     Raises:
-        ConfigurationError: it cannot be loaded, has several configurations or no training split, or `--streaming` is
-            given and it is not stored as parquet.
+        ConfigurationError: it cannot be loaded, or has several configurations or no training split.
     """
     builder = find_builder(config)
     files = {str(name): list(paths) for name, paths in (builder.config.data_files or {}).items()}
@@ -60,13 +60,46 @@ def load_hub(config: ImageSettings, remarks: list[str]) -> dict[str, Dataset] | 
             f"--dataset {config.dataset} is found in the cache, but the Hub cannot be reached: leave out --streaming"
         )
     files = {name: files[name] for name in chosen}
-    other = next((path for paths in files.values() for path in paths if not path.endswith(".parquet")), None)
-    if other is not None:
+    if all(path.endswith(".parquet") for paths in files.values() for path in paths):
+        return parquet_splits(files, config)
+    return stream_splits(builder, files, config, remarks)
+
+
+def stream_splits(
+    builder: DatasetBuilder, files: Mapping[str, Sequence[str]], config: ImageSettings, remarks: list[str]
+) -> dict[str, HubStream]:
+    """Return splits that are stored in another format than parquet, as `datasets` streams them.
+
+    Args:
+        builder: builder of the dataset.
+        files: files by split, the training split first.
+        config: names the dataset, and may say how many images an epoch has.
+        remarks: list to which this adds notes for the user.
+
+    Raises:
+        ConfigurationError: they cannot be read, or the number of training images is not known.
+    """
+    known = {name: split.num_examples for name, split in (builder.info.splits or {}).items()}
+    train, *_ = files
+    if config.images_per_epoch is not None:
+        known[train] = config.images_per_epoch
+    if not known.get(train):
         raise ConfigurationError(
-            f"--dataset {config.dataset} is stored as {os.path.basename(other)}, and only parquet can be streamed: "
-            "leave out --streaming"
+            f"--dataset {config.dataset}: the Hub does not say how many images the split {train} has: give the length "
+            "of an epoch, --images_per_epoch N"
         )
-    return parquet_splits(files, config)
+    with errors_in_one_line(config):
+        builder = with_splits(builder, list(files))
+        return {
+            name: HubStream(
+                builder.as_streaming_dataset(name),
+                paths,
+                known.get(name) or 1,
+                config,
+                remarks if name == train else [],
+            )
+            for name, paths in files.items()
+        }
 
 
 def find_builder(config: ImageSettings) -> DatasetBuilder:
@@ -173,6 +206,8 @@ def errors_in_one_line(config: ImageSettings) -> Iterator[None]:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log an error at length and then raise it
     try:
         yield
+    except ConfigurationError:
+        raise
     except Exception as error:  # datasets, huggingface_hub, pyarrow, fsspec and httpx have no common base class
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
             error = error.__cause__  # the wrapper does not say what went wrong

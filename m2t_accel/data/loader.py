@@ -155,6 +155,9 @@ def read(loader: DataLoader, device: torch.device | None = None) -> Iterator:
             _running_workers.update(workers)
         while (batch := next_batch(batches)) is not None:
             yield send(batch, device, stream) if device is not None and isinstance(batch, ViewBatch) else batch
+        failed = getattr(getattr(loader.batch_sampler, "requests", None), "failed", None)
+        if failed is not None:  # the requests ended before the step that cannot be read
+            raise ConfigurationError(failed[1])
     except (Exception, KeyboardInterrupt) as error:
         # The frames of the error refer to the loader. If a caller kept the error, the workers would live on, and their
         # queues would be closed by the garbage collector, whose threads can then close descriptors opened meanwhile.

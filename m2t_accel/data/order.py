@@ -26,6 +26,16 @@ def num_steps_per_epoch(num_samples: int, batch_size: int) -> int:
     return num_samples // batch_size
 
 
+def num_pool_batches(batch_size: int) -> int:
+    """Return the sub-batches that a pool of one virtual device holds."""
+    return max(POOL_SIZE // batch_size, MIN_POOL_BATCHES)
+
+
+def shuffle_pool(size: int, seed: int, epoch: int, device: int, index: int) -> np.ndarray:
+    """Return the order of a pool of `size` samples: place i shows row result[i] of the rows read."""
+    return np.random.default_rng((POOL_STREAM, seed, epoch, device, index)).permutation(size)
+
+
 def permute(positions: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
     """Return the int64 values to which the permutation of range(size) selected by `key` maps `positions`.
 
@@ -99,7 +109,7 @@ class PooledOrder:
         self.seed = config.seed
         self.size = config.device_batch_size
         self.steps = num_steps_per_epoch(self.num_samples, config.batch_size)
-        self.pool_batches = max(POOL_SIZE // config.batch_size, MIN_POOL_BATCHES)
+        self.pool_batches = num_pool_batches(config.batch_size)
         self.epoch: int | None = None
 
     def set_epoch(self, epoch: int) -> None:
@@ -122,8 +132,7 @@ class PooledOrder:
         num_batches = min(self.pool_batches, self.steps - first_step)
         first = (device * self.steps + first_step) * self.size
         stop = first + num_batches * self.size
-        shuffle = np.random.default_rng((POOL_STREAM, self.seed, epoch, device, index)).permutation(stop - first)
-        return Pool(list(self.segments(first, stop)), shuffle)
+        return Pool(list(self.segments(first, stop)), shuffle_pool(stop - first, self.seed, epoch, device, index))
 
     def segments(self, first: int, stop: int) -> Iterator[Segment]:
         """Yield the segments that hold positions `first` to `stop` of the epoch's sequence."""

@@ -22,6 +22,7 @@ from m2t_accel.data.photometry import photometry
 from m2t_accel.data.requests import Request
 from m2t_accel.data.shards import Shards
 from m2t_accel.data.sources import load_images
+from m2t_accel.data.streams import HubStream
 from m2t_accel.data.views import TwoViews, describe_image, read_rows
 from m2t_accel.pictures import plain_words, thumbnail
 
@@ -87,8 +88,14 @@ def draw_preview(config: PretrainConfig, picture: Path) -> list[str]:
     return lines
 
 
-def first_images(images: Dataset | Shards, config: PretrainConfig) -> Iterator[tuple[int, Mapping[str, object]]]:
+def first_images(
+    images: Dataset | Shards | HubStream, config: PretrainConfig
+) -> Iterator[tuple[int, Mapping[str, object]]]:
     """Yield the first samples of epoch 0 and their undecoded images."""
+    if isinstance(images, HubStream):
+        samples, rows = images.first_rows(3 * NUM_PAIRS)
+        yield from zip(samples.tolist(), (row["image"] for row in rows), strict=True)
+        return
     if isinstance(images, Shards):
         pooled = PooledOrder(images.piece_sizes, config)
         pooled.set_epoch(0)

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset
 
 from m2t_accel.config.data import TrainingSettings
-from m2t_accel.data.order import Pool, PooledOrder, Segment, ShuffledOrder, num_steps_per_epoch
+from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.data.order import (
+    Pool,
+    PooledOrder,
+    Segment,
+    ShuffledOrder,
+    num_pool_batches,
+    num_steps_per_epoch,
+)
 from m2t_accel.data.shards import MAX_HELD_BYTES, Reader, Shards
+from m2t_accel.data.streams import HubStream, Position, StreamedOrder, StreamReader
 
 MAX_READERS = 16  # threads of a process that read pieces ahead; each waits for a disk or a network
+UNKNOWN = Position(-1, -1)
 
 
 class Request(NamedTuple):
@@ -37,23 +48,39 @@ class DeviceBatches:
 
     def __init__(
         self,
-        images: Dataset | Shards,
+        images: Dataset | Shards | HubStream,
         config: TrainingSettings,
         num_processes: int,
         process_index: int,
         first_step: int = 0,
+        positions: np.ndarray | None = None,
     ) -> None:
+        """Prepare the requests; nothing is read yet.
+
+        Args:
+            images: the images to train on.
+            config: settings of the batches.
+            num_processes: processes of the run.
+            process_index: this process.
+            first_step: optimizer steps done before.
+            positions: result of `positions(first_step)` on all processes, (V, 2) int64; without it, a HubStream is read
+                from the start of the epoch.
+        """
         self.images = images
         self.config = config
         self.devices = range(process_index, config.num_virtual_devices, num_processes)
         self.steps_per_epoch = num_steps_per_epoch(len(images), config.batch_size)
         self.first_step = first_step
+        self.first_positions = positions
+        self.ahead: deque[tuple[int, list[PendingPool]]] = deque()  # pools that are being read, by their first step
+        self.failed: tuple[int, str] | None = None  # the first step whose images cannot be read, and why
+        self.readers: dict[int, DeviceReader | StreamReader] = {}
 
     def __len__(self) -> int:
         return (self.config.total_steps(self.steps_per_epoch) - self.first_step) * len(self.devices)
 
     def __iter__(self) -> Iterator[Request]:
-        return self.read_ahead() if isinstance(self.images, Shards) else self.shuffled()
+        return self.shuffled() if isinstance(self.images, Dataset) else self.read_ahead()
 
     def remaining_steps(self) -> Iterator[tuple[int, int]]:
         """Yield (epoch, step within the epoch) of each step from `first_step` on."""
@@ -68,36 +95,90 @@ class DeviceBatches:
                 yield Request(epoch, order.sub_batch(epoch, step * self.config.num_virtual_devices + device), None)
 
     def read_ahead(self) -> Iterator[Request]:
-        """Yield requests with their images, and read the next pools while the current ones are used."""
-        order, size = PooledOrder(self.images.piece_sizes, self.config), self.config.device_batch_size
+        """Yield requests with their images, and read the next pools while the current ones are used.
+
+        End before a step whose images cannot be read; `failure` gives the reason.
+        """
+        size = self.config.device_batch_size
+        if isinstance(self.images, HubStream):
+            order = StreamedOrder(self.images, self.config)
+        else:
+            order = PooledOrder(self.images.piece_sizes, self.config)
         threads = ThreadPoolExecutor(min(MAX_READERS, 2 * len(self.devices) + 2), thread_name_prefix="reader")
-        pending: deque[list[PendingPool]] = deque()
         try:
             pools = self.pending_pools(order, threads)
-            pending.extend(next(pools, None) for _ in range(2))
-            current = None
-            for epoch, step in self.remaining_steps():
+            self.ahead, self.failed, current = deque(islice(pools, 2)), None, None
+            for number, (epoch, step) in enumerate(self.remaining_steps(), self.first_step):
                 batch = step % order.pool_batches
                 if current is None or batch == 0:
+                    if self.failure(number) is not None:
+                        return
                     current = samples = images = None  # free the old pools before the new ones are assembled
-                    current = [pool.result() for pool in pending.popleft()]
-                    pending.append(next(pools, None))
+                    current = [pool.result() for pool in self.ahead.popleft()[1]]
+                    self.ahead.extend(islice(pools, 1))
                 for samples, images in current:
                     chosen = slice(batch * size, (batch + 1) * size)
                     yield Request(epoch, samples[chosen], images[chosen])
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def pending_pools(self, order: PooledOrder, threads: ThreadPoolExecutor) -> Iterator[list[PendingPool]]:
-        """Yield sets of pools, one pool for each virtual device of this process, and start reading each set."""
-        max_held_bytes = MAX_HELD_BYTES // len(self.devices)
-        readers = {device: DeviceReader(self.images, threads, max_held_bytes) for device in self.devices}
+    def pending_pools(
+        self, order: PooledOrder | StreamedOrder, threads: ThreadPoolExecutor
+    ) -> Iterator[tuple[int, list[PendingPool]]]:
+        """Yield sets of pools, one pool for each virtual device of this process, and start reading each set.
+
+        Each set comes with the first step that shows it.
+        """
+        if isinstance(order, StreamedOrder):
+            starts = [None] * self.config.num_virtual_devices
+            if self.first_positions is not None and len(self.first_positions) == len(starts):
+                starts = [Position(*place) if min(place) >= 0 else None for place in self.first_positions.tolist()]
+            self.readers = {
+                device: StreamReader(self.images, order, device, threads, starts[device]) for device in self.devices
+            }
+        else:
+            max_held_bytes = MAX_HELD_BYTES // len(self.devices)
+            self.readers = {device: DeviceReader(self.images, threads, max_held_bytes) for device in self.devices}
         previous = None
-        for epoch, step in self.remaining_steps():
+        for number, (epoch, step) in enumerate(self.remaining_steps(), self.first_step):
             index = step // order.pool_batches
             if (epoch, index) != previous:
                 previous = (epoch, index)
-                yield [PendingPool(order.pool(epoch, device, index), reader) for device, reader in readers.items()]
+                pools = [
+                    PendingPool(order.pool(epoch, device, index), reader) for device, reader in self.readers.items()
+                ]
+                yield number, pools
+
+    def failure(self, step: int, is_stopping: Callable[[], bool] = lambda: False) -> str | None:
+        """Return why the images of a step cannot be read; None if they can. Wait until they are read.
+
+        Args:
+            step: the step, as counted from the start of the run. Those before it have been yielded.
+            is_stopping: asked every second whether to stop waiting; then the result is None.
+        """
+        pools = next((pools for first, pools in self.ahead if first == step), ())
+        for pool in pools:
+            while not is_stopping():
+                try:
+                    pool.wait(1)
+                except TimeoutError:
+                    continue
+                except ConfigurationError as error:
+                    self.failed = self.failed or (step, str(error))
+                break
+        return self.failed[1] if self.failed is not None and self.failed[0] <= step else None
+
+    def positions(self, step: int) -> np.ndarray | None:
+        """Return where a HubStream resumes at a step, for each virtual device of this process: (turns, 2) int64.
+
+        That is the start of the pool that the step is in, or (-1, -1) if it is not known. None for other sources.
+        """
+        if not isinstance(self.images, HubStream):
+            return None
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        place = (epoch, step_of_epoch // num_pool_batches(self.config.batch_size))
+        starts = [self.readers[device].starts.get(place, UNKNOWN) for device in self.devices if self.readers]
+        return np.array(starts or [UNKNOWN] * len(self.devices), np.int64)
 
 
 class DeviceReader:
@@ -132,9 +213,19 @@ def read_after(previous: Future | None, read: Reader, first: int, stop: int) -> 
 class PendingPool:
     """A pool whose segments are being read."""
 
-    def __init__(self, pool: Pool, reader: DeviceReader) -> None:
+    def __init__(self, pool: Pool, reader: DeviceReader | StreamReader) -> None:
         self.shuffle = pool.shuffle
         self.parts = [reader.submit(segment) for segment in pool.segments]
+
+    def wait(self, timeout: float) -> None:
+        """Wait until the pool is read.
+
+        Raises:
+            TimeoutError: it is not read within so many seconds.
+            ConfigurationError: it cannot be read.
+        """
+        for part in self.parts:
+            part.result(timeout)
 
     def result(self) -> tuple[np.ndarray, list[Mapping[str, object]]]:
         """Wait for the segments. Return the samples (n,) and their undecoded images in the order of the pool."""

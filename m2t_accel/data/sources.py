@@ -28,13 +28,20 @@ from m2t_accel.data.folders import (
     list_files,
     unused_files,
 )
-from m2t_accel.data.held_out import hold_out_images, hold_out_pieces, select_images
+from m2t_accel.data.held_out import (
+    MAX_STREAMED_BANK,
+    MAX_STREAMED_QUERIES,
+    hold_out_images,
+    hold_out_pieces,
+    select_images,
+)
 from m2t_accel.data.hub_datasets import copy_parquet, load_hub
 from m2t_accel.data.image_files import load_image_files
 from m2t_accel.data.labels import standard_columns
 from m2t_accel.data.parquet import ParquetShards, parquet_splits
 from m2t_accel.data.shards import Shards
 from m2t_accel.data.splits import TRAIN, choose_splits, describe_files, group_files, split_of_path
+from m2t_accel.data.streams import HubStream, StreamedOrder, hold_out_stream
 from m2t_accel.data.tars import TarShards, tar_splits
 
 CLEAR_SHARE = 0.9  # share of the bytes of a folder that makes a kind of files the one that is meant
@@ -49,7 +56,7 @@ class ImageData:
     images are parts of files, and `label` (int) if `class_names` is given.
     """
 
-    train: Dataset | Shards
+    train: Dataset | Shards | HubStream
     bank: Dataset | None  # training images with labels, among which kNN looks for neighbours
     validation: Dataset | None
     class_names: list[str] | None
@@ -86,8 +93,11 @@ class ImageData:
         return digest.hexdigest()[:16]
 
 
-def identifying_parts(images: Dataset | Shards) -> Iterator[np.ndarray | str]:
+def identifying_parts(images: Dataset | Shards | HubStream) -> Iterator[np.ndarray | str]:
     """Yield what identifies images without reading them: names, and sizes if a table holds them."""
+    if isinstance(images, HubStream):
+        yield "\n".join(images.files)
+        return
     if isinstance(images, Shards):
         yield "\n".join(images.files)
         yield images.piece_sizes
@@ -134,6 +144,10 @@ def load_images(config: ImageSettings, dataset: Dataset | None = None) -> ImageD
     all_images = splits[train_place]
     if isinstance(all_images, ParquetShards):
         train, bank, validation = hold_out_pieces(all_images, validation_of(splits), config, remarks)
+    elif isinstance(all_images, HubStream):
+        limits = (MAX_STREAMED_BANK, MAX_STREAMED_QUERIES)
+        train, bank, validation = hold_out_stream(all_images, validation_of(splits), limits, config, remarks)
+        remarks += StreamedOrder(train, config).describe()
     else:
         splits = standard_columns(splits, config, remarks)
         all_images = splits[train_place]
@@ -167,6 +181,11 @@ def load_images(config: ImageSettings, dataset: Dataset | None = None) -> ImageD
             train = TarShards(train)
         else:
             remarks.append("--streaming changes nothing for images that can be read one by one")
+    if config.images_per_epoch is not None and not isinstance(train, HubStream):
+        raise ConfigurationError(
+            f"--images_per_epoch {config.images_per_epoch}: leave it out, an epoch shows all {len(train):,} images of "
+            f"--dataset {config.dataset}"
+        )
     if isinstance(train, Shards) and (num_pieces := np.count_nonzero(train.piece_sizes)) < config.num_virtual_devices:
         remarks.append(
             f"{num_pieces} {'piece' if num_pieces == 1 else 'pieces'} (row groups, runs of a tar) for "

@@ -127,8 +127,9 @@ class Trouble(IntEnum):
     """Reasons for a process to fail; the processes agree on the greatest."""
 
     NONE = 0
-    LOSS_NOT_FINITE = 1
-    STATE_NOT_FINITE = 2
+    IMAGES_LOST = 1  # the images of the next step cannot be read
+    LOSS_NOT_FINITE = 2
+    STATE_NOT_FINITE = 3
 
 
 def reach_agreement(

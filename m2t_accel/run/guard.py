@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from accelerate import Accelerator
 from datasets import Dataset
@@ -17,6 +17,7 @@ from torch import Tensor
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.data.shards import Shards
+from m2t_accel.data.streams import HubStream
 from m2t_accel.data.views import describe_image, read_rows
 from m2t_accel.distributed.interruption import StopRequestedError, StopSignals, Trouble, reach_agreement
 from m2t_accel.distributed.processes import gather_to_all
@@ -27,12 +28,24 @@ from m2t_accel.schedules import Schedule
 from m2t_accel.step import SubBatchResult
 
 
+class Decision(NamedTuple):
+    """What all processes do after a step."""
+
+    stop: int  # the signal that asks for a stop, or 0
+    save: bool
+    images_lost: bool  # some process cannot read the images of the next step
+
+
+class ImagesLostError(ConfigurationError):
+    """The images of the next step cannot be read; the state of the run is valid, so it can be saved."""
+
+
 @dataclass
 class Guard:
     """Agrees with the other processes on what happens after a step, before any weight is changed."""
 
     config: PretrainConfig
-    images: Dataset | Shards
+    images: Dataset | Shards | HubStream
     folder: RunFolder
     accelerator: Accelerator
     saver: Saver
@@ -43,22 +56,34 @@ class Guard:
     def timeout(self) -> timedelta:
         return timedelta(minutes=self.config.collective_timeout)
 
+    def is_stopping(self) -> bool:
+        """Return whether this process has received a signal to end the run."""
+        return bool(self.signals.received)
+
     def agree(
-        self, step: int, now: Schedule, results: Sequence[SubBatchResult], samples: Sequence[Tensor]
-    ) -> tuple[int, bool]:
-        """Return the signal that asks for a stop after this step (0: none), and whether to save. A collective call.
+        self,
+        step: int,
+        now: Schedule,
+        results: Sequence[SubBatchResult],
+        samples: Sequence[Tensor],
+        lost: str | None = None,
+    ) -> Decision:
+        """Decide what all processes do after this step. A collective call.
 
         Args:
             step: optimizer steps done before this one.
             now: the scheduled values of this step.
             results: results of the sub-batches of this process.
             samples: (N,) int64 for each of these sub-batches.
+            lost: why this process cannot read the images of the next step; None if it can.
 
         Raises:
             ConfigurationError: a loss of this step, or a state to be saved, is not finite; on every process.
         """
         self.saver.collect()
-        trouble = Trouble.STATE_NOT_FINITE if self.saver.not_finite else Trouble.NONE
+        trouble = Trouble.NONE if lost is None else Trouble.IMAGES_LOST
+        if self.saver.not_finite:
+            trouble = Trouble.STATE_NOT_FINITE
         losses = [result.loss_on_host.item() for result in results]
         if not all(map(math.isfinite, losses)):
             trouble = Trouble.LOSS_NOT_FINITE
@@ -67,7 +92,20 @@ class Guard:
             self.fail(step, now, losses, samples)
         if trouble is Trouble.STATE_NOT_FINITE:
             self.saver.wait()
-        return stop, save
+        return Decision(stop, save, trouble is Trouble.IMAGES_LOST)
+
+    def check_images(self, lost: str | None) -> None:
+        """Check that every process can read the images of the next step. A collective call.
+
+        Args:
+            lost: why this process cannot read them; None if it can.
+
+        Raises:
+            ImagesLostError: on every process, with the reason of the first process that has one.
+        """
+        reason = next((reason for reason in gather_to_all(lost) if reason is not None), None)
+        if reason is not None:
+            raise ImagesLostError(reason)
 
     def stop_if_asked(self) -> None:
         """Stop if any process has received a signal. A collective call.
@@ -113,7 +151,7 @@ class Guard:
         )
 
 
-def image_paths(images: Dataset | Shards, samples: Tensor) -> list[str] | None:
+def image_paths(images: Dataset | Shards | HubStream, samples: Tensor) -> list[str] | None:
     """Return a readable path of each image; None for shards, which cannot be read row by row."""
     if not isinstance(images, Dataset):
         return None

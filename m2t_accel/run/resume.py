@@ -55,11 +55,14 @@ def saved_architecture(config: PretrainConfig, start: Start) -> PretrainedConfig
     return CONFIG_MAPPING[saved["model_type"]].from_dict(saved)
 
 
-def restore_state(state: RunState, checkpoint: Checkpoint, accelerator: Accelerator) -> list[Tensor]:
+def restore_state(
+    state: RunState, checkpoint: Checkpoint, accelerator: Accelerator
+) -> tuple[list[Tensor], Tensor | None]:
     """Restore the state of a checkpoint on every process; process 0 reads it. A collective call.
 
     Returns:
         (2,) loss and spread of each sub-batch of this process since the last line of metrics.
+        (V, 2) where each virtual device resumes in a stream; None without a stream.
 
     Raises:
         ConfigurationError: the tensors are those of another network.

@@ -9,10 +9,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.config.pretrain import PretrainConfig
+from m2t_accel.data.requests import DeviceBatches
 from m2t_accel.data.sources import ImageData
 from m2t_accel.distributed.processes import broadcast_object
 from m2t_accel.run.checkpoint import CheckpointWriter, NotFiniteError
@@ -38,6 +40,7 @@ class Saver:
     progress: Progress
     report: Report
     data: ImageData
+    requests: DeviceBatches
     steps_per_epoch: int
     last_good: Path | None = None  # the newest checkpoint that the run can resume from
     reason: str | None = None  # why the last checkpoint could not be written
@@ -67,7 +70,8 @@ class Saver:
         self.report.report_bad_images()  # a run that resumes from this state does not report them again
         self.last_saved = (self.progress.step, self.progress.reported)
         self.collect(wait=True)  # the last write reads the memory that the new copy overwrites
-        files = self.state.copy(self.report.rows)
+        positions = self.requests.positions(self.progress.step)
+        files = self.state.copy(self.report.rows, None if positions is None else torch.from_numpy(positions))
         self.saved_at = time.monotonic()
         if files is None:  # not process 0
             return

@@ -37,15 +37,18 @@ class RunState:
         self.accelerator = accelerator
         self.host: Files = {}  # copies in main memory, reused by each checkpoint
 
-    def copy(self, rows: Sequence[Tensor]) -> Files | None:
+    def copy(self, rows: Sequence[Tensor], positions: Tensor | None = None) -> Files | None:
         """Return a copy of the state in main memory on process 0, None on the others. A collective call.
 
         The next call overwrites the tensors.
 
         Args:
             rows: (2,) loss and spread of each sub-batch of this process since the last line of metrics.
+            positions: (turns, 2) where each virtual device of this process resumes in a stream; None without a stream.
         """
         mine = {**self.buffers(), **get_random_state(), "rows": torch.stack(list(rows)) if rows else torch.empty(0, 2)}
+        if positions is not None:
+            mine["positions"] = positions
         # copy=True also on a CPU: training changes the tensors while the copies are written.
         gathered = gather_to_main({name: tensor.detach().to("cpu", copy=True) for name, tensor in mine.items()})
         if gathered is None:
@@ -60,11 +63,15 @@ class RunState:
                 copies[name].copy_(tensor.detach(), non_blocking=True)
         if on_gpu:
             torch.cuda.synchronize(self.accelerator.device)
-        rows_by_process = [tensors.pop("rows") for tensors in gathered]
+        by_device = {
+            name: in_device_order([tensors.pop(name) for tensors in gathered])
+            for name in ("rows", "positions")
+            if name in gathered[0]
+        }
         processes = {f"{rank}.{name}": tensor for rank, own in enumerate(gathered) for name, tensor in own.items()}
-        return {**self.host, "processes": {**processes, "rows": in_device_order(rows_by_process)}}
+        return {**self.host, "processes": {**processes, **by_device}}
 
-    def restore(self, files: Files | None, manifest: Mapping[str, object]) -> list[Tensor]:
+    def restore(self, files: Files | None, manifest: Mapping[str, object]) -> tuple[list[Tensor], Tensor | None]:
         """Restore the state of a checkpoint that any number of processes has saved. A collective call.
 
         Args:
@@ -74,6 +81,7 @@ class RunState:
 
         Returns:
             (2,) loss and spread of each sub-batch of this process since the last line of metrics.
+            (V, 2) where each virtual device resumes in a stream; None without a stream.
 
         Raises:
             ValueError: the tensors are those of another network.
@@ -100,7 +108,8 @@ class RunState:
             scaler.load_state_dict(manifest["gradient_scaler"])
         if saved == self.accelerator.num_processes:
             set_random_state(own)
-        return list(files["processes"]["rows"][rank :: self.accelerator.num_processes].to(self.accelerator.device))
+        rows = files["processes"]["rows"][rank :: self.accelerator.num_processes].to(self.accelerator.device)
+        return list(rows), files["processes"].get("positions")
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the student's parameters."""
@@ -136,7 +145,7 @@ def inner_optimizer(optimizer: Optimizer) -> Optimizer:
 
 
 def in_device_order(rows: Sequence[Tensor]) -> Tensor:
-    """Merge the rows of all processes, each (steps · turns, 2), in the order of steps and virtual devices.
+    """Merge rows or positions of all processes, each (steps · turns, 2), in the order of steps and virtual devices.
 
     Processes take the virtual devices in turn, so the rows of process r of W are r, r + W, r + 2 W, ..., for any W.
     """

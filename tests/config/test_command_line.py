@@ -110,6 +110,7 @@ def test_every_setting_is_a_flag_and_a_key():
     }
     numbers = {"weight_momentum": 0.5, "optimizer_momentum": 0.5, "validation_fraction": 0.25, "evaluation_crop": 0.5}
     numbers |= {"num_workers": 3, "max_steps": 5, "max_images": 9, "evaluate_every": 7, "hue": 0.25}
+    numbers["images_per_epoch"] = 1000
     flags, expected = [], {}
     for item in dataclasses.fields(PretrainConfig):
         value = changed.get(item.name, numbers.get(item.name))

@@ -25,15 +25,16 @@ class SavedRun:
     def __init__(self, folder, num_values=1000, **settings):
         self.value = torch.ones(num_values)
         self.lines = []
-        state = SimpleNamespace(copy=lambda rows: {"weights": {"value": self.value}})
+        state = SimpleNamespace(copy=lambda rows, positions: {"weights": {"value": self.value}})
         state.gradient_scaler = state.architecture = lambda: None
         report = SimpleNamespace(
             rows=[], print_line=self.lines.append, report_bad_images=lambda: None, seconds=lambda: 1.0
         )
         data = SimpleNamespace(note="", train=[], fingerprint="")
+        requests = SimpleNamespace(positions=lambda step: None)
         self.progress = Progress()
         config = build_config({"output_dir": str(folder), **settings})
-        self.saver = Saver(state, RunFolder(folder), config, Accelerator(), self.progress, report, data, 10)
+        self.saver = Saver(state, RunFolder(folder), config, Accelerator(), self.progress, report, data, requests, 10)
 
     def save(self, step):
         self.progress.step = step
