@@ -46,6 +46,7 @@ from m2t_accel.run.output_dir import check_output_dir
 from m2t_accel.run.report import Report, TooManyBadImagesError, introduction, settle_evaluation
 from m2t_accel.run.saving import Saver
 from m2t_accel.run.state import RunState
+from m2t_accel.run.trackers import Trackers
 from m2t_accel.step import TrainingStep
 
 
@@ -73,7 +74,7 @@ def pretrain(
         Interrupted: the run was stopped, or has lost a process; the same command resumes it.
     """
     timeout = timedelta(minutes=config.collective_timeout)
-    accelerator = start_accelerator(config, config.trackers, config.output_dir, timeout)
+    accelerator = start_accelerator(config, timeout)
     is_main = accelerator.is_main_process
     if encoder is not None:
         if config.init_from is not None:
@@ -227,7 +228,8 @@ class Run:
         """Restore the state of the checkpoint, lock the folder, and print a description of the run. A collective call.
 
         Raises:
-            ConfigurationError: the checkpoint does not fit, or the folder cannot be written or is in use.
+            ConfigurationError: the checkpoint does not fit, or a tracker does not start, or the folder cannot be
+                written or is in use.
         """
         self.config, self.data, self.folder, self.accelerator, self.step = config, data, folder, accelerator, step
         self.steps_per_epoch = num_steps_per_epoch(len(data.train), config.batch_size)
@@ -247,9 +249,12 @@ class Run:
         header = f"# m2t_accel {__version__}, torch {torch.__version__}, on {hardware(accelerator)}\n# {command()}\n"
         text = header + dataclasses.replace(config, resume="auto").to_yaml()
         is_main = accelerator.is_main_process
-        lines += broadcast_object(
-            on_all_processes(accelerator, lambda: resume.open_folder(folder, start, text) if is_main else [])
-        )
+        self.trackers = trackers = Trackers(config, config.trackers if is_main else ())
+
+        def open_folder() -> list[str]:
+            return resume.open_folder(folder, start, text, progress, trackers) if is_main else []
+
+        lines += broadcast_object(on_all_processes(accelerator, open_folder))
         if is_main:
             if start.checkpoint is not None:
                 lines.append(f"resumes from step {progress.step} of {self.total_steps}, {start.checkpoint.path}")
@@ -259,7 +264,7 @@ class Run:
                 sep="\n",
                 flush=True,
             )
-        self.report = Report(config, accelerator, folder, data, progress, self.steps_per_epoch, rows)
+        self.report = Report(config, accelerator, folder, data, progress, self.steps_per_epoch, trackers, rows)
         self.requests = DeviceBatches(
             data.train,
             config,
@@ -289,6 +294,7 @@ class Run:
         """
         try:
             finish(self.config, self.data, self.step, self.progress.parts, self.progress.step, self.report.seconds())
+            self.trackers.add_curves(self.folder.path / "curves.png")
         except (OSError, SafetensorError) as error:
             reason, last_good = getattr(error, "strerror", None) or error, self.saver.describe_last_good()
             raise ConfigurationError(
@@ -300,3 +306,5 @@ class Run:
         """Wait for a checkpoint that is being written, and end the bar and the trackers."""
         self.saver.close()
         self.report.close()
+        for line in self.trackers.close():
+            self.report.print_line(line)

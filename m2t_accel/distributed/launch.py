@@ -36,8 +36,6 @@ NCCL_GRACE = timedelta(minutes=1)
 
 def start_accelerator(
     config: TrainingSettings | None = None,
-    trackers: Sequence[str] = (),
-    project_dir: str | None = None,
     timeout: timedelta = DOWNLOAD_TIMEOUT,
 ) -> Accelerator:
     """Create the Accelerator of this launch, and the groups for collective calls.
@@ -45,8 +43,6 @@ def start_accelerator(
     Args:
         config: settings of a training; its virtual devices are divided among the processes, and the rest is gradient
             accumulation. None: no training.
-        trackers: names of Accelerate's trackers.
-        project_dir: folder of the trackers.
         timeout: how long a process waits for the others in a collective call of tensors.
 
     Raises:
@@ -69,8 +65,6 @@ def start_accelerator(
             DistributedDataParallelKwargs(broadcast_buffers=False),
             InitProcessGroupKwargs(timeout=timeout if wants_cpu(os.environ) else timeout + NCCL_GRACE),
         ],
-        log_with=list(trackers) or None,
-        project_dir=project_dir,
     )
     if accelerator.num_processes != world_size:
         raise ConfigurationError(

@@ -23,6 +23,7 @@ from m2t_accel.files import JsonLines
 from m2t_accel.progress import progress_bar
 from m2t_accel.run.folder import RunFolder
 from m2t_accel.run.resume import Progress
+from m2t_accel.run.trackers import Trackers
 
 # kNN during training shows whether the run is healthy; for that, an evenly spaced sample of a large dataset is enough.
 MAX_KNN_BANK = 50_000
@@ -124,6 +125,7 @@ class Report:
         data: ImageData,
         progress: Progress,
         steps_per_epoch: int,
+        trackers: Trackers,
         rows: Sequence[Tensor] = (),
     ) -> None:
         self.accelerator = accelerator
@@ -142,11 +144,9 @@ class Report:
         self.last = time.perf_counter()
         self.started = self.last - progress.seconds
         self.bar = None
-        if config.trackers:
-            settings = {k: str(v) if isinstance(v, tuple) or v is None else v for k, v in vars(config).items()}
-            accelerator.init_trackers("tracker", config=settings)
-        self.trackers = accelerator.trackers if config.trackers else []
+        self.trackers = trackers
         if accelerator.is_main_process:
+            trackers.add(folder.metrics.read())  # a tracker may lack lines of earlier starts
             self.bar = progress_bar("step", config.total_steps(steps_per_epoch), initial=progress.step)
 
     def write_if_due(self, encoder: nn.Module, stop_if_asked: Callable[[], None]) -> None:
@@ -218,10 +218,11 @@ class Report:
         if self.accelerator.is_main_process:
             line = {"step": step, "epoch": round(epoch, 6), **values, "seconds": round(self.seconds(), 3)}
             self.write_lines(self.folder.metrics, [line])
+            self.trackers.add([line])
+            for warning in self.trackers.warnings():
+                self.print_line(warning)
             if "knn_top1" in values:
                 self.print_line(f"epoch {epoch:g}: teacher kNN top-1 {100 * values['knn_top1']:.2f} %")
-        if self.trackers:
-            self.accelerator.log({"epoch": epoch, **values}, step=step)
         self.last = time.perf_counter()
 
     def check_collapse(self, step: int, spread: float) -> None:
@@ -263,13 +264,10 @@ class Report:
         return time.perf_counter() - self.started
 
     def close(self) -> None:
-        """Close the progress bar and the trackers."""
+        """Close the progress bar."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        for tracker in self.trackers:
-            tracker.finish()
-        self.trackers = []
 
 
 def is_due(step: int, steps_per_epoch: int, config: PretrainConfig) -> bool:

@@ -16,6 +16,7 @@ from m2t_accel.data.sources import ImageData
 from m2t_accel.run.checkpoint import Checkpoint, read_tensors
 from m2t_accel.run.folder import RunFolder, Start
 from m2t_accel.run.state import RunState
+from m2t_accel.run.trackers import Trackers
 
 
 @dataclass
@@ -112,14 +113,18 @@ def describe_changes(
     return lines
 
 
-def open_folder(folder: RunFolder, start: Start, config_text: str) -> list[str]:
-    """Lock the run's folder and prepare it for this start. Return a line for each checkpoint set aside.
+def open_folder(folder: RunFolder, start: Start, config_text: str, progress: Progress, trackers: Trackers) -> list[str]:
+    """Lock the run's folder, start the trackers, and prepare the folder for this start.
+
+    Returns:
+        A line for each tracker, and for each checkpoint set aside.
 
     Raises:
-        ConfigurationError: the folder cannot be written, or another run has locked it.
+        ConfigurationError: the folder cannot be written, another run has locked it, or a tracker does not start.
     """
     try:
         folder.acquire_lock()
-        return folder.prepare(start, config_text)
+        lines = trackers.start(progress.reported, resumes=start.checkpoint is not None)
+        return lines + folder.prepare(start, config_text)
     except OSError as error:
         raise ConfigurationError(f"--output_dir {folder.path} cannot be written ({error.strerror})") from None
