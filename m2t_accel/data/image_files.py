@@ -57,7 +57,9 @@ def load_image_files(
         names = class_paths(validation)
         if class_names is None:
             unused[choice.validation] = ""
-        elif any(name.count("/") != 1 for name in names):
+        elif any(name.count("/") != 1 for name in names) or {name.split("/")[0] for name in names}.isdisjoint(
+            class_names
+        ):
             unused[choice.validation] = ", which has no class folders"
         else:
             splits[describe(validation)] = images_to_dataset(folder, validation, names, class_names)
@@ -121,7 +123,7 @@ def class_paths(places: Places) -> list[str]:
     """Return the paths of a split's images from the folder on that holds the class folders, if there are any.
 
     This is the folder of the split, or the only folder in it. If several folders are the split, as in `cat/train` and
-    `dog/train`, the folders around them may be the classes.
+    `dog/train`, the folders around them may be the classes. A folder of the same name in all class folders is left out.
     """
     names = []
     for place, paths in places.items():
@@ -129,7 +131,13 @@ def class_paths(places: Places) -> list[str]:
         names += [posixpath.join(outer, path[len(place) + 1 :]) if place else path for path in paths]
     folders = {posixpath.dirname(name) for name in names}
     wrapper = posixpath.commonpath(folders)
-    return [name[len(wrapper) + 1 :] for name in names] if wrapper and wrapper not in folders else names
+    if wrapper and wrapper not in folders:
+        names = [name[len(wrapper) + 1 :] for name in names]
+    # Tiny ImageNet has n01443537/images/n01443537_0.JPEG.
+    inner = {tuple(name.split("/")[1:-1]) for name in names}
+    if len(inner) > 1 or inner == {()}:
+        return names
+    return [f"{name.split('/')[0]}/{posixpath.basename(name)}" for name in names]
 
 
 def class_folders(paths: Sequence[str], remarks: list[str]) -> list[str] | None:
@@ -137,7 +145,8 @@ def class_folders(paths: Sequence[str], remarks: list[str]) -> list[str] | None:
     parts = [path.split("/") for path in paths]
     names = sorted({part[0] for part in parts if len(part) > 1})
     if len(names) < 2:
-        remarks += [f"no labels, because all images are in one folder, {name}" for name in names]
+        reason = f"all images are in one folder, {names[0]}" if names else "there are no class folders"
+        remarks.append(f"no labels, because {reason}")
         return None
     stray = next(("/".join(part) for part in parts if len(part) != 2), None)
     if stray is not None:

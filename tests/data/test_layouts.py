@@ -52,6 +52,22 @@ LAYOUTS = {
         2,
         "in a/train/, b/train/; evaluation on 2 others (a/val/, b/val/",
     ),
+    "a folder in each class folder": (
+        "train/a/images/1.png train/a/images/2.png train/b/images/3.png val/images/4.png",
+        {"validation_fraction": 0},
+        3,
+        2,
+        0,
+        "of 2 classes in train/; not used: 1 image in val/, which has no class folders",
+    ),
+    "several training folders": (
+        "train.X1/a/1.png train.X2/b/2.png train.X2/a/3.png val.X/a/4.png",
+        {},
+        3,
+        2,
+        1,
+        "in train.X1/, train.X2/; evaluation on 1 others (val.X/",
+    ),
     "folders beside `train/`": (SOME + "extra/1.png", {}, 2, 2, 1, "not used: 1 image in extra/"),
     "a split by flag": (
         SOME + "extra/1.png extra/2.png",
@@ -59,7 +75,7 @@ LAYOUTS = {
         2,
         0,
         0,
-        "2 images in extra/; not used: 3 images in train/",
+        "2 images in extra/; no labels, because there are no class folders; not used: 3 images in train/",
     ),
     "parquet": (
         "train-00000-of-00001.parquet validation-00000-of-00001.parquet",
