@@ -15,13 +15,14 @@ from types import ModuleType
 
 import torch
 import torchvision
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from m2t_accel.config.fields import ConfigurationError, one_line
 from m2t_accel.config.pretrain import ENCODERS
-from m2t_accel.files import atomic_write
+from m2t_accel.files import atomic_write, write_text
 from m2t_accel.hub.encoders import LoadedEncoder
 from m2t_accel.hub.tensor_names import detectron2_name, resnet_config, to_torchvision
 from m2t_accel.model import embed
@@ -190,14 +191,17 @@ def export_timm(encoder: LoadedEncoder, file: Path, output: Path) -> list[str]:
 
 
 def export_detectron2(encoder: LoadedEncoder, file: Path, output: Path) -> list[str]:
-    """Write a pickle for detectron2 to `file`, which need not be installed. Return the lines of `export`.
+    """Write a pickle for detectron2 to `file`, and beside `output` its config. Return the lines of `export`.
 
-    Names, form and pixels are those of detectron2's own converter. detectron2's frozen BatchNorm has no count of
-    batches, so the count is left out.
+    detectron2 need not be installed. Names, form and pixels are those of its own converter. Its frozen BatchNorm has no
+    count of batches, so the count is left out.
 
     Source: detectron2's tools/convert-torchvision-to-d2.py.
     """
     name = standard_name(encoder.model)
+    config_file = output.with_suffix(".yaml")
+    if config_file.exists():
+        raise ConfigurationError(f"--output {output}: its config {config_file} exists: give another name, or remove it")
     state = to_torchvision(encoder.model.state_dict())
     model = {
         detectron2_name(key): tensor.numpy() for key, tensor in state.items() if not key.endswith("num_batches_tracked")
@@ -210,15 +214,45 @@ def export_detectron2(encoder: LoadedEncoder, file: Path, output: Path) -> list[
     if found:
         raise ConfigurationError(f"{len(found)} tensors have no torchvision name, such as {next(iter(found))}")
     difference = feature_difference(encoder, torchvision_features(name, back))
-    depth = name.removeprefix("resnet")
-    mean, std = ([round(255 * value, 3) for value in values] for values in (encoder.image_mean, encoder.image_std))
+    depth = int(name.removeprefix("resnet"))
+    settings = yaml.safe_dump(detectron2_config(encoder, depth, output), sort_keys=False, default_flow_style=None)
+    base = "Base-RCNN-FPN.yaml" if depth in (18, 34) else "pascal_voc_R_50_C4_24k.yaml"
+    head = (
+        "# The C4 head is made of bottlenecks and takes no weights of ResNet-18 and 34: use an FPN detector."
+        if depth in (18, 34)
+        else "# MoCo's C4 detector has MODEL.ROI_HEADS.NAME: Res5ROIHeadsExtraNorm, of its detection/train_net.py."
+    )
+    use = f"# Settings of MoCo's detection protocol. Put a line before them: _BASE_: {base} (the file of your detector)"
+    write_text(config_file, f"{use}\n{head}\n{settings}")
     return [
         f"detectron2's ResNet-{depth}; with its names mapped back to torchvision's, features differ by "
         f"{difference:.1g}",
-        f'MODEL: {{WEIGHTS: "{output}", PIXEL_MEAN: {mean}, PIXEL_STD: {std},',
-        f"        RESNETS: {{DEPTH: {depth}, STRIDE_IN_1X1: False}}}}",
-        "INPUT: {FORMAT: RGB}",
+        f"{config_file}: the config for it",
+        *(use, head, *settings.splitlines()),
     ]
+
+
+def detectron2_config(encoder: LoadedEncoder, depth: int, weights: Path) -> dict[str, object]:
+    """Return the settings that detectron2 needs for this backbone, and those of MoCo's detection protocol.
+
+    Source: MoCo (arXiv 1911.05722), section 4.2 and appendix; its detection/configs.
+    """
+    mean, std = ([round(255 * value, 3) for value in values] for values in (encoder.image_mean, encoder.image_std))
+    resnets: dict[str, object] = {"DEPTH": depth, "STRIDE_IN_1X1": False, "NORM": "SyncBN"}
+    if depth in (18, 34):
+        resnets["RES2_OUT_CHANNELS"] = 64  # detectron2's default is that of the bottlenecks
+    return {
+        "VERSION": 2,
+        "MODEL": {
+            "WEIGHTS": str(weights.resolve()),
+            "PIXEL_MEAN": mean,
+            "PIXEL_STD": std,
+            "BACKBONE": {"FREEZE_AT": 0},  # all layers are trained, with BatchNorm
+            "RESNETS": resnets,
+        },
+        "INPUT": {"FORMAT": "RGB"},
+        "TEST": {"PRECISE_BN": {"ENABLED": True}},
+    }
 
 
 class PooledFeatures(nn.Module):

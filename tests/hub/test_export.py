@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+import yaml
 
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.hub import export as export_module
 from m2t_accel.hub.encoders import LoadedEncoder
 from m2t_accel.hub.export import export
+from m2t_accel.hub.tensor_names import detectron2_name, to_torchvision
 from m2t_accel.model import create_encoder, embed
 
 VIEW = (64, 0.875, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -72,10 +74,84 @@ def test_detectron2_gets_its_names_and_pixels(resnet18, tmp_path):
     np.testing.assert_array_equal(model["res4.0.shortcut.norm.running_var"], shortcut)
     assert not any("num_batches" in name or name.startswith("layer") for name in model)
     assert len(model) == sum(not name.endswith("num_batches_tracked") for name in state)
-    text = "\n".join(lines)
-    assert "PIXEL_MEAN: [123.675, 116.28, 103.53], PIXEL_STD: [58.395, 57.12, 57.375]" in text
-    assert "FORMAT: RGB" in text
-    assert "STRIDE_IN_1X1: False" in text
+    assert lines[1] == f"{tmp_path}/r18.yaml: the config for it"
+    assert (tmp_path / "r18.yaml").read_text() == "\n".join(lines[2:]) + "\n"
+    (tmp_path / "r18b.yaml").write_text("mine")
+    with pytest.raises(ConfigurationError, match=r"--output .*r18b\.pkl: its config .*r18b\.yaml exists"):
+        export(resnet18, "detectron2", tmp_path / "r18b.pkl")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r18.pkl", "r18.yaml", "r18b.yaml"]
+
+
+# Settings of detectron2/config/defaults.py, with their defaults.
+DETECTRON2_DEFAULTS = {
+    "VERSION": 2,
+    "MODEL": {
+        "WEIGHTS": "",
+        "PIXEL_MEAN": [103.530, 116.280, 123.675],
+        "PIXEL_STD": [1.0, 1.0, 1.0],
+        "BACKBONE": {"FREEZE_AT": 2},
+        "RESNETS": {
+            "DEPTH": 50,
+            "NUM_GROUPS": 1,
+            "NORM": "FrozenBN",
+            "STRIDE_IN_1X1": True,
+            "RES5_DILATION": 1,
+            "RES2_OUT_CHANNELS": 256,
+            "STEM_OUT_CHANNELS": 64,
+        },
+    },
+    "INPUT": {"FORMAT": "BGR"},
+    "TEST": {"PRECISE_BN": {"ENABLED": False, "NUM_ITER": 200}},
+}
+
+
+def merged(defaults, given):
+    """Merge settings as yacs does: an unknown name or another type than the default's is an error."""
+    for name, value in given.items():
+        assert name in defaults, f"Non-existent config key: {name}"
+        assert type(value) is type(defaults[name]), name
+    return defaults | {
+        name: merged(defaults[name], value) if isinstance(value, dict) else value for name, value in given.items()
+    }
+
+
+def build_resnet_backbone(resnets):
+    """Return the shapes of some tensors that detectron2/modeling/backbone/resnet.py creates, and check its assertions.
+
+    `assert out_channels == 64, "Must set MODEL.RESNETS.RES2_OUT_CHANNELS = 64 for R18/R34"`
+    `assert res5_dilation == 1, "Must set MODEL.RESNETS.RES5_DILATION = 1 for R18/R34"`
+    `assert num_groups == 1, "Must set MODEL.RESNETS.NUM_GROUPS = 1 for R18/R34"`
+    """
+    is_basic = resnets["DEPTH"] in (18, 34)
+    if is_basic:
+        assert resnets["RES2_OUT_CHANNELS"] == 64
+        assert (resnets["RES5_DILATION"], resnets["NUM_GROUPS"]) == (1, 1)
+    last = "conv2" if is_basic else "conv3"
+    channels = [resnets["RES2_OUT_CHANNELS"] * 2**stage for stage in range(4)]
+    return {f"res{stage}.0.{last}.weight": number for stage, number in enumerate(channels, start=2)}
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+def test_detectron2_accepts_its_config(tmp_path, depth):
+    with torch.device("meta"):
+        model = create_encoder(f"resnet{depth}")
+    loaded = LoadedEncoder(model, *VIEW, "teacher", "an encoder")
+    given = export_module.detectron2_config(loaded, depth, tmp_path / "r.pkl")
+    given = yaml.safe_load(yaml.safe_dump(given))
+    config = merged(DETECTRON2_DEFAULTS, given)
+    widths = build_resnet_backbone(config["MODEL"]["RESNETS"])
+    state = {detectron2_name(name): tensor for name, tensor in to_torchvision(model.state_dict()).items()}
+    assert {name: state[name].shape[0] for name in widths} == widths
+    assert state["stem.conv1.weight"].shape[0] == config["MODEL"]["RESNETS"]["STEM_OUT_CHANNELS"]
+    # MoCo's detection/configs: pascal_voc_R_50_C4_24k_moco.yaml and its base.
+    assert config["MODEL"]["PIXEL_MEAN"] == [123.675, 116.28, 103.53]
+    assert config["MODEL"]["PIXEL_STD"] == [58.395, 57.12, 57.375]
+    assert config["INPUT"]["FORMAT"] == "RGB"
+    assert config["MODEL"]["BACKBONE"]["FREEZE_AT"] == 0
+    assert config["MODEL"]["RESNETS"]["NORM"] == "SyncBN"
+    assert config["MODEL"]["RESNETS"]["STRIDE_IN_1X1"] is False
+    assert config["TEST"]["PRECISE_BN"]["ENABLED"] is True
+    assert config["MODEL"]["WEIGHTS"] == str(tmp_path / "r.pkl")
 
 
 @pytest.mark.slow
