@@ -51,7 +51,7 @@ class ImageSettings:
     validation_split: str | None = setting(
         None, "split to evaluate on, as named on the Hub, or its folder (default: found by name)"
     )
-    image_column: str | None = setting(None, "column of the images (default: found by type or name)")
+    image_column: str | None = setting(None, "column of the images (default: found by type, then by name)")
     label_column: str | None = setting(None, "column of the labels (default: found by name)")
     validation_fraction: float = setting(
         0.1, "share of labelled training images to hold out if there is no validation split", at_least=0, at_most=0.5

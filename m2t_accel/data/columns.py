@@ -278,7 +278,9 @@ def find_label_column(
     if marked:
         remarks.append(f"no labels, because several columns hold classes; --label_column may name {listed(marked)}")
     elif fitting:
-        remarks.append(f"no labels; --label_column may name {listed(fitting)}")
+        remarks.append(f"no labels, because no column has a usual name; --label_column may name {listed(fitting)}")
+    else:
+        remarks.append("no labels, because no other column holds classes")
     return None
 
 

@@ -18,7 +18,14 @@ from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.data.decode import decode_image
 from m2t_accel.data.loader import dead_workers_in_one_line
 from m2t_accel.data.views import read_rows
-from m2t_accel.evaluation.features import Features, embed_images, fingerprint, gather_features, read_labels
+from m2t_accel.evaluation.features import (
+    Features,
+    embed_images,
+    fingerprint,
+    gather_features,
+    none_decoded,
+    read_labels,
+)
 from m2t_accel.evaluation.setup import Evaluation, open_folder, start_evaluation, write_result
 from m2t_accel.files import atomic_write
 from m2t_accel.pictures import plain_words, thumbnail
@@ -43,7 +50,7 @@ def embed_dataset(config: EmbedConfig) -> list[str]:
     with dead_workers_in_one_line():
         features = gather_features(list(embed_images(evaluation.encoder, images, config, accelerator)), accelerator)
     if not len(features.samples):
-        raise ConfigurationError(f"--dataset {config.dataset}: none of the {len(images):,} images can be decoded")
+        raise none_decoded("images", images, config)
     return write_embedding(evaluation, images, features) if accelerator.is_main_process else []
 
 

@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from m2t_accel.config.data import ImageSettings
+from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.data.loader import create_loader, read
 from m2t_accel.data.photometry import evaluation_view
 from m2t_accel.data.requests import Request
@@ -71,6 +72,13 @@ def embed_images(
                 after_batch()
     finally:
         encoder.train(was_training)
+
+
+def none_decoded(what: str, images: Dataset, config: ImageSettings) -> ConfigurationError:
+    """Return the error for images none of which can be decoded; it names the first and the reason."""
+    bad = CentralViews(images, config).__getitems__(Request(0, np.zeros(1, np.int64), None)).bad
+    first = f", the first is {bad[0].path} ({bad[0].reason})" if bad else ""
+    return ConfigurationError(f"--dataset {config.dataset}: none of the {len(images):,} {what} can be decoded{first}")
 
 
 def process_batches(process_index: int, num_images: int, num_processes: int, batches_per_turn: int) -> list[list[int]]:

@@ -14,7 +14,6 @@ from torch.nn import functional
 
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.evaluation import KnnConfig
-from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.evaluation.features import (
     BATCH_SIZE,
     Features,
@@ -22,6 +21,7 @@ from m2t_accel.evaluation.features import (
     fingerprint,
     gather_features,
     gather_rows,
+    none_decoded,
     read_labels,
     sample_labels,
 )
@@ -70,8 +70,10 @@ def measure_knn(
     no_numbers = torch.empty(0, dtype=torch.int64)
     bank_columns = [(block.samples, block.digests) for block in blocks]
     bank_samples, bank_digests = gather_rows((no_numbers, no_numbers), bank_columns, accelerator)
-    if not len(bank_samples) or not len(found.samples):
-        raise ConfigurationError(f"--dataset {config.dataset}: none of the images for kNN can be decoded")
+    if not len(bank_samples):
+        raise none_decoded("training images", bank, config)
+    if not len(found.samples):
+        raise none_decoded("validation images", queries, config)
     similarities, neighbours = merge_shares(*find_nearest(blocks, found.features, max(ks)), accelerator)
     labels = sample_labels(queries, found.samples)
     bank_labels = torch.from_numpy(read_labels(bank)).to(labels.device)

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from m2t_accel.config.data import check_enough_images
-from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.distributed.processes import broadcast_object, gather_to_all, on_all_processes
-from m2t_accel.evaluation.features import embed_images, fingerprint, gather_rows, sample_labels
+from m2t_accel.evaluation.features import embed_images, fingerprint, gather_rows, none_decoded, sample_labels
 from m2t_accel.evaluation.heads import save_classifier
 from m2t_accel.evaluation.setup import Evaluation, run_once, write_result
 
@@ -95,9 +94,7 @@ def rank_classes(encoder: nn.Module, heads: Sequence[nn.Module], images: Dataset
     no_classes = torch.empty(0, len(heads), min(5, len(evaluation.images.class_names)), dtype=torch.int64)
     samples, classes, digests = gather_rows((no_numbers, no_classes, no_numbers), parts, evaluation.accelerator)
     if not len(samples):
-        raise ConfigurationError(
-            f"--dataset {evaluation.config.dataset}: none of the images to measure on can be decoded"
-        )
+        raise none_decoded("validation images", images, evaluation.config)
     return Ranking(classes, sample_labels(images, samples), digests)
 
 

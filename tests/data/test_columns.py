@@ -4,12 +4,13 @@ import re
 import numpy as np
 import pyarrow
 import pytest
-from datasets import Array2D, Array3D, Audio, Dataset, Features, Image, List, Value
-from helpers import encoded, load, settings
+from datasets import Array2D, Array3D, Audio, ClassLabel, Dataset, Features, Image, List, Value
+from helpers import encoded, load, settings, write_image
 from pyarrow import parquet
 
 from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.data.decode import decode_image
+from m2t_accel.data.columns import encode_pixels
+from m2t_accel.data.decode import DecodeError, decode_image
 from m2t_accel.data.sources import load_images
 from m2t_accel.data.views import read_rows
 
@@ -165,3 +166,106 @@ def test_a_column_without_images_is_answered_in_one_line(tmp_path, case):
         assert "\n" not in answers[-1]
     places = re.compile(r" of row group 0 of \S+/train.parquet| in \S+ nor in \S+|\S+/set\b|memory")
     assert len(set(answers[:2])) == len({places.sub("", answer) for answer in answers}) == (message is not None)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "reason"),
+    [
+        ([[1, 2], [3]], "lists of different lengths"),
+        ([[1, None]], "pixels with None among them"),
+        ([[0.0, 1.0]], "pixels with type float64: store whole numbers from 0 to 255"),
+        ([[True, False]], "pixels with type bool"),
+        ([[0, 4095]], "pixels from 0 to 4095: scale them"),
+        ([[-1, 3]], "pixels from -1 to 3: scale them"),
+        ([], "no pixels"),
+        ([1, 2, 3], "pixels in the shape 3: allowed are H × W, "),
+        (np.zeros((4, 5, 2), np.uint8), "pixels in the shape 4 × 5 × 2: "),
+        (np.zeros((2, 4, 5, 3), np.uint8), "pixels in the shape 2 × 4 × 5 × 3: "),
+    ],
+)
+def test_pixels_that_are_no_image(pixels, reason):
+    with pytest.raises(DecodeError, match=reason):
+        encode_pixels(pixels)
+
+
+@modes
+@pytest.mark.parametrize("kind", ["strings", "structs"])
+def test_relative_paths_start_in_the_folder_of_the_dataset(tmp_path, kind, mode, monkeypatch):
+    """Where there is no such file, they start in the working directory."""
+    for i in range(NUMBER):
+        write_image(tmp_path / "images" / f"{i}.png", value=i)
+        write_image(tmp_path / "elsewhere" / "images" / f"{i}.png", value=100 + i)
+    paths = [f"images/{i}.png" for i in range(NUMBER)]
+    above = [f"../{path}" for path in paths]
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for names, expected in ((paths, range(100, 100 + NUMBER)), (above, range(NUMBER))):
+        if mode == "memory":
+            names, expected = paths, range(100, 100 + NUMBER)
+        column = names if kind == "strings" else [{"path": name, "bytes": None} for name in names]
+        images = open_table({"image": column, "label": LABELS}, mode, tmp_path / "set", evaluate_every=0)
+        assert values(images) == list(expected)
+
+
+# Columns beside the images; the column of the labels, or what the note says of their lack.
+CLASSES = ClassLabel(names=["even", "odd"])
+NAMES = ["even", "odd"] * (NUMBER // 2)
+WORDS = (NAMES, Value("string"))
+PLAIN = (LABELS, Value("int64"))
+MARKED = (LABELS, CLASSES)
+OTHER = (LABELS, ClassLabel(names=["a", "b"]))
+LABEL_COLUMNS = {
+    "the only ClassLabel": ({"breed": MARKED, "text": WORDS}, "breed"),
+    "the only ClassLabel beside a usual name": ({"class": (NAMES[::-1], Value("string")), "breed": MARKED}, "breed"),
+    "label beside a ClassLabel": ({"breed": OTHER, "label": WORDS}, "label"),
+    "a usual name among ClassLabels": ({"coarse_label": OTHER, "breed": OTHER, "fine_label": MARKED}, "fine_label"),
+    "several ClassLabels": ({"breed": MARKED, "colour": OTHER}, "hold classes; --label_column may name breed, colour"),
+    **{
+        name: ({"text": (TEXT, Value("string")), name: WORDS}, name)
+        for name in ("labels", "Label", "category", "class_name", "species", "target", "y", "cls")
+    },
+    "a struct called label": ({"label": ([{"a": 1}] * NUMBER, {"a": Value("int64")}), "species": WORDS}, "species"),
+    "only a struct": ({"label": ([{"a": 1}] * NUMBER, {"a": Value("int64")})}, r"\(the values are structs of a\)"),
+    "only a list of one": ({"label": ([[1]] * NUMBER, List(Value("int64")))}, r"\(the values are lists of int64\)"),
+    "no usual name": ({"breed": WORDS, "n": PLAIN, "z": ([0.5] * NUMBER, Value("float64"))}, "may name breed, n$"),
+    "missing": ({"label": ([-1] * NUMBER, CLASSES), "n": PLAIN}, "missing or negative.; --label_column may name n$"),
+    "nothing": ({}, "no labels, because no other column holds classes$"),
+}
+
+
+@modes
+@pytest.mark.parametrize("case", LABEL_COLUMNS)
+def test_the_column_of_labels(tmp_path, case, mode):
+    others, answer = LABEL_COLUMNS[case]
+    table = typed(x=(BARE, Image()), **others)
+    images = open_table(table, mode, tmp_path / "set", validation_fraction=0.4)
+    if answer in others:
+        assert images.class_names == ["even", "odd"]
+        assert ("the classes are those of the column breed" in images.note) == (answer == "breed")
+        assert sorted(images.bank["label"][:] + images.validation["label"][:]) == sorted(LABELS)
+    else:
+        assert images.class_names is None
+        assert re.search(answer, images.note)
+
+
+INTERNAL = ["image", "label", "offset", "size", "path", "bytes", "others", "key", "piece", "rows", "value"]
+INTERNAL += ["__key__", "__url__", "__index_level_0__"]
+
+
+@modes
+def test_columns_with_internal_names_change_nothing(tmp_path, mode):
+    for image, label in (
+        ("jpg", "kind"),
+        ("label", "image"),
+        ("offset", "size"),
+        ("size", "__key__"),
+        ("path", "bytes"),
+    ):
+        others = {name: [3] * NUMBER for name in INTERNAL if name not in (image, label)}
+        table = {image: FILES, label: NAMES} | others
+        given = {"image_column": image, "label_column": label, "validation_fraction": 0.4}
+        images = open_table(table, mode, tmp_path / image, **given)
+        for split in (images.bank, images.validation):
+            assert split.column_names == ["image", "label"]
+            numbers = [int(decode_image(row)[0, 0, 0]) % 2 for row in read_rows(split, range(len(split)))]
+            assert split["label"][:] == numbers
+        assert set(values(images)) < set(range(NUMBER))

@@ -86,5 +86,5 @@ def test_a_missing_split_and_broken_images_are_refused(given, tmp_path):
     with pytest.raises(ConfigurationError, match="--split validation"):
         embed_dataset(build_embed({**settings, "split": "validation"}))
     (tmp_path / "plain" / "a.png").write_bytes(b"broken")
-    with pytest.raises(ConfigurationError, match=r"--dataset .* none of the 1 images"):
+    with pytest.raises(ConfigurationError, match=r"--dataset .* none of the 1 images .*a\.png \(no known image format"):
         embed_dataset(build_embed(settings))

@@ -96,7 +96,7 @@ def test_an_evaluation_writes_its_result_once(given, capsys):
 def test_images_that_cannot_be_decoded_are_refused():
     images = Dataset.from_list([{"image": {"bytes": b"broken", "path": None}, "label": 0}] * 3)
     config = ImageSettings(dataset="mine", image_size=8, num_workers=0)
-    with pytest.raises(ConfigurationError, match=r"--dataset mine: none .* decoded"):
+    with pytest.raises(ConfigurationError, match=r"none of the 3 training images .* image 0 .*no known image format"):
         knn.measure_knn(torch.nn.Conv2d(3, 1, 1), images, images, 1, config, Accelerator())
 
 
