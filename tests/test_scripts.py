@@ -62,6 +62,31 @@ def test_help_recipes_and_wrong_flags_are_answered_without_heavy_imports(run_scr
             assert [name for name in PretrainConfig.__dataclass_fields__ if f"--{name} " not in help] == []
 
 
+# Takes the modules and names that Windows lacks away, runs each script, and prints the errors.
+ON_WINDOWS = """
+import argparse, contextlib, io, json, multiprocessing, runpy, shutil, signal, subprocess, sys, tempfile
+
+sys.platform = "win32"
+sys.modules["fcntl"] = sys.modules["resource"] = None
+del signal.SIGUSR1
+for script in json.loads(sys.argv[1]):
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as exit:
+        print(exit.code)
+"""
+
+
+def test_windows_is_refused_in_one_line(run_script):
+    done = run_script("-c", ON_WINDOWS, json.dumps([str(path) for path in SCRIPTS]))
+    assert done.stdout.split() == ["2"] * len(SCRIPTS)
+    assert done.stderr.splitlines() == [
+        f"{path.name}: error: Windows is not supported: type `wsl --install`, and use Linux in WSL 2"
+        for path in SCRIPTS
+    ]
+
+
 def test_a_process_prints_an_error_in_one_line_and_exits_with_status_2(run_script):
     done = run_script("scripts/pretrain.py", "--recipe", "digit")
     assert (done.returncode, done.stdout) == (2, "")

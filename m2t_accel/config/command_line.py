@@ -258,6 +258,8 @@ def errors_in_one_line() -> Iterator[None]:
     if previous is signal.default_int_handler:
         signal.signal(signal.SIGINT, handle_ctrl_c)
     try:
+        if sys.platform == "win32":  # no fcntl, no SIGUSR1
+            raise ConfigurationError("Windows is not supported: type `wsl --install`, and use Linux in WSL 2")
         yield
     except (ConfigurationError, Interrupted) as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
