@@ -93,13 +93,13 @@ class TrainingStep:
 
 
 class HostCopy:
-    """A copy of a scalar in main memory, made while the device continues to compute."""
+    """A copy of a scalar in main memory, made while a GPU continues to compute."""
 
     def __init__(self, scalar: Tensor) -> None:
         scalar = scalar.detach()
         on_gpu = scalar.device.type == "cuda"
         self.copy = torch.empty((), dtype=scalar.dtype, pin_memory=on_gpu)
-        self.copy.copy_(scalar, non_blocking=True)
+        self.copy.copy_(scalar, non_blocking=on_gpu)  # on another accelerator, wait for the copy at once
         self.arrival = torch.cuda.Event() if on_gpu else None
         if self.arrival is not None:
             self.arrival.record()

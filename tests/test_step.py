@@ -1,4 +1,5 @@
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from accelerate import Accelerator
 from m2t_accel.config.recipes import build_config
 from m2t_accel.model import Teacher, create_encoder, create_student, embed
 from m2t_accel.optim import create_optimizer
-from m2t_accel.step import TrainingStep
+from m2t_accel.step import HostCopy, TrainingStep
 
 CONFIG = build_config({"recipe": "digits", "epochs": 2, "warmup_epochs": 1})
 STEPS_PER_EPOCH = 4
@@ -68,3 +69,26 @@ def test_nothing_moves_before_the_update_and_then_everything_does():
     for name, weight in teacher.items():
         expected = now.weight_momentum * before[f"teacher.{name}"] + (1 - now.weight_momentum) * student[name]
         torch.testing.assert_close(weight, expected, rtol=0, atol=1e-12)
+
+
+class OnMps(torch.Tensor):
+    """A tensor that says it is on another accelerator than a CUDA GPU, and records the copies made of it."""
+
+    copies: ClassVar[list] = []
+
+    @property
+    def device(self):
+        return torch.device("mps")
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), keywords=None):
+        if function is torch.Tensor.copy_:
+            cls.copies.append(keywords)
+        return super().__torch_function__(function, types, arguments, keywords or {})
+
+
+def test_a_copy_in_main_memory_is_complete_on_accelerators_without_cuda():
+    OnMps.copies.clear()
+    copy = HostCopy(torch.tensor(2.5).as_subclass(OnMps))
+    assert OnMps.copies == [{"non_blocking": False}]
+    assert copy.item() == 2.5

@@ -117,7 +117,7 @@ def train_model(model: nn.Module, train: Dataset, evaluation: Evaluation) -> set
         for batch in read(loader, accelerator.device):
             broken |= {image.sample for image in batch.bad}
             set_learning_rate(optimizer, learning_rate * cosine(step, total_steps))
-            targets = labels[batch.samples].to(accelerator.device, non_blocking=True)
+            targets = labels[batch.samples].to(accelerator.device)
             with accelerator.accumulate(prepared):
                 logits = prepared(pixel_values=flipped_view(batch.crops, batch.photometry, config)).logits
                 loss = functional.cross_entropy(logits.float(), targets)

@@ -183,7 +183,7 @@ class AugmentedFeatures:
             views = flipped_view(batch.crops, batch.photometry, config)
             with accelerator.autocast():
                 features = embed(self.evaluation.encoder, views).float()
-            parts.append((features, labels[batch.samples].to(accelerator.device, non_blocking=True)))
+            parts.append((features, labels[batch.samples].to(accelerator.device)))
             if len(parts) == len(requests.devices):
                 yield tuple(gather_batch(torch.stack(rows), accelerator) for rows in zip(*parts, strict=True))
                 parts = []

@@ -60,7 +60,7 @@ class RunState:
             for name, tensor in tensors.items():
                 if name not in copies:
                     copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
-                copies[name].copy_(tensor.detach(), non_blocking=True)
+                copies[name].copy_(tensor.detach(), non_blocking=on_gpu)
         if on_gpu:
             torch.cuda.synchronize(self.accelerator.device)
         by_device = {

@@ -1,6 +1,7 @@
 """Tests of the state of a run: a copy is restored bit for bit, on any number of processes."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,6 +82,21 @@ def test_training_does_not_change_a_copy():
     for file, tensors in before.items():
         for name, tensor in tensors.items():
             assert torch.equal(tensor, files[file][name]), f"{file}: {name}"
+
+
+def test_a_copy_from_an_accelerator_without_cuda_is_complete_when_it_returns(monkeypatch):
+    _, state = build()
+    state.accelerator = SimpleNamespace(device=torch.device("mps"))
+    copy, waited = torch.Tensor.copy_, []
+
+    def record(self, source, non_blocking=False):
+        waited.append(not non_blocking)
+        return copy(self, source, non_blocking=non_blocking)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", record)
+    state.copy([])
+    assert waited
+    assert all(waited)
 
 
 def test_copies_reuse_their_memory():
