@@ -11,8 +11,10 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
+import huggingface_hub
 from datasets import Dataset, DatasetBuilder, SplitDict
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.naming import camelcase_to_snakecase
@@ -211,18 +213,39 @@ def errors_in_one_line(config: ImageSettings) -> Iterator[None]:
     except Exception as error:  # datasets, huggingface_hub, pyarrow, fsspec and httpx have no common base class
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
             error = error.__cause__  # the wrapper does not say what went wrong
-        full = next((cause for cause in causes(error) if getattr(cause, "errno", None) in CACHE_ERRORS), None)
-        if full is not None:
-            raise ConfigurationError(
-                f"--dataset {config.dataset} cannot be copied into the cache {datasets.config.HF_DATASETS_CACHE} "
-                f"({os.strerror(full.errno)}): set HF_HOME to another folder, or read in place with --streaming"
-            ) from error
+        for cause in causes(error):
+            if isinstance(cause, OSError) and (cache := failed_cache(cause)) is not None:
+                variable = cache.variable if cache.variable in os.environ else "HF_HOME"
+                raise ConfigurationError(
+                    f"--dataset {config.dataset} cannot be copied into the cache {cache.folder} ({cause.strerror}): "
+                    f"set {variable} to another folder, or read in place with --streaming"
+                ) from error
         raise ConfigurationError(
             f"--dataset {config.dataset} cannot be loaded ({one_line(error)}); give a folder that exists, "
             "or a Hub id that you can reach (`hf auth login` for a gated one)"
         ) from error
     finally:
         datasets.logging.set_verbosity(verbosity)
+
+
+class Cache(NamedTuple):
+    """A folder that data sets are copied into, and the variable that names it, if it is not in HF_HOME."""
+
+    folder: str
+    variable: str
+
+
+def failed_cache(error: OSError) -> Cache | None:
+    """Return the cache that an error of the disk is about; None if it is about other files, such as the user's."""
+    caches = [
+        Cache(str(datasets.config.HF_DATASETS_CACHE), "HF_DATASETS_CACHE"),
+        Cache(huggingface_hub.constants.HF_HUB_CACHE, "HF_HUB_CACHE"),
+    ]
+    if not isinstance(error.filename, str | os.PathLike):  # pyarrow names no file in it
+        return caches[0] if error.errno in CACHE_ERRORS else None
+    path = Path(error.filename)
+    # The path may be a parent of the cache, which could not be created.
+    return next((c for c in caches if path.is_relative_to(c.folder) or Path(c.folder).is_relative_to(path)), None)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -8,6 +8,7 @@ from huggingface_hub import constants
 from loopback_hub import loopback_hub
 
 from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.data import hub_datasets
 
 LOAD = """
 import sys
@@ -209,12 +210,24 @@ def test_a_copy_is_made_once_and_again_when_a_file_has_changed(tmp_path, monkeyp
     assert load_copy()[1] == [50, 51, 52, 53]
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("variable", ["HF_HOME", "HF_DATASETS_CACHE"])
+@pytest.mark.parametrize("home", ["/proc/home", "file"])
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, home, variable):
     write_parquet(tmp_path / "set" / "train-0.parquet", 0, 4, row_group_size=4)
     (tmp_path / "file").touch()
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file" / "cache")
-    with pytest.raises(ConfigurationError, match=r"into the cache .*file/cache .*set HF_HOME .*--streaming"):
+    cache = tmp_path / home / "datasets"
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+    monkeypatch.setenv(variable, str(cache))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+    with pytest.raises(ConfigurationError, match=rf"into the cache {cache} .*set {variable} .*--streaming"):
         load(tmp_path / "set")
+
+
+def test_a_shard_that_cannot_be_read_is_not_taken_for_the_cache(tmp_path):
+    shard, cache = tmp_path / "train-0.parquet", str(datasets.config.HF_DATASETS_CACHE)
+    assert hub_datasets.failed_cache(PermissionError(13, "Permission denied", str(shard))) is None
+    assert hub_datasets.failed_cache(PermissionError(13, "Permission denied", f"{cache}/a.lock")).folder == cache
+    assert hub_datasets.failed_cache(OSError(28, "No space left on device")).folder == cache
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch, small_disk):
