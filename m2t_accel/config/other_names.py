@@ -159,7 +159,7 @@ ADVICE: tuple[tuple[str, str, str | Callable[[Flag], str]], ...] = (
     ),
     ("per_device_eval_batch_size eval_batch_size validation_batch_size", "dataset", NO_NEED),
     ("remove_unused_columns dataloader_pin_memory pin_mem dataloader_drop_last", "dataset", NO_NEED),
-    ("torch_compile torchcompile", "dataset", "networks are not compiled: leave it out"),
+    ("torch_compile torchcompile", "dataset", LAUNCH.replace("{flags}", "--dynamo_backend inductor")),
     ("fp16 bf16", "dataset", LAUNCH.replace("{flags}", "--mixed_precision {name}")),
     ("amp", "dataset", LAUNCH.replace("{flags}", "--mixed_precision bf16")),
     ("use_cpu no_cuda cpu", "dataset", LAUNCH.replace("{flags}", "--config_file accelerate_configs/cpu.yaml")),

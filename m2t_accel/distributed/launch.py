@@ -19,16 +19,29 @@ import torch.distributed
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 
 from m2t_accel.config.data import TrainingSettings, check_num_processes
-from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.fields import ConfigurationError, one_line
 from m2t_accel.distributed.processes import DOWNLOAD_TIMEOUT, create_groups
 
 CONFIG_FILES = (
     "use accelerate_configs/cpu.yaml (1 process), cpu2.yaml (2), 1gpu.yaml or 8gpu.yaml, with --num_processes N "
     "for another number of GPUs"
 )
+
+# Ways of Accelerate to divide networks among devices, by the variable that the launcher sets for them.
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
 
 # NCCL aborts a process at its timeout, before any message can be printed. With this margin, gloo times out first.
 NCCL_GRACE = timedelta(minutes=1)
@@ -49,23 +62,32 @@ def start_accelerator(
         ConfigurationError: the launch did not start the requested processes, or they cannot share the batch.
     """
     num_devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    check_launch(os.environ, num_devices, read_request(launcher_arguments()))
+    request = read_request(launcher_arguments())
+    check_launch(os.environ, num_devices, request)
+    check_options(os.environ, num_devices, request, config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     num_steps = 1
     if config is not None:
         check_num_processes(config, world_size)
         num_steps = config.num_virtual_devices // world_size
     route_gloo(os.environ)
-    accelerator = Accelerator(
-        cpu=wants_cpu(os.environ),
-        # A plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS would override a number.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=num_steps, sync_with_dataloader=False),
-        kwargs_handlers=[
-            # Nothing reads the student's running statistics; the teacher averages its own when it commits them.
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timeout if wants_cpu(os.environ) else timeout + NCCL_GRACE),
-        ],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=wants_cpu(os.environ),
+            # A plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS would override a number.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=num_steps, sync_with_dataloader=False),
+            kwargs_handlers=[
+                # Nothing reads the student's running statistics; the teacher averages its own when it commits them.
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=timeout if wants_cpu(os.environ) else timeout + NCCL_GRACE),
+            ],
+        )
+    except (ValueError, ImportError) as error:  # an option that this version or this device cannot do
+        raise ConfigurationError(
+            f"accelerate cannot start with the options of this launch ({one_line(error)}): {CONFIG_FILES}"
+        ) from error
+    if accelerator.distributed_type == DistributedType.XLA:
+        raise ConfigurationError(f"TPUs are not supported: {CONFIG_FILES}")
     if accelerator.num_processes != world_size:
         raise ConfigurationError(
             f"{world_size} processes were launched but Accelerate joined {accelerator.num_processes}, and each would "
@@ -80,6 +102,7 @@ class LaunchRequest(NamedTuple):
 
     num_processes: int = 1
     on_gpu: bool = False
+    accumulation: int = 1  # --gradient_accumulation_steps, which the launcher passes on for DeepSpeed only
 
 
 def read_request(arguments: Sequence[str] | None) -> LaunchRequest:
@@ -95,9 +118,58 @@ def read_request(arguments: Sequence[str] | None) -> LaunchRequest:
         file = load_config_from_file(given.config_file) if given.config_file else None
     except (SystemExit, OSError, ValueError, KeyError):  # another version of the launcher may have other arguments
         return LaunchRequest()
+    accumulation = given.gradient_accumulation_steps or 1
     if file is None:
-        return LaunchRequest(given.num_processes or 1)
-    return LaunchRequest(given.num_processes or file.num_processes or 1, on_gpu=not (file.use_cpu or given.cpu))
+        return LaunchRequest(given.num_processes or 1, accumulation=accumulation)
+    on_gpu = not (file.use_cpu or given.cpu)
+    return LaunchRequest(given.num_processes or file.num_processes or 1, on_gpu, accumulation)
+
+
+def check_options(
+    environment: Mapping[str, str], num_devices: int, request: LaunchRequest, config: TrainingSettings | None
+) -> None:
+    """Check that the launch asks for nothing that Accelerate would ignore, or that this project cannot do.
+
+    Args:
+        environment: environment variables of this process.
+        num_devices: GPUs of this machine.
+        request: what the launch asked for.
+        config: settings of a training, or None.
+
+    Raises:
+        ConfigurationError: an option is not supported; the message says what to type.
+    """
+    for variable, name in SHARDING.items():
+        if environment.get(variable, "").lower() in ("1", "true", "yes"):
+            raise ConfigurationError(
+                f"{name} ({variable}) is not supported, because each device holds whole networks: leave out its flags "
+                f"of accelerate launch, and {CONFIG_FILES}"
+            )
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    on_gpu = num_devices > 0 and not wants_cpu(environment)
+    allowed = ("no", "bf16", "fp16") if on_gpu else ("no", "bf16")
+    if precision not in allowed:
+        place = "on a GPU" if on_gpu else "on a CPU"
+        raise ConfigurationError(f"--mixed_precision {precision} is not supported {place}: one of {', '.join(allowed)}")
+    steps = max(request.accumulation, number_in(environment, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"))
+    world_size = number_in(environment, "WORLD_SIZE")
+    if steps > 1 and (config is None or config.num_virtual_devices != steps * world_size):
+        advice = "leave it out"
+        if config is not None:
+            size = config.device_batch_size
+            advice = (
+                f"type --batch_size {size * steps * world_size} --device_batch_size {size} after the script instead"
+            )
+        raise ConfigurationError(
+            f"--gradient_accumulation_steps {steps} of accelerate launch is not read, because the accumulation follows "
+            f"from batch_size / device_batch_size / processes: {advice}"
+        )
+
+
+def number_in(environment: Mapping[str, str], name: str) -> int:
+    """Return the number in a variable; 1 if it is missing or no number."""
+    value = environment.get(name, "")
+    return int(value) if value.isdigit() else 1
 
 
 def check_launch(environment: Mapping[str, str], num_devices: int, request: LaunchRequest) -> None:

@@ -146,7 +146,7 @@ DIFFERENT = [  # environment, what others type, what the message says
     ({}, "--do_train --overwrite_output_dir", "--do_train: leave it out .*; --overwrite_output_dir: leave it out"),
     ({}, "--lr_scheduler_type cosine", "leave it out"),
     ({}, "--optim adamw_torch", "--optimizer adamw_torch: unknown; one of sgd, lars"),
-    ({}, "--torch_compile", "leave it out"),
+    ({}, "--torch_compile", "type accelerate launch --dynamo_backend inductor scripts/pretrain.py"),
     ({}, "--num_train_epochs 3 --epochs 3", "--num_train_epochs and --epochs are the same setting: give one of them"),
     ({}, "--dataset_name imagefolder --data_dir x", "--dataset_name and --data_dir are the same setting"),
     ({}, "--fp16 --nonsense", "^unknown flag --nonsense; --help"),

@@ -12,7 +12,15 @@ from safetensors.torch import load_file
 from m2t_accel import pretrain
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.config.recipes import build_config
-from m2t_accel.distributed.launch import LaunchRequest, check_launch, read_request, route_gloo, start_accelerator
+from m2t_accel.distributed import launch as launch_module
+from m2t_accel.distributed.launch import (
+    LaunchRequest,
+    check_launch,
+    check_options,
+    read_request,
+    route_gloo,
+    start_accelerator,
+)
 
 CONFIGS = ROOT / "accelerate_configs"
 EXPECTED = {  # processes, machines, on the CPU, mixed precision
@@ -90,10 +98,63 @@ def test_processes_that_accelerate_does_not_join_are_refused(monkeypatch):
         (["--config_file", str(CONFIGS / "1gpu.yaml"), "--cpu", "train.py"], LaunchRequest(1)),
         (["--config_file", str(CONFIGS / "4x8gpu.yaml"), "train.py"], LaunchRequest(32, on_gpu=True)),
         (["--config_file", "/no/such/file.yaml", "train.py"], LaunchRequest()),
+        (["--cpu", "--gradient_accumulation_steps", "4", "train.py"], LaunchRequest(accumulation=4)),
     ],
 )
 def test_the_request_is_read_from_the_launch_command(arguments, requested):
     assert read_request(arguments) == requested
+
+
+def config_of(batch_size, device_batch_size):
+    return build_config({"batch_size": batch_size, "device_batch_size": device_batch_size})
+
+
+@pytest.mark.parametrize(
+    ("environment", "num_devices", "request_", "config"),
+    [
+        ({}, 0, LaunchRequest(), None),
+        ({"ACCELERATE_USE_FSDP": "false", "ACCELERATE_MIXED_PRECISION": "bf16"}, 0, LaunchRequest(), None),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, 1, LaunchRequest(), None),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, 0, LaunchRequest(), None),  # it works
+        (TWO, 0, LaunchRequest(2, accumulation=4), config_of(64, 8)),  # what happens anyway
+    ],
+)
+def test_options_of_the_launch_that_work_are_accepted(environment, num_devices, request_, config):
+    check_options(environment, num_devices, request_, config)
+
+
+@pytest.mark.parametrize(
+    ("environment", "num_devices", "request_", "config", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, 8, LaunchRequest(), None, r"^FSDP .* not supported.*8gpu\.yaml"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, 0, LaunchRequest(), None, r"^DeepSpeed .* not supported"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "1"}, 0, LaunchRequest(), None, r"^Megatron-LM .* not supported"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, 0, LaunchRequest(), None, r"^a parallelism_config"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, 0, LaunchRequest(), None, "fp16 .*on a CPU: one of no, bf16$"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_CPU": "true"}, 1, LaunchRequest(), None, "on a CPU"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, 1, LaunchRequest(), None, "fp8 .*on a GPU: one of no, bf16, fp16$"),
+        ({"ACCELERATE_MIXED_PRECISION": "half"}, 0, LaunchRequest(), None, "half is not supported"),
+        ({}, 0, LaunchRequest(accumulation=4), config_of(64, 64), "type --batch_size 256 --device_batch_size 64"),
+        (TWO, 0, LaunchRequest(2, accumulation=4), config_of(64, 32), "--batch_size 256 --device_batch_size 32"),
+        ({}, 0, LaunchRequest(accumulation=4), None, "leave it out$"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"}, 0, LaunchRequest(), config_of(64, 64), "--batch_size 128"),
+    ],
+)
+def test_options_of_the_launch_that_would_be_ignored_or_fail_are_refused(
+    environment, num_devices, request_, config, message
+):
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        check_options(environment, num_devices, request_, config)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_option_that_accelerate_refuses_is_one_line(monkeypatch):
+    def refuse(**options):
+        raise ImportError("it is not\ninstalled")
+
+    monkeypatch.setattr(launch_module, "Accelerator", refuse)
+    with pytest.raises(ConfigurationError, match=r"^accelerate cannot start .*ImportError: it is not installed.*cpu"):
+        start_accelerator()
 
 
 def test_gloo_uses_the_interface_that_leads_to_the_first_machine():
