@@ -31,6 +31,9 @@ from m2t_accel.model import embed
 
 PACKAGES = ("m2t_accel", "torch", "torchvision", "transformers", "accelerate", "datasets", "opencv-python-headless")
 
+# Files that an evaluation may leave beside result.json, which lists those that it has left.
+RESULT_FILES = ("classifier/*", "subset.json", "features.*", "map.png", "neighbours.png")
+
 # Settings that may differ between two runs of the same evaluation.
 IGNORED_SETTINGS = ("output_dir", "num_workers", "push_to_hub", "hub_private_repo")
 
@@ -95,7 +98,7 @@ def run_once(evaluation: Evaluation, measure: Callable[[], dict[str, object]]) -
 def open_folder(evaluation: Evaluation) -> dict[str, object] | None:
     """Create the output folder with config.yaml. If it already holds the result of this evaluation, return the result.
 
-    A collective call.
+    A collective call. If the folder lacks files that the evaluation has left, name them and return None.
 
     Raises:
         ConfigurationError: the folder holds another evaluation, or cannot be written; the same on every process.
@@ -109,15 +112,19 @@ def open_on_main(evaluation: Evaluation) -> dict[str, object] | None:
     config, folder = evaluation.config, Path(evaluation.config.output_dir)
     config_file, result_file = folder / "config.yaml", folder / "result.json"
     try:
-        if not config_file.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(config_file, config.to_yaml())
-            return None
-        stored, given = (yaml.safe_load(text) for text in (config_file.read_text(), config.to_yaml()))
         result = json.loads(result_file.read_text()) if result_file.exists() else None
+        given = stored = yaml.safe_load(config.to_yaml())
+        if config_file.exists():
+            stored = yaml.safe_load(config_file.read_text())
+        elif result is not None:
+            stored = {**result["protocol"], **{name: result[name] for name in ("encoder", "dataset", "seed")}}
         changes = [name for name in given if name not in IGNORED_SETTINGS and stored.get(name) != given[name]]
         if result is not None and result["weights"] != evaluation.weights:
             changes.append("the encoder's weights")
+        missing = [name for name in (result or {}).get("files", ()) if not (folder / name).is_file()]
+        if not changes and not config_file.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(config_file, config.to_yaml())
     except OSError as error:
         raise ConfigurationError(f"--output_dir {folder} cannot be written ({error.strerror})") from None
     except (ValueError, AttributeError, KeyError, TypeError, yaml.YAMLError):
@@ -129,7 +136,9 @@ def open_on_main(evaluation: Evaluation) -> dict[str, object] | None:
             f"--output_dir {folder} holds another evaluation, which differs in {', '.join(changes)}: give another "
             "folder, or remove this one"
         )
-    return result
+    if missing:
+        print(f"missing in {folder}: {', '.join(missing)}; the evaluation is repeated", flush=True)
+    return None if missing else result
 
 
 def write_result(
@@ -164,6 +173,11 @@ def write_result(
         | {name: importlib.metadata.version(name) for name in PACKAGES},
         "hardware": hardware(accelerator),
         "seconds": round(seconds, 1),
+        "files": sorted(
+            str(path.relative_to(config.output_dir))
+            for pattern in RESULT_FILES
+            for path in Path(config.output_dir).glob(pattern)
+        ),
         "command": command(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

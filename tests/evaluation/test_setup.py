@@ -60,6 +60,33 @@ def test_a_result_states_its_protocol_and_is_not_measured_again(given, tmp_path,
     assert run_once(evaluation, lambda: pytest.fail("measured again")) == result
 
 
+def test_what_an_evaluation_lacks_is_named_and_written_again(given, tmp_path, capsys):
+    evaluation, folder = start_evaluation(build_linear_probe({**given, "batch_size": 32})), tmp_path / "result"
+
+    def measure():
+        (folder / "classifier").mkdir(exist_ok=True)
+        for name in ("config.json", "model.safetensors"):
+            (folder / "classifier" / name).write_text(name)
+        (folder / "checkpoint.pt").write_text("not a part of the result")
+        return write_result(evaluation, {"top1": 0.5}, {"undecodable": 0}, 1.0, chosen_learning_rate=0.1)
+
+    result = run_once(evaluation, measure)
+    assert result["files"] == ["classifier/config.json", "classifier/model.safetensors"]
+    for name in ("checkpoint.pt", "config.yaml"):
+        (folder / name).unlink()
+    other = evaluation._replace(config=dataclasses.replace(evaluation.config, epochs=3))
+    with pytest.raises(ConfigurationError, match=r"--output_dir .*differs in epochs"):
+        open_folder(other)
+    assert not (folder / "config.yaml").exists()
+    assert run_once(evaluation, lambda: pytest.fail("measured again")) == result
+    assert (folder / "config.yaml").exists()
+    (folder / "classifier" / "model.safetensors").unlink()
+    capsys.readouterr()
+    run_once(evaluation, measure)
+    assert f"missing in {folder}: classifier/model.safetensors; the evaluation is repeated" in capsys.readouterr().out
+    assert (folder / "classifier" / "model.safetensors").exists()
+
+
 def test_a_folder_that_holds_something_else_is_refused_and_not_changed(given, tmp_path):
     evaluation = start_evaluation(build_knn(given))
     open_folder(evaluation)
