@@ -143,9 +143,10 @@ class Samples:
             key, rest = f"{parent}/{stem}", f"{dot}{rest.lower()}"
             if f".{rest.rpartition('.')[2]}" in IMAGE_EXTENSIONS:
                 self.image_names.add(rest)
-                self.more_images[key] += key in self.images
                 image = (rest.count("."), *place)
-                self.images[key] = min(self.images.get(key, image), image, key=lambda image: image[0])
+                if (earlier := self.images.setdefault(key, image)) is not image:
+                    self.more_images[key] += 1
+                    self.images[key] = min(earlier, image, key=lambda image: image[0])
             else:
                 self.others.setdefault(rest, {})[key] = place
 
@@ -155,17 +156,15 @@ class Samples:
         Samples with a plain member (000.jpg or 000.cls beside 000.depth.png) are real. The others have as many
         different endings as images, or numbers in them: DSC.0001.jpg, DSC.0002.jpg.
         """
-        dropped = self.more_images.total()
-        if dropped <= len(self.images):
+        kept, dropped = len(self.images), self.more_images.total()
+        if dropped <= kept:
             return False
         plain = {key for rest, keys in self.others.items() if rest.count(".") < 2 for key in keys}
-        dropped = sum(
-            number for key, number in self.more_images.items() if self.images[key][0] > 1 and key not in plain
-        )
-        numbered = sum(any(map(str.isdigit, os.path.splitext(rest)[0])) for rest in self.image_names)
-        return 2 * dropped > len(self.images) + self.more_images.total() and (
-            len(self.image_names) > len(self.images) or 2 * numbered > len(self.image_names)
-        )
+        plain |= {key for key in self.more_images if self.images[key][0] < 2}
+        doubtful = sum(number for key, number in self.more_images.items() if key not in plain)
+        numbered = sum(re.search(r"\d.*\.", rest) is not None for rest in self.image_names)
+        endings = len(self.image_names)
+        return 2 * doubtful > kept + dropped and (endings > kept or 2 * numbered > endings)
 
     def count_others(self) -> tuple[dict[str, int], dict[str, int]]:
         """Return the numbers of files that are beside an image, and of files alone, by the ends of their names."""
