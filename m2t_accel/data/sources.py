@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +16,6 @@ from pyarrow import compute
 
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.data.configurations import configured_files
-from m2t_accel.data.folders import (
-    IMAGE_EXTENSIONS,
-    SHARD_EXTENSIONS,
-    advice_on,
-    check_train,
-    find_files,
-    list_files,
-    unused_files,
-)
 from m2t_accel.data.held_out import (
     MAX_STREAMED_BANK,
     MAX_STREAMED_QUERIES,
@@ -35,17 +23,16 @@ from m2t_accel.data.held_out import (
     hold_out_pieces,
     select_images,
 )
-from m2t_accel.data.hub_datasets import copy_parquet, load_hub
-from m2t_accel.data.image_files import load_image_files
+from m2t_accel.data.hub_datasets import load_hub
 from m2t_accel.data.labels import standard_columns
-from m2t_accel.data.parquet import ParquetShards, parquet_splits
+from m2t_accel.data.local_folder import load_folder
+from m2t_accel.data.parquet import ParquetShards
 from m2t_accel.data.shards import Shards
-from m2t_accel.data.splits import TRAIN, choose_splits, describe_files, group_files, split_of_path
 from m2t_accel.data.streams import HubStream, StreamedOrder, hold_out_stream
-from m2t_accel.data.tars import TarShards, tar_splits
+from m2t_accel.data.tars import TarShards
 
-CLEAR_SHARE = 0.9  # share of the bytes of a folder that makes a kind of files the one that is meant
-SIZED_FILES = 200  # files whose sizes are read for an estimate of all
+# The images of a split, as they are before labelled images are held out.
+Split = Dataset | ParquetShards | HubStream
 
 
 @dataclass(frozen=True)
@@ -123,65 +110,98 @@ def load_images(config: ImageSettings, dataset: Dataset | None = None) -> ImageD
         ConfigurationError: there are no images, or a column is missing or of the wrong kind.
     """
     remarks: list[str] = []
-    folder = Path(os.path.abspath(config.dataset))  # the same for every spelling
+    splits = find_splits(config, dataset, remarks)
+    all_images, train, bank, validation = hold_out(splits, config, remarks)
+    labelled = all_images if isinstance(all_images, Dataset) and "label" in all_images.features else bank
+    num_classes = count_classes(labelled, remarks) if labelled is not None else None
+    if num_classes == 1:
+        train, bank, validation = all_images, None, None
+        if isinstance(train, Dataset):
+            train = train.remove_columns("label")
+    class_names = bank.features["label"].names if bank is not None else None
+    limit = min(len(train), config.max_images or len(train))
+    (train_place, *others) = splits
+    note = f"{config.dataset}: {f'{limit:,} of ' if limit < len(train) else ''}{len(train):,} images"
+    if class_names is not None and labelled is all_images and num_classes < len(class_names):
+        note += f" of {num_classes} classes ({len(class_names)} are named)"
+    elif class_names is not None:
+        note += f" of {len(class_names)} classes"
+    note += f" in {train_place}" if train_place else ""
+    is_held_out = len(train) < len(all_images)
+    if validation is not None and config.evaluates:
+        origin = "held out of the training images" if is_held_out else ", ".join([*others, "its own validation split"])
+        note += f"; evaluation on {len(validation):,} others ({origin})"
+    if config.evaluates and (validation is None or is_held_out):
+        reason = "the training images have no labels" if bank is None else "not every image in it has a label"
+        remarks += [f"{place} is not used, because {reason}" for place in others]
+    train, bank = evenly_spread(train, limit), None if bank is None else evenly_spread(bank, limit)
+    train = prepare_stream(train, config, remarks)
+    warnings = tuple(remark for remark in remarks if remark.startswith("warning: "))
+    note = "; ".join([note, *(remark for remark in remarks if remark not in warnings)])
+    folder = os.path.abspath(config.dataset)  # the same for every spelling
+    return ImageData(train, bank, validation, class_names, note, folder, warnings)
+
+
+def find_splits(config: ImageSettings, dataset: Dataset | None, remarks: list[str]) -> dict[str, Split]:
+    """Return the training and, if there is one, the validation split, by their places in words.
+
+    Raises:
+        ConfigurationError: there are no images, or the training split is empty.
+    """
     if dataset is not None:
         splits = {"": dataset.flatten_indices() if dataset._indices is not None else dataset}
     elif config.dataset == "digits":
         splits = load_digits()
     elif os.path.exists(config.dataset):
-        splits = load_folder(folder, config, remarks)
+        splits = load_folder(Path(os.path.abspath(config.dataset)), config, remarks)
     else:
         splits = {f"split {name}": split for name, split in load_hub(config, remarks).items()}
-    train_place = next(iter(splits))
-    for place in [place for place, split in splits.items() if not len(split)]:
-        if place == train_place:
-            found = "; ".join([*([f"{place} is the training split"] if place else []), *remarks])
-            raise ConfigurationError(
-                f"--dataset {config.dataset} holds no image to train on" + (f" ({found})" if found else "")
-            )
-        remarks.append(f"{place} is not used, because it holds no image")
-        del splits[place]
-    all_images = splits[train_place]
-    if isinstance(all_images, ParquetShards):
-        train, bank, validation = hold_out_pieces(all_images, validation_of(splits), config, remarks)
-    elif isinstance(all_images, HubStream):
-        limits = (MAX_STREAMED_BANK, MAX_STREAMED_QUERIES)
-        train, bank, validation = hold_out_stream(all_images, validation_of(splits), limits, config, remarks)
-        remarks += StreamedOrder(train, config).describe()
-    else:
+    train_place, *others = splits
+    if not len(splits[train_place]):
+        found = "; ".join([*([f"{train_place} is the training split"] if train_place else []), *remarks])
+        raise ConfigurationError(
+            f"--dataset {config.dataset} holds no image to train on" + (f" ({found})" if found else "")
+        )
+    for place in others:
+        if not len(splits[place]):
+            remarks.append(f"{place} is not used, because it holds no image")
+            del splits[place]
+    return splits
+
+
+def hold_out(
+    splits: dict[str, Split], config: ImageSettings, remarks: list[str]
+) -> tuple[Split, Split, Dataset | None, Dataset | None]:
+    """Return all images of the training split, those to train on, the bank and the validation images.
+
+    Raises:
+        ConfigurationError: a column is missing or of the wrong kind.
+    """
+    if isinstance(next(iter(splits.values())), Dataset):
         splits = standard_columns(splits, config, remarks)
-        all_images = splits[train_place]
-        train, bank, validation = hold_out_images(all_images, validation_of(splits), config)
-    labelled = all_images if isinstance(all_images, Dataset) and "label" in all_images.features else bank
-    num_classes = count_classes(labelled, remarks) if labelled is not None else 0
-    if num_classes < 2:
-        train, bank, validation = all_images, None, None
-        if isinstance(train, Dataset) and "label" in train.features:
-            train = train.remove_columns("label")
-    limit = min(len(train), config.max_images or len(train))
-    note = f"{config.dataset}: {f'{limit:,} of ' if limit < len(train) else ''}{len(train):,} images"
-    class_names = bank.features["label"].names if bank is not None else None
-    if class_names is not None and isinstance(all_images, Dataset) and num_classes < len(class_names):
-        note += f" of {num_classes} classes ({len(class_names)} are named)"
-    elif class_names is not None:
-        note += f" of {len(class_names)} classes"
-    if train_place:
-        note += f" in {train_place}"
-    if validation is not None and config.evaluates:
-        origin = "held out of the training images"
-        if len(train) == len(all_images):
-            origin = f"{list(splits)[1]}, its own validation split" if list(splits)[1] else "its own validation split"
-        note += f"; evaluation on {len(validation):,} others ({origin})"
-    if config.evaluates and (validation is None or len(train) < len(all_images)):
-        reason = "the training images have no labels" if bank is None else "not every image in it has a label"
-        remarks += [f"{place or 'the validation split'} is not used, because {reason}" for place in list(splits)[1:]]
-    train, bank = evenly_spread(train, limit), None if bank is None else evenly_spread(bank, limit)
+    train, validation = (*splits.values(), None)[:2]
+    if isinstance(train, ParquetShards):
+        return train, *hold_out_pieces(train, validation, config, remarks)
+    if isinstance(train, HubStream):
+        limits = (MAX_STREAMED_BANK, MAX_STREAMED_QUERIES)
+        return train, *hold_out_stream(train, validation, limits, config, remarks)
+    return train, *hold_out_images(train, validation, config)
+
+
+def prepare_stream(train: Split, config: ImageSettings, remarks: list[str]) -> Split | Shards:
+    """Return training images in tars as shards if they are streamed, and remark on what streaming costs.
+
+    Raises:
+        ConfigurationError: --images_per_epoch is given for images whose number is known.
+    """
     if config.streaming and isinstance(train, Dataset):
         if "offset" in train.features:
             train = TarShards(train)
         else:
             remarks.append("--streaming changes nothing for images that can be read one by one")
-    if config.images_per_epoch is not None and not isinstance(train, HubStream):
+    if isinstance(train, HubStream):
+        remarks += StreamedOrder(train, config).describe()
+    elif config.images_per_epoch is not None:
         raise ConfigurationError(
             f"--images_per_epoch {config.images_per_epoch}: leave it out, an epoch shows all {len(train):,} images of "
             f"--dataset {config.dataset}"
@@ -191,13 +211,7 @@ def load_images(config: ImageSettings, dataset: Dataset | None = None) -> ImageD
             f"{num_pieces} {'piece' if num_pieces == 1 else 'pieces'} (row groups, runs of a tar) for "
             f"{config.num_virtual_devices} virtual devices: several devices read the same piece, each from its start"
         )
-    warnings = tuple(remark for remark in remarks if remark.startswith("warning: "))
-    note = "; ".join([note, *(remark for remark in remarks if remark not in warnings)])
-    return ImageData(train, bank, validation, class_names, note, str(folder), warnings)
-
-
-def validation_of(splits: dict[str, Dataset] | dict[str, ParquetShards]) -> Dataset | ParquetShards | None:
-    return next(itertools.islice(splits.values(), 1, None), None)
+    return train
 
 
 def evenly_spread(images: Dataset | ParquetShards, number: int) -> Dataset | ParquetShards:
@@ -244,98 +258,3 @@ def load_digits() -> dict[str, Dataset]:
     held_out = np.arange(len(digits)) % 5 == 0
     train, validation = digits.select(np.flatnonzero(~held_out)), digits.select(np.flatnonzero(held_out))
     return {"": train, "every fifth digit": validation}
-
-
-def load_folder(
-    folder: Path, config: ImageSettings, remarks: list[str]
-) -> dict[str, Dataset] | dict[str, ParquetShards]:
-    """Return the training and the validation split of a folder of image files, parquet files or tars, by their places.
-
-    Raises:
-        ConfigurationError: the path is a file, the folder holds no images or files of several kinds, or a training
-            split holds nothing.
-    """
-    if folder.is_file():
-        known = folder.suffix.lower() in (*IMAGE_EXTENSIONS, *SHARD_EXTENSIONS)
-        advice = "give the folder that it is in" if known else "unpack it if it is an archive, and give the folder"
-        raise ConfigurationError(f"--dataset {folder} is a file: {advice}")
-    found = find_files(folder)
-    files_by_kind: dict[str, list[str]] = {}
-    for path in found.paths:
-        stem, extension = os.path.splitext(path)
-        if extension.lower() not in SHARD_EXTENSIONS:
-            files_by_kind.setdefault("image", []).append(path)
-        elif os.path.basename(stem) != "metadata":  # the Hub describes folders of images in such a file
-            files_by_kind.setdefault(extension.lower(), []).append(path)
-    if not files_by_kind:
-        others = Counter(found.others)
-        raise ConfigurationError(
-            f"--dataset {folder} holds no image: searched at any depth for *.parquet, *.tar and "
-            f"{' '.join(sorted(IMAGE_EXTENSIONS))}"
-            + (f"; found {list_files(others)}: {advice_on(others)}" if others else "")
-        )
-    kind = choose_kind(folder, files_by_kind)
-    files = files_by_kind.pop(kind)
-    others = Counter(found.others)
-    for paths in files_by_kind.values():
-        others.update(os.path.splitext(path)[1].lower() for path in paths)
-    remarks += unused_files(others, len(files), kind)
-    if kind == "image":
-        return load_image_files(folder, files, found.called_train, config, remarks)
-    groups = configured_files(folder, files, config) or group_files(files, config)
-    check_train(folder, list(groups), found.called_train, files, config)
-    choice = choose_splits(list(groups), config)
-    remarks += [f"not used: {describe_files(groups[name])}, no part of the training split" for name in choice.unused]
-    chosen = {describe_files(groups[name]): groups[name] for name in choice[:2] if name is not None}
-    if kind == ".tar":
-        return tar_splits(folder, chosen, config, remarks)
-    shards = parquet_splits({place: [str(folder / path) for path in paths] for place, paths in chosen.items()}, config)
-    if config.streaming:
-        return shards
-    # `datasets` fails on a file without rows.
-    filled = {place: [part.files[i] for i in np.flatnonzero(part.file_sizes)] for place, part in shards.items()}
-    copied = (
-        copy_parquet({place: files for place, files in filled.items() if files}, config) if any(filled.values()) else {}
-    )
-    return {place: copied.get(place, []) for place in filled}
-
-
-def choose_kind(folder: Path, files_by_kind: dict[str, list[str]]) -> str:
-    """Return the kind of files to use: `image`, `.parquet` or `.tar`.
-
-    It is the only kind, the only one with files that are called train, or the one with nearly all bytes. Parquet files
-    that img2dataset writes beside tars or folders of images of the same names describe these images.
-
-    Raises:
-        ConfigurationError: no kind stands out.
-    """
-    stems = {os.path.splitext(path)[0] for path in files_by_kind.get(".tar", [])}
-    stems |= {os.path.dirname(path) for path in files_by_kind.get("image", [])}
-    described = [path for path in files_by_kind.get(".parquet", []) if os.path.splitext(path)[0] in stems]
-    kinds = [kind for kind in files_by_kind if kind != ".parquet" or not described] or list(files_by_kind)
-    if len(kinds) > 1:
-        training = [kind for kind in kinds if any(map(says_train, unique_names(files_by_kind[kind])))]
-        kinds = training if len(training) == 1 else kinds
-    if len(kinds) > 1:
-        sizes = {kind: estimate_size(folder, files_by_kind[kind]) for kind in kinds}
-        kinds = [kind for kind in kinds if sizes[kind] >= CLEAR_SHARE * sum(sizes.values())] or kinds
-    if len(kinds) > 1:
-        examples = " and ".join(f"{len(files_by_kind[kind]):,} like {files_by_kind[kind][0]}" for kind in kinds)
-        raise ConfigurationError(f"--dataset {folder} holds {examples}: give a folder with files of one kind")
-    return kinds[0]
-
-
-def unique_names(paths: Sequence[str]) -> set[str]:
-    """Return the paths of shards, and the folders of images, because these have too many paths to look at each."""
-    return {path if path.lower().endswith(SHARD_EXTENSIONS) else os.path.dirname(path) for path in paths}
-
-
-def says_train(path: str) -> bool:
-    return split_of_path(path) == TRAIN
-
-
-def estimate_size(folder: Path, paths: Sequence[str]) -> float:
-    """Return the size of files in bytes, estimated from some of them."""
-    sample = [paths[i] for i in np.linspace(0, len(paths) - 1, min(len(paths), SIZED_FILES)).astype(int)]
-    sizes = [os.path.getsize(folder / path) for path in sample if os.path.exists(folder / path)]
-    return sum(sizes) / len(sample) * len(paths)
