@@ -20,6 +20,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from m2t_accel.config.fields import ConfigurationError, one_line, plain_text
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.files import write_text
+from m2t_accel.run.state import get_random_state, set_random_state
 
 PROJECT = "m2t_accel"
 START_TIMEOUT = 300.0  # seconds
@@ -69,7 +70,7 @@ class Trackers:
         Raises:
             ConfigurationError: a tracker of a new run does not start.
         """
-        lines = []
+        lines, random_state = [], get_random_state()
         for tracker in list(self.trackers):
             try:
                 with no_input():
@@ -84,6 +85,7 @@ class Trackers:
                     self.close()
                     raise ConfigurationError(message) from None
                 lines.append(f"warning: {message}. The run continues without it")
+        set_random_state(random_state)  # ClearML sets the seeds of all generators; an encoder may draw from them
         return lines
 
     def add(self, rows: Iterable[Mapping[str, float]]) -> None:

@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import random
 import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from helpers import tiny
 from PIL import Image
@@ -26,6 +28,8 @@ class Server:
 
     def client(self, project, name, id=None, resume=None, **others):
         def start():
+            random.seed(1)
+            torch.manual_seed(1)
             if self.ask:
                 input("API key: ")
             if self.away:
@@ -86,6 +90,12 @@ def test_a_run_that_goes_on_repeats_no_step(server, tmp_path):
     assert server.runs == {"m2t_accel-mine-0": [(step, 1.0) for step in range(5)]}
     assert server.settings["crop_scale"] == "0.4 1.2"
     assert server.settings["epochs"] == 2
+
+
+def test_a_tracker_changes_no_random_numbers(server, tmp_path):
+    before = random.getstate(), torch.get_rng_state().tolist()
+    report(tmp_path, 0)
+    assert (random.getstate(), torch.get_rng_state().tolist()) == before
 
 
 def test_the_names_of_the_users_environment_come_first(server, tmp_path, monkeypatch):
