@@ -93,6 +93,8 @@ def test_a_run_that_goes_on_repeats_no_step(server, tmp_path):
 
 
 def test_a_tracker_changes_no_random_numbers(server, tmp_path):
+    random.seed(2)
+    torch.manual_seed(2)
     before = random.getstate(), torch.get_rng_state().tolist()
     report(tmp_path, 0)
     assert (random.getstate(), torch.get_rng_state().tolist()) == before
