@@ -214,11 +214,11 @@ def prepare_stream(train: Split, config: ImageSettings, remarks: list[str]) -> S
     return train
 
 
-def evenly_spread(images: Dataset | ParquetShards, number: int) -> Dataset | ParquetShards:
+def evenly_spread(images: Split, number: int) -> Split:
     """Return only so many of the images, evenly spread; all if there are not more."""
     if len(images) <= number:
         return images
-    if isinstance(images, ParquetShards):
+    if isinstance(images, ParquetShards | HubStream):
         return images.spread(number)
     chosen = np.zeros(len(images), bool)
     chosen[np.arange(number) * len(images) // number] = True

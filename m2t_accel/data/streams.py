@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -64,6 +65,8 @@ class HubStream:
         # It would wait for minutes at every read, beside the repeats of with_retries.
         datasets.config.STREAMING_READ_MAX_RETRIES = 1
         self.num_shards = stream.num_shards
+        self.places = range(stream.num_shards)  # of the shards in the stream
+        self.max_rows: int | None = None  # of each shard
         for name, feature in (stream.features or {}).items():
             if isinstance(feature, Image):
                 stream = stream.cast_column(name, Image(decode=False))
@@ -91,7 +94,18 @@ class HubStream:
 
     def rows(self, shard: int, first: int = 0) -> Iterator[dict[str, object]]:
         """Yield the rows of a shard. Those before `first` are read too, as by `datasets` when it resumes."""
-        return islice(iter(self.stream.shard(self.num_shards, shard)), first, None)
+        return islice(iter(self.stream.shard(self.stream.num_shards, self.places[shard])), first, self.max_rows)
+
+    def spread(self, number: int) -> HubStream:
+        """Return the same split with only `number` images: the first of evenly spread shards, an equal part of each."""
+        count = min(-(-number * self.num_shards // self.num_images), self.num_shards)
+        chosen = [i * self.num_shards // count for i in range(count)]
+        selection = copy.copy(self)
+        if len(self.files) == self.num_shards:
+            selection.files = [self.files[shard] for shard in chosen]
+        selection.places = [self.places[shard] for shard in chosen]
+        selection.num_shards, selection.num_images, selection.max_rows = count, number, -(-number // count)
+        return selection
 
     def image(self, row: dict[str, object], shard: int, number: int) -> dict[str, object]:
         """Return the undecoded image of a row."""

@@ -204,3 +204,18 @@ def test_shards_without_rows_are_an_error():
     requests = DeviceBatches(Source([0, 20]).stream(), configuration(), 1, 0)  # one of two devices has no row
     assert list(requests) == []
     assert "hold no row" in requests.failure(0)
+
+
+def test_a_part_for_a_short_try_is_the_same_in_all_epochs_and_reads_few_shards():
+    source = Source([8] * 6)
+    images = source.stream().spread(16)
+    assert (len(images), images.num_shards) == (16, 2)
+    assert images.files == ["hf://pictures/0.tar", "hf://pictures/3.tar"]
+    requests = list(DeviceBatches(images, configuration(), 1, 0))
+    expected = sorted([*range(8), *range(60, 68)])
+    shown = [int(decode_image(image)[0, 0, 0]) for request in requests for image in request.images]
+    assert sorted(shown[:16]) == sorted(shown[16:]) == expected
+    assert {shard for shard, _ in source.read[1:]} <= {0, 3}
+    cut = source.stream().spread(10)
+    assert (cut.num_shards, cut.max_rows, [len(list(cut.rows(shard))) for shard in range(2)]) == (2, 5, [5, 5])
+    assert [int(decode_image(cut.image(row, 1, 0))[0, 0, 0]) for row in cut.rows(1)] == [60, 61, 62, 63, 64]
