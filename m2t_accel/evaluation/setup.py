@@ -118,7 +118,9 @@ def open_on_main(evaluation: Evaluation) -> dict[str, object] | None:
             stored = yaml.safe_load(config_file.read_text())
         elif result is not None:
             stored = {**result["protocol"], **{name: result[name] for name in ("encoder", "dataset", "seed")}}
-        changes = [name for name in given if name not in IGNORED_SETTINGS and stored.get(name) != given[name]]
+        # Evaluations of earlier versions lack newer settings.
+        stored = {item.name: item.default for item in dataclasses.fields(config)} | stored
+        changes = [name for name in given if name not in IGNORED_SETTINGS and stored[name] != given[name]]
         if result is not None and result["weights"] != evaluation.weights:
             changes.append("the encoder's weights")
         missing = [name for name in (result or {}).get("files", ()) if not (folder / name).is_file()]
