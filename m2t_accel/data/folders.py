@@ -21,7 +21,10 @@ from m2t_accel.progress import late_progress_bar
 MAX_LISTED = 6  # kinds of files or folders that a message lists
 JPEG_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif")
 IMAGE_EXTENSIONS = frozenset(
-    (*JPEG_EXTENSIONS, ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
+    (
+        *(*JPEG_EXTENSIONS, ".mpo", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"),
+        *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx"),
+    )
 )
 SHARD_EXTENSIONS = (".parquet", ".tar")
 # Files that may hold images, but are not read. A train.csv beside train/ is only a list.
