@@ -13,6 +13,8 @@ import yaml
 
 from m2t_accel.config.fields import ConfigurationError, check_all_limits, fields_by_heading, is_hub_id, setting
 
+MAX_IMAGE_PIXELS = 89_478_485  # above it PIL warns; decoded, these are 268 MB
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
@@ -55,6 +57,12 @@ class ImageSettings:
     label_column: str | None = setting(None, "column of the labels (default: found by name)")
     validation_fraction: float = setting(
         0.1, "share of labelled training images to hold out if there is no validation split", at_least=0, at_most=0.5
+    )
+    max_image_pixels: int = setting(
+        MAX_IMAGE_PIXELS,
+        "an image of more pixels (width × height in its header) is not decoded, and counts as a broken image",
+        at_least=1,
+        at_most=2**30,  # limit of OpenCV
     )
     num_workers: int | None = setting(
         None, "processes per device that decode images (default: the spare cores, at most 8)", at_least=0

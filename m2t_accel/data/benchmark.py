@@ -25,7 +25,7 @@ from m2t_accel.config.data import check_enough_images
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.data.crops import draw_uniforms
-from m2t_accel.data.decode import DecodeError, decode_bytes, read_bytes
+from m2t_accel.data.decode import FORMATS, DecodeError, decode_bytes, read_bytes
 from m2t_accel.data.loader import create_loader, dead_workers_in_one_line, default_num_workers, read
 from m2t_accel.data.photometry import photometry
 from m2t_accel.data.requests import DeviceBatches, Request
@@ -74,7 +74,7 @@ def benchmark_data(config: PretrainConfig, num_images: int, repeats: int, second
         raise ConfigurationError(f"--dataset {config.dataset}: none of the images can be decoded, the first is {first}")
     stages = {
         "read": lambda: [read_all(images, request) for request in requests],
-        "whole": lambda: [decode_all(read_all(images, request)) for request in requests],
+        "whole": lambda: [decode_all(read_all(images, request), config.max_image_pixels) for request in requests],
         "decode": lambda: [decode_parts(images, request, config) for request in requests],
         "crop": lambda: deque(loader, maxlen=0),
         "usual": lambda: [usual_pipeline(read_all(images, request), config) for request in requests],
@@ -169,11 +169,11 @@ def read_all(images: object, request: Request) -> list[bytes]:
     return [read_bytes(row) for row in undecoded(images, request)]
 
 
-def decode_all(contents: Sequence[bytes]) -> None:
+def decode_all(contents: Sequence[bytes], max_pixels: int) -> None:
     """Decode whole images, and skip broken ones."""
     for content in contents:
         with contextlib.suppress(DecodeError):
-            decode_bytes(content)
+            decode_bytes(content, max_pixels)
 
 
 def decode_parts(images: object, request: Request, config: PretrainConfig) -> None:
@@ -198,7 +198,7 @@ def usual_pipeline(contents: Sequence[bytes], config: PretrainConfig) -> None:
     pairs = []
     for content in contents:
         try:
-            image = Image.open(io.BytesIO(content)).convert("RGB")
+            image = Image.open(io.BytesIO(content), formats=FORMATS).convert("RGB")
         except OSError:
             continue
         pairs.append([transform(image) for transform in view_transforms])

@@ -3,31 +3,93 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import io
+import logging
 import os
+import re
 import struct
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
+from m2t_accel.config.data import MAX_IMAGE_PIXELS
 from m2t_accel.config.fields import one_line
 
-# A JPEG or PNG without its end marker may be truncated; libjpeg would silently fill the rest with gray.
+# PIL may open these formats, and no others: EPS would start Ghostscript, and some formats have no signature.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
 JPEG, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
-ENDINGS = {JPEG: JPEG_END, b"\x89PNG": b"IEND\xaeB`\x82"}
+PNG = b"\x89PNG\r\n\x1a\n"
+SIGNATURES = (JPEG, PNG, b"GIF8", b"II*\0", b"MM\0*")
 
-# Markers of a JPEG: the header of a sequential frame, Exif or XMP, and the start of a scan. Progressive frames are left
-# out, because a part of a damaged one would differ from the same part of the whole.
-FRAMES, EXIF, SCAN = (0xC0, 0xC1), 0xE1, 0xDA
-MAX_PIXELS = 2**30  # limit of OpenCV
+# Markers of a JPEG: headers of sequential and progressive frames, Exif or XMP, the start of a scan, and markers without
+# a length.
+SEQUENTIAL, PROGRESSIVE, METADATA, SCAN = (0xC0, 0xC1), 0xC2, 0xE1, 0xDA
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+WITHOUT_LENGTH = frozenset((0x00, 0x01, *range(0xD0, 0xDA), 0xFF))
+XMP, TURNED = b"http://ns.adobe.com/xap/1.0/", re.compile(rb'tiff:Orientation(="|>)[2-8]')
+# Chunks of a PNG that OpenCV ignores or understands differently, with the start of their content.
+PIL_CHUNKS = {
+    b"acTL": b"",  # animation
+    b"eXIf": b"",
+    b"tEXt": b"Raw profile type",  # Exif of ImageMagick
+    b"zTXt": b"Raw profile type",
+    b"iTXt": b"XML:com.adobe.xmp",
+}
+ANIMATION, WEBP_METADATA = 0x02, 0x0C  # flags of a WebP; metadata is Exif or XMP
+CODESTREAM = b"\xff\x4f\xff\x51"  # of a JPEG 2000
+
+ORIENTATION = 0x0112  # tag of Exif
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MIN_WIDTH = 16  # of a part; the colours of a single column at an edge would differ
-# OpenCV would report a broken image each time; m2t_accel.run.report reports it once.
+
+# The libraries would report a broken image each time; m2t_accel.run.report reports it once.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # without any handler, errors would be printed
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a thread for each core would compete with the other workers
+
+
+class SilentCLibraries:
+    """A context that discards what C libraries print: libpng and libjpeg print a line for each unusual image.
+
+    It changes only the variable `stderr` of the GNU C library, in 0.2 µs. File descriptor 2 stays as it is, so that
+    lines of Python, also of other threads, are not lost. With other C libraries, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        try:
+            library = ctypes.CDLL(None)
+            library.gnu_get_libc_version  # noqa: B018 (other libraries lack it; there the variable may be constant)
+            self.variable = ctypes.c_void_p.in_dll(library, "stderr")
+            library.fopen.restype = ctypes.c_void_p
+            self.null = library.fopen(os.fsencode(os.devnull), b"w")
+        except (AttributeError, OSError, TypeError, ValueError):
+            self.variable, self.null = ctypes.c_void_p(), None
+        self.usual = self.variable.value
+
+    def __enter__(self) -> None:
+        self.variable.value = self.null or self.usual
+
+    def __exit__(self, *error: object) -> None:
+        self.variable.value = self.usual
+
+
+SILENT_C_LIBRARIES = SilentCLibraries()
 
 
 class DecodeError(Exception):
@@ -53,62 +115,214 @@ def read_bytes(image: Mapping[str, object]) -> bytes:
         raise DecodeError(error.strerror or one_line(error)) from None
 
 
-def decode_image(image: Mapping[str, object]) -> np.ndarray:
+def decode_image(image: Mapping[str, object], max_pixels: int = MAX_IMAGE_PIXELS) -> np.ndarray:
     """Decode an image {"bytes", "path"} to (H, W, 3) uint8 RGB, as `decode_bytes` does."""
-    return decode_bytes(read_bytes(image))
+    return decode_bytes(read_bytes(image), max_pixels)
 
 
-def decode_bytes(content: bytes) -> np.ndarray:
-    """Decode an image file to (H, W, 3) uint8 RGB, rotated upright by its EXIF orientation.
+def decode_bytes(content: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> np.ndarray:
+    """Decode an image file to (H, W, 3) uint8 RGB, upright by the orientation in its Exif or XMP, without its alpha.
 
-    Per ImageNet photograph and core, simplejpeg takes 0.95 ms, torchvision and OpenCV 0.97, imagecodecs 0.98, PyAV 1.1
-    and PIL 1.16. Only OpenCV and PIL support other formats, CMYK and the orientation.
+    OpenCV decodes the files that `read_header` knows, PIL the others. Per ImageNet photograph and core, simplejpeg
+    takes 0.95 ms, torchvision and OpenCV 0.97, imagecodecs 0.98, PyAV 1.1 and PIL 1.16. Only OpenCV and PIL support
+    other formats, CMYK and the orientation.
 
     Raises:
-        DecodeError: the file is empty, truncated, or has no known format.
+        DecodeError: the file is empty, truncated or too large, or has no known format.
     """
     if not content:
         raise DecodeError("the file is empty")
-    ending = next((ending for start, ending in ENDINGS.items() if content.startswith(start)), None)
+    header = read_header(content)
     try:
-        if ending is not None and not content.endswith(ending):
-            Image.open(io.BytesIO(content)).load()  # raises if data is missing; extra bytes after the end are harmless
-        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
-        if pixels is None:  # a format that OpenCV was built without
-            picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
-            if picture.mode in ("F", "I"):
-                raise ValueError(f"pixels without a known range, mode {picture.mode} of PIL")
-            pixels = np.array(picture.convert("RGB"))
-    except MemoryError:
+        if header is not None:
+            check_size(header.height, header.width, max_pixels)
+            if content.startswith(JPEG) and not content.endswith(JPEG_END):
+                # A truncated file with other data behind it; libjpeg would silently show that, or gray. PIL raises if
+                # data is missing; extra bytes after the end are harmless.
+                with open_with_pil(content, max_pixels) as picture:
+                    picture.load()
+            pixels = decode_with_opencv(content)
+            if is_rgb(pixels, header.height, header.width) or is_rgb(pixels, header.width, header.height):
+                return pixels
+        return decode_with_pil(content, max_pixels)
+    except (MemoryError, DecodeError):
         raise
-    except Exception as error:  # OSError, ValueError, SyntaxError, struct.error, cv2.error and more
-        message = "no known image format" if "cannot identify" in str(error) else one_line(error)
-        if "CV_IO_MAX_IMAGE" in message:  # checked before OpenCV reads the pixels
-            message = "larger than OpenCV allows: 2^30 pixels, 2^20 per side"
-        raise DecodeError(message) from None
-    return pixels
+    except UnidentifiedImageError:
+        known = content.startswith(SIGNATURES)
+        raise DecodeError("the header is damaged or unusual" if known else "no known image format") from None
+    except Image.DecompressionBombError:  # PIL's own limit, which a part of the file exceeds
+        raise DecodeError(f"more pixels than --max_image_pixels {max_pixels} allows") from None
+    except Exception as error:  # OSError, ValueError, SyntaxError, struct.error and more
+        raise DecodeError(one_line(error)) from None
 
 
-def plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
-    """Return height and width from the header of a sequential JPEG in gray or RGB without Exif, else None."""
-    if not content.startswith(JPEG):
+def is_rgb(pixels: np.ndarray | None, height: int, width: int) -> bool:
+    """Return whether an array is (height, width, 3) uint8."""
+    return pixels is not None and pixels.shape == (height, width, 3) and pixels.dtype == np.uint8
+
+
+def check_size(height: int, width: int, max_pixels: int) -> None:
+    """Check the size of an image before it is decoded.
+
+    Raises:
+        DecodeError: the image has more pixels than are allowed.
+    """
+    if height * width > max_pixels:
+        raise DecodeError(f"{width:,} × {height:,} pixels, more than --max_image_pixels {max_pixels} allows")
+
+
+def decode_with_opencv(content: bytes) -> np.ndarray | None:
+    """Decode an image file with OpenCV; return None if it cannot."""
+    try:
+        with SILENT_C_LIBRARIES:
+            return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error:
         return None
-    start, size = 2, None
-    while start + 10 <= len(content) and content[start] == 0xFF:
-        # The last three values have a meaning only in the header of a frame.
-        marker, length, height, width, channels = struct.unpack_from(">xBHxHHB", content, start)
-        if marker in FRAMES:
-            size = (height, width) if 0 < height * width <= MAX_PIXELS and channels in (1, 3) else None
-        elif marker == EXIF:
-            return None
-        elif marker == SCAN:
-            return size
-        start += 2 + length
+
+
+def decode_with_pil(content: bytes, max_pixels: int) -> np.ndarray:
+    """Decode an image file of any of the FORMATS with PIL, as `decode_bytes` does; of an animation, the first frame.
+
+    Raises:
+        Exception: one of many types: the file cannot be decoded, or the range of its values is not known.
+    """
+    with open_with_pil(content, max_pixels) as picture:
+        kind, inverted = picture.format, False
+        if kind == "JPEG2000" and picture.mode in ("RGB", "RGBA") and bits_of_jpeg_2000(content) > 8:
+            raise ValueError("a JPEG 2000 in colour with more than 8 bits per value, which PIL decodes wrongly")
+        if kind == "TIFF" and picture.mode.startswith("I;16"):
+            inverted = picture.tag_v2.get(262) == 0  # 0 is white; PIL inverts 8 bits, but not 16
+        picture.load()
+        orientation = 1
+        with contextlib.suppress(Exception):  # damaged metadata does not spoil the pixels
+            orientation = picture.getexif().get(ORIENTATION)
+        if orientation in UPRIGHT:
+            picture = picture.transpose(UPRIGHT[orientation])
+        if picture.mode.startswith("I;16") or (picture.mode == "I" and kind == "PPM"):  # PIL scales a PPM to 16 bits
+            high = (np.asarray(picture) >> 8).astype(np.uint8)
+            return np.repeat((255 - high if inverted else high)[..., None], 3, axis=2)
+        if picture.mode in ("F", "I"):
+            raise ValueError(f"pixels without a known range, mode {picture.mode} of PIL")
+        return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
+
+
+@contextlib.contextmanager
+def open_with_pil(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """Open an image file without decoding it, check its size, and silence PIL's warnings within the context.
+
+    Raises:
+        DecodeError: the image has more pixels than are allowed.
+        Exception: one of many types: the header cannot be read.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+            Image.MAX_IMAGE_PIXELS = max_pixels  # PIL would refuse twice its own limit
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+            check_size(picture.height, picture.width, max_pixels)
+            yield picture
+
+
+def bits_of_jpeg_2000(content: bytes) -> int:
+    """Return the largest number of bits of a value of a JPEG 2000, from the header of its codestream."""
+    start = content.index(CODESTREAM)
+    channels = int.from_bytes(content[start + 40 : start + 42], "big")
+    return max((depth & 0x7F) + 1 for depth in content[start + 42 : start + 42 + 3 * channels : 3])
+
+
+class Header(NamedTuple):
+    """What the header of an image file says."""
+
+    height: int
+    width: int
+    plain: bool = False  # a sequential JPEG in gray or RGB without metadata, which can be decoded in parts
+
+
+def read_header(content: bytes) -> Header | None:
+    """Return the header of a file that OpenCV decodes exactly as PIL does; None for all others, and damaged headers.
+
+    These are JPEG (8 bits; CMYK differs by 1 of 255), PNG, WebP and BMP, without animations, unusual depths, and
+    orientations that OpenCV ignores.
+    """
+    try:
+        if content.startswith(JPEG):
+            return jpeg_header(content)
+        if content.startswith(PNG):
+            return png_header(content)
+        if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
+            return webp_header(content)
+        if content.startswith(b"BM"):
+            size, width, height, _, bits, compression = struct.unpack_from("<IiiHHI", content, 14)
+            plain = size >= 40 and bits in (1, 4, 8, 24, 32) and compression == 0
+            return Header(abs(height), width) if plain and width > 0 and height else None
+    except (struct.error, IndexError):  # the file ends within the header
+        pass
     return None
 
 
-def decode_part(content: bytes, top: int, left: int, bottom: int, right: int) -> np.ndarray:
+def jpeg_header(content: bytes) -> Header | None:
+    """Return the header of a JPEG; None if OpenCV may not decode it as PIL does."""
+    start, size, plain = 2, None, True
+    while True:
+        # The last four values have a meaning only in the header of a frame.
+        before, marker, length, bits, height, width, channels = struct.unpack_from(">BBHBHHB", content, start)
+        if before != 0xFF or marker in WITHOUT_LENGTH:  # fill bytes or garbage
+            return None
+        if marker == SCAN:
+            return size and Header(*size, plain)
+        if marker in FRAMES:
+            if bits != 8 or channels not in (1, 3, 4) or marker not in (*SEQUENTIAL, PROGRESSIVE) or not height * width:
+                return None
+            # Parts of a damaged progressive JPEG would differ from the same parts of the whole.
+            size, plain = (height, width), plain and marker != PROGRESSIVE and channels != 4
+        elif marker == METADATA:
+            plain = False
+            segment = content[start + 4 : start + 2 + length]
+            if segment.startswith(XMP) and TURNED.search(segment):
+                return None
+        start += 2 + length
+
+
+def png_header(content: bytes) -> Header | None:
+    """Return the header of a PNG; None if OpenCV may not decode it as PIL does."""
+    start, length, kind = len(PNG), 0, b""
+    if content[start + 4 : start + 8] != b"IHDR":
+        return None
+    while kind != b"IEND" and start + 8 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, start)
+        if kind in PIL_CHUNKS and content.startswith(PIL_CHUNKS[kind], start + 8):
+            return None
+        start += length + 12
+    width, height = struct.unpack_from(">II", content, 16)
+    return Header(height, width)
+
+
+def webp_header(content: bytes) -> Header | None:
+    """Return the header of a WebP; None if OpenCV may not decode it as PIL does."""
+    kind = content[12:16]
+    if kind == b"VP8 ":
+        width, height = struct.unpack_from("<HH", content, 26)
+        return Header(height & 0x3FFF, width & 0x3FFF)
+    if kind == b"VP8L":
+        (sizes,) = struct.unpack_from("<I", content, 21)
+        return Header((sizes >> 14 & 0x3FFF) + 1, (sizes & 0x3FFF) + 1)
+    if kind == b"VP8X" and not content[20] & (ANIMATION | WEBP_METADATA):
+        return Header(int.from_bytes(content[27:30], "little") + 1, int.from_bytes(content[24:27], "little") + 1)
+    return None
+
+
+def plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """Return height and width from the header of a sequential JPEG in gray or RGB without Exif and XMP, else None."""
+    header = read_header(content)
+    return (header.height, header.width) if header is not None and header.plain else None
+
+
+def decode_part(
+    content: bytes, top: int, left: int, bottom: int, right: int, max_pixels: int = MAX_IMAGE_PIXELS
+) -> np.ndarray:
     """Decode some rows and columns of a plain JPEG, bit for bit as `decode_bytes` decodes them.
+
+    The caller checks the size of the whole, which it knows from `plain_jpeg_size`.
 
     nvImageCodec on the CPU decodes nothing below the part, and as little as possible above and beside it. For two crops
     this saves 6 % of the time to decode photographs of 500 pixels, 10 % at 1000 and 18 % at 2000 pixels. If
@@ -119,9 +333,9 @@ def decode_part(content: bytes, top: int, left: int, bottom: int, right: int) ->
     """
     if content.endswith(JPEG_END) and right - left >= MIN_WIDTH:
         pixels = part_decoder(os.getpid())(content, top, left, bottom, right)
-        if pixels is not None:
+        if is_rgb(pixels, bottom - top, right - left):
             return pixels
-    return decode_bytes(content)[top:bottom, left:right]
+    return decode_bytes(content, max_pixels)[top:bottom, left:right]
 
 
 @functools.cache
@@ -144,7 +358,8 @@ def part_decoder(process_id: int) -> Callable[[bytes, int, int, int, int], np.nd
 
     def decode(content: bytes, *part: int) -> np.ndarray | None:
         try:
-            image = decoder.decode(library.CodeStream(content).get_sub_code_stream(region=library.Region(*part)))
+            with SILENT_C_LIBRARIES:
+                image = decoder.decode(library.CodeStream(content).get_sub_code_stream(region=library.Region(*part)))
         except RuntimeError:
             return None
         # numpy.asarray would read the image's __array_interface__, which leaks 32 bytes each time (nvImageCodec 0.9).

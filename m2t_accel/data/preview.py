@@ -47,7 +47,7 @@ def draw_preview(config: PretrainConfig, picture: Path) -> list[str]:
     shown = []
     for sample, image in first_images(data.train, config):
         try:
-            pixels = decode_image(image)
+            pixels = decode_image(image, config.max_image_pixels)
             size = pixels.shape[:2]
             # Twelve large photographs and their drawings would take gigabytes.
             shown.append((sample, image, size, pixels if max(size) <= MAX_SIDE else thumbnail(pixels, MAX_SIDE)))

@@ -27,7 +27,7 @@ from m2t_accel.data.crops import (
     is_rotated,
     photometry_parameters,
 )
-from m2t_accel.data.decode import DecodeError, decode_bytes, decode_part, plain_jpeg_size, read_bytes
+from m2t_accel.data.decode import DecodeError, check_size, decode_bytes, decode_part, plain_jpeg_size, read_bytes
 from m2t_accel.data.requests import Request
 from m2t_accel.data.shards import Shards
 
@@ -78,12 +78,13 @@ def decode_for_crops(
     content = read_bytes(image)
     size = None if is_rotated(config) else plain_jpeg_size(content)
     if size is None:
-        pixels = decode_bytes(content)
+        pixels = decode_bytes(content, config.max_image_pixels)
         return pixels, [draw_crop(view, *pixels.shape[:2], config) for view in uniforms]
+    check_size(*size, config.max_image_pixels)
     crops = [draw_crop(view, *size, config) for view in uniforms]
     top, left, bottom, right = bounding_box(crops)
     crops = [crop._replace(top=crop.top - top, left=crop.left - left) for crop in crops]
-    return decode_part(content, top, left, bottom, right), crops
+    return decode_part(content, top, left, bottom, right, config.max_image_pixels), crops
 
 
 class TwoViews:
@@ -186,7 +187,8 @@ class CentralViews:
             try:
                 content = read_bytes(row)
                 digests[i] = int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
-                places[i] = central_view(decode_bytes(content), size, self.config.evaluation_crop)
+                pixels = decode_bytes(content, self.config.max_image_pixels)
+                places[i] = central_view(pixels, size, self.config.evaluation_crop)
             except DecodeError as error:
                 sample, places[i] = int(request.samples[i]), 0
                 bad.append(BadImage(sample, describe_image(row, sample), str(error)))

@@ -165,7 +165,7 @@ def draw_neighbours(
         captions = ["", *(f"{value:.3f}" for value in best[i].tolist())]
         for place, axis, caption in zip(shown, axes[i], captions, strict=True):
             (row,) = read_rows(images, [int(features.samples[place])])
-            axis.imshow(thumbnail(decode_image(row), THUMBNAIL_SIZE))
+            axis.imshow(thumbnail(decode_image(row, config.max_image_pixels), THUMBNAIL_SIZE))
             axis.set_xticks([])
             axis.set_yticks([])
             is_right = labels is None or labels[place] == labels[query]

@@ -68,9 +68,9 @@ def test_views_are_the_same_whether_a_part_or_the_whole_is_decoded(kind, monkeyp
     dataset, request = kind(range(6), config), Request(3, np.arange(6), rows)
     areas, decode_part = [], views.decode_part
 
-    def recording(content, top, left, bottom, right):
+    def recording(content, top, left, bottom, right, max_pixels):
         areas.append((bottom - top) * (right - left))
-        return decode_part(content, top, left, bottom, right)
+        return decode_part(content, top, left, bottom, right, max_pixels)
 
     monkeypatch.setattr(views, "decode_part", recording)
     parts = dataset.__getitems__(request).crops
@@ -79,6 +79,22 @@ def test_views_are_the_same_whether_a_part_or_the_whole_is_decoded(kind, monkeyp
     monkeypatch.setattr(views, "plain_jpeg_size", lambda content: None)
     assert torch.equal(parts, dataset.__getitems__(request).crops)
     assert len(areas) == 4
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_an_image_with_too_many_pixels_is_a_bad_one(kind, monkeypatch):
+    rows = []
+    for height in (40, 41, 40, 40):
+        file = io.BytesIO()
+        Image.fromarray(natural_image(height, 50)).save(file, kind)
+        rows.append({"bytes": file.getvalue(), "path": None})
+    config = settings("digits", max_image_pixels=40 * 50, rotation=0, crop_scale=(0.4, 1))
+    batch = views.TwoViews(range(4), config).__getitems__(Request(0, np.arange(4), rows))
+    reason = "50 × 41 pixels, more than --max_image_pixels 2000 allows"
+    assert [(image.sample, image.reason) for image in batch.bad] == [(1, reason)]
+    monkeypatch.setattr(views, "read_rows", lambda images, samples: rows)
+    batch = views.CentralViews(range(4), config).__getitems__(Request(0, np.arange(4), None))
+    assert [(image.sample, image.reason) for image in batch.bad] == [(1, reason)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
