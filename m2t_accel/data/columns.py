@@ -77,7 +77,7 @@ def find_image_column(features: Features, rows: Rows, config: ImageSettings) -> 
         kinds = [f"{name} has {explain_type(feature)}" for name, feature in features.items()]
         raise ConfigurationError(f"--dataset {config.dataset} has no column of images: {listed(kinds)}")
     folder = config.dataset if os.path.isdir(config.dataset) else ""
-    found = {name: look(rows(name), folder) for name in best}
+    found = {name: look(rows(name), folder, config.max_image_pixels) for name in best}
     good = [name for name in best if isinstance(found[name], ImageColumn)]
     if not good:
         where = f"--image_column {given}" if given else f"--dataset {config.dataset}, column {best[0]}"
@@ -113,18 +113,19 @@ def list_depth(feature: object) -> int:
     return depth if isinstance(feature, Value) and feature.dtype not in (*WORDS, *BINARY) else 0
 
 
-def look(rows: Iterable[tuple[str, object]], folder: str) -> ImageColumn | str:
+def look(rows: Iterable[tuple[str, object]], folder: str, max_pixels: int) -> ImageColumn | str:
     """Look at rows until one has an image. If none has, return where the first row is and why it is not an image.
 
     Args:
         rows: phrases that say where a row is, and values.
         folder: folder where relative paths may start, preferred to the working directory; empty if there is none.
+        max_pixels: the largest image to decode.
     """
     first = ""
     for place, value in rows:
         for root in dict.fromkeys((folder, "")):
             try:
-                decode_image(undecoded(value, root))
+                decode_image(undecoded(value, root), max_pixels)
             except DecodeError as error:
                 first = first or f"the first is {place}: {reason(value, error, folder)}"
             else:

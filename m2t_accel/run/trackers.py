@@ -344,7 +344,7 @@ def send_picture(name: str, tracker: GeneralTracker, picture: Path, step: int) -
         case "tensorboard":
             from PIL import Image
 
-            pixels = np.asarray(Image.open(picture).convert("RGB"))
+            pixels = np.asarray(Image.open(picture, formats=["PNG"]).convert("RGB"))
             tracker.log_images({"curves": pixels[None]}, step, dataformats="NHWC")
         case "wandb":
             import wandb

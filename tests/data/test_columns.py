@@ -113,6 +113,7 @@ FAULTS = {
     ),
     "no type": ({"image": pyarrow.nulls(NUMBER)}, {}, "no column of images: image has null"),
     "empty": ({"image": [b""] * NUMBER, "text": TEXT}, {}, ROW + "the file is empty; --image_column may name text"),
+    "large images": ({"image": FILES}, {"max_image_pixels": 100}, ROW + ".* more than --max_image_pixels 100 allows"),
     "sounds": ({"image": [b"RIFF\0\0\0\0WAVE"] * NUMBER}, {}, ROW + "no known image format"),
     "structs": ({"image": [{"a": 1, "b": 2}] * NUMBER}, {}, "no column of images: image has structs of a, b"),
     "structs of numbers": (
