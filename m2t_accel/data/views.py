@@ -186,7 +186,7 @@ class CentralViews:
         for i, row in enumerate(read_rows(self.images, request.samples)):
             try:
                 content = read_bytes(row)
-                digests[i] = int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
+                digests[i] = file_digest(content)
                 pixels = decode_bytes(content, self.config.max_image_pixels)
                 places[i] = central_view(pixels, size, self.config.evaluation_crop)
             except DecodeError as error:
@@ -201,6 +201,11 @@ class CentralViews:
     def crops_shape(self, num_images: int) -> tuple[int, ...]:
         """Return the shape of the crops of a batch."""
         return (num_images, self.config.image_size, self.config.image_size, 3)
+
+
+def file_digest(content: bytes) -> int:
+    """Return the start of the SHA-256 of a file as a signed integer of 64 bits."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
 
 
 def memory_for(request: Request, shape: tuple[int, ...], buffers: Buffers | None) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -14,10 +16,12 @@ from torch import Tensor, nn
 
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.data.decode import DecodeError, read_bytes
 from m2t_accel.data.loader import create_loader, read
 from m2t_accel.data.photometry import evaluation_view
 from m2t_accel.data.requests import Request
-from m2t_accel.data.views import CentralViews
+from m2t_accel.data.views import CentralViews, file_digest, read_rows
+from m2t_accel.distributed.launch import num_cores
 from m2t_accel.model import embed
 
 BATCH_SIZE = 128  # images that go through the encoder together
@@ -119,6 +123,28 @@ def fingerprint(digests: Tensor, labels: Tensor) -> str:
     rows = np.stack([digests.cpu().numpy(), labels.cpu().numpy()], axis=1)
     rows = rows[np.lexsort(rows.T)].astype("<i8")
     return hashlib.sha256(rows.tobytes()).hexdigest()[:16]
+
+
+def fingerprint_of_files(images: Dataset, left_out: set[int], accelerator: Accelerator) -> str:
+    """Return the fingerprint of labelled images without the samples `left_out`. A collective call.
+
+    It equals the fingerprint of their features' digests. The files are read again, but not decoded.
+    """
+
+    def read_digests(samples: list[int]) -> tuple[Tensor, Tensor]:
+        found = {}
+        for sample, row in zip(samples, read_rows(images, samples), strict=True):
+            with contextlib.suppress(DecodeError):  # it cannot be read any more
+                found[sample] = file_digest(read_bytes(row))
+        return torch.tensor(list(found), dtype=torch.int64), torch.tensor(list(found.values()), dtype=torch.int64)
+
+    batches = process_batches(accelerator.process_index, len(images), accelerator.num_processes, 1)
+    with ThreadPoolExecutor(num_cores()) as threads:  # reading and hashing need no interpreter lock
+        parts = list(threads.map(read_digests, batches))
+    no_numbers = torch.empty(0, dtype=torch.int64)
+    samples, digests = gather_rows((no_numbers, no_numbers), parts, accelerator)
+    kept = ~torch.isin(samples, torch.tensor(sorted(left_out), dtype=torch.int64, device=samples.device))
+    return fingerprint(digests[kept], sample_labels(images, samples[kept]))
 
 
 def read_labels(images: Dataset) -> np.ndarray:

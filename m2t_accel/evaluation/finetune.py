@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 import warnings
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from m2t_accel.data.views import FlippedCrops
 from m2t_accel.evaluation.features import read_labels
 from m2t_accel.evaluation.heads import build_classifier, encoder_of, last_linear
 from m2t_accel.evaluation.setup import Evaluation, start_evaluation
-from m2t_accel.evaluation.supervised import Trained, train_and_measure
+from m2t_accel.evaluation.supervised import Checkpoint, Trained, train_and_measure
 from m2t_accel.files import write_text
 from m2t_accel.optim import set_learning_rate
 from m2t_accel.progress import progress_bar
@@ -40,7 +41,8 @@ def evaluate_finetuned(config: FinetuneConfig) -> dict[str, object]:
     """Train the whole network with labels, and measure it on the validation split. A collective call.
 
     Write result.json, config.yaml, subset.json (the images whose labels were used) and classifier/ (a stock
-    transformers model). Print a summary and return the result.
+    transformers model). Print a summary and return the result. A checkpoint is written after each epoch; an interrupted
+    fine-tuning resumes from it.
 
     Raises:
         ConfigurationError: the launch, the encoder, the images or the output folder is not usable, or the loss is no
@@ -84,35 +86,47 @@ def train_network(evaluation: Evaluation, train: Dataset, chosen: np.ndarray) ->
     linear = nn.Linear(evaluation.num_features, len(class_names))
     nn.init.zeros_(linear.bias)
     model = build_classifier(evaluation.encoder, linear, class_names)
-    broken = train_model(model, train, evaluation)
+    broken, seconds = train_model(model, train, evaluation)
     model.eval().requires_grad_(False)
-    return Trained(encoder_of(model), last_linear(model), model, broken)
+    return Trained(encoder_of(model), last_linear(model), model, broken, seconds)
 
 
-def train_model(model: nn.Module, train: Dataset, evaluation: Evaluation) -> set[int]:
-    """Train the model in place, and return the images that this process could not decode.
+def train_model(model: nn.Module, train: Dataset, evaluation: Evaluation) -> tuple[set[int], float]:
+    """Train the model in place, from the checkpoint if there is one.
 
     Gradients and statistics are averaged over the virtual devices, so every number of processes computes the same up
     to rounding.
+
+    Returns:
+        The images that this process could not decode, and the seconds of training in earlier runs.
 
     Raises:
         ConfigurationError: the mean loss of an epoch is not finite.
     """
     config, accelerator = evaluation.config, evaluation.accelerator
     model.requires_grad_(True).train().to(accelerator.device, memory_format=torch.channels_last)
-    statistics = RunningStatistics(model)
     learning_rate = config.learning_rate_per_256 * config.batch_size / 256
     optimizer = SGD(model.parameters(), lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=config.weight_decay)
+    checkpoint, broken, first_step, earlier_seconds = Checkpoint(evaluation, train), set(), 0, 0.0
+    if (state := checkpoint.load(broken)) is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        first_step, earlier_seconds = state["step"], state["seconds"]
+        seed_epoch(config, first_step)
+    started = time.perf_counter() - earlier_seconds
+    statistics = RunningStatistics(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         prepared, optimizer = accelerator.prepare(model, optimizer)
     labels = torch.from_numpy(read_labels(train))
-    batches = DeviceBatches(train, config, accelerator.num_processes, accelerator.process_index)
+    batches = DeviceBatches(train, config, accelerator.num_processes, accelerator.process_index, first_step)
     loader = create_loader(FlippedCrops(train, config), batches, config, accelerator.device)
     steps_per_epoch = num_steps_per_epoch(len(train), config.batch_size)
     total_steps = config.total_steps(steps_per_epoch)
-    bar = progress_bar("step", total_steps, disable=not accelerator.is_main_process)
-    broken, losses, step = set(), [], 0
+    bar = progress_bar("step", total_steps, initial=first_step, disable=not accelerator.is_main_process)
+    losses, step = [], first_step
     with contextlib.closing(bar):
         for batch in read(loader, accelerator.device):
             broken |= {image.sample for image in batch.bad}
@@ -140,7 +154,17 @@ def train_model(model: nn.Module, train: Dataset, evaluation: Evaluation) -> set
                         f"the loss is {mean} in epoch {step // steps_per_epoch}: try a --learning_rate_per_256 below "
                         f"{config.learning_rate_per_256:g}"
                     )
-    return broken
+                state = {"step": step, "seconds": time.perf_counter() - started}
+                state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                state |= {"scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}
+                checkpoint.save(state, broken)
+                seed_epoch(config, step)
+    return broken, earlier_seconds
+
+
+def seed_epoch(config: FinetuneConfig, step: int) -> None:
+    """Seed the generators that a network may use, as for dropout, so that a resumed training draws the same numbers."""
+    set_seed((config.seed + step) % 2**32)
 
 
 class RunningStatistics:

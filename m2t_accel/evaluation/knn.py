@@ -34,7 +34,7 @@ MIN_BLOCKS = 16  # blocks of a bank, so that several processes can share it
 class KnnResult(NamedTuple):
     """Result of a kNN evaluation."""
 
-    accuracies: dict[int, float]  # share of the queries classified correctly, for each k
+    accuracies: dict[int, float]  # share of the queries classified correctly, for each number of neighbours that vote
     num_bank: int
     num_queries: int
     num_broken: int  # images of bank and queries that cannot be decoded, and are left out
@@ -54,6 +54,7 @@ def measure_knn(
 ) -> KnnResult:
     """Classify labelled `queries` by their nearest neighbours in the labelled `bank`. A collective call.
 
+    If the bank has fewer than k images, all of them vote, and the result names their number instead of k.
     Each process keeps its share of the bank's features in main memory, and the features of all queries on its device.
 
     Args:
@@ -74,6 +75,7 @@ def measure_knn(
         raise none_decoded("training images", bank, config)
     if not len(found.samples):
         raise none_decoded("validation images", queries, config)
+    ks = list(dict.fromkeys(min(k, len(bank_samples)) for k in ks))
     similarities, neighbours = merge_shares(*find_nearest(blocks, found.features, max(ks)), accelerator)
     labels = sample_labels(queries, found.samples)
     bank_labels = torch.from_numpy(read_labels(bank)).to(labels.device)
@@ -84,6 +86,11 @@ def measure_knn(
         len(bank) + len(queries) - len(bank_samples) - len(found.samples),
         (fingerprint(bank_digests, bank_labels[bank_samples]), fingerprint(found.digests, labels)),
     )
+
+
+def few_neighbours(k: int, num_bank: int) -> str:
+    """Return a line for a bank with fewer than k images."""
+    return f"kNN: only {num_bank} images to search for neighbours, so these {num_bank} vote instead of k = {k}"
 
 
 def block_size(num_images: int) -> int:
@@ -192,6 +199,8 @@ def evaluate_knn(config: KnnConfig) -> dict[str, object]:
 
     def measure() -> dict[str, object]:
         started = time.perf_counter()
+        if max(config.k) > len(images.bank):
+            evaluation.accelerator.print(few_neighbours(max(config.k), len(images.bank)))
         found = measure_knn(
             evaluation.encoder,
             images.bank,

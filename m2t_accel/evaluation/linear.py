@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,23 +16,20 @@ from transformers import PreTrainedModel
 
 from m2t_accel.config.data import check_enough_images
 from m2t_accel.config.evaluation import LinearProbeConfig
-from m2t_accel.config.fields import ConfigurationError, one_line
+from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.data.loader import create_loader, read
 from m2t_accel.data.order import ShuffledOrder, num_steps_per_epoch
 from m2t_accel.data.photometry import flipped_view
 from m2t_accel.data.requests import DeviceBatches
 from m2t_accel.data.views import FlippedCrops
-from m2t_accel.distributed.processes import broadcast_object, gather_to_all, on_all_processes
 from m2t_accel.evaluation.features import embed_images, gather_features, read_labels, sample_labels
 from m2t_accel.evaluation.heads import Heads, build_classifier, fold_batch_norm, last_linear, rate_factor
 from m2t_accel.evaluation.setup import Evaluation, start_evaluation
-from m2t_accel.evaluation.supervised import Trained, rank_classes, train_and_measure
-from m2t_accel.files import atomic_write
+from m2t_accel.evaluation.supervised import Checkpoint, Trained, rank_classes, train_and_measure
 from m2t_accel.model import embed
 from m2t_accel.progress import progress_bar
 
 HELD_OUT_SHARE = 0.1  # of the training images, to choose a learning rate; always the same images
-CHECKPOINT = "checkpoint.pt"
 
 
 def evaluate_linear(config: LinearProbeConfig) -> dict[str, object]:
@@ -47,10 +43,7 @@ def evaluate_linear(config: LinearProbeConfig) -> dict[str, object]:
     """
     evaluation = start_evaluation(config)
     train, held_out = split_held_out(evaluation.images.train, len(config.learning_rates))
-    result = train_and_measure(evaluation, train, lambda: train_probe(evaluation, train, held_out))
-    if evaluation.accelerator.is_main_process:
-        (Path(config.output_dir) / CHECKPOINT).unlink(missing_ok=True)
-    return result
+    return train_and_measure(evaluation, train, lambda: train_probe(evaluation, train, held_out))
 
 
 def split_held_out(images: Dataset, num_rates: int) -> tuple[Dataset, Dataset | None]:
@@ -138,8 +131,12 @@ def train_heads(evaluation: Evaluation, train: Dataset) -> tuple[Heads, set[int]
     )
     steps_per_epoch = num_steps_per_epoch(source.num_images, config.batch_size)
     total_steps = config.total_steps(steps_per_epoch)
-    checkpoint = Path(config.output_dir) / CHECKPOINT
-    first_step, earlier_seconds = load_checkpoint(checkpoint, heads, source.broken, evaluation)
+    checkpoint = Checkpoint(evaluation, train)
+    first_step, earlier_seconds = 0, 0.0
+    if (state := checkpoint.load(source.broken)) is not None:
+        heads.load_state_dict(state["heads"])
+        heads.optimizer.load_state_dict(state["optimizer"])
+        first_step, earlier_seconds = state["step"], state["seconds"]
     started = time.perf_counter() - earlier_seconds
     bar = progress_bar("step", total_steps, initial=first_step, disable=not accelerator.is_main_process)
     with contextlib.closing(bar):
@@ -148,13 +145,13 @@ def train_heads(evaluation: Evaluation, train: Dataset) -> tuple[Heads, set[int]
             factor = rate_factor(config.schedule, step, total_steps) * config.batch_size / 256
             losses.append(heads.train_step(features, labels, factor))
             bar.update()
-            if (step + 1) % steps_per_epoch == 0:
+            if (step + 1) % steps_per_epoch == 0 or step + 1 == total_steps:
                 mean = torch.stack(losses).mean(dim=0).tolist()
                 losses = []
                 bar.set_postfix_str("loss " + " ".join(f"{loss:.3f}" for loss in mean), refresh=False)
-                if step + 1 < total_steps:
-                    seconds = time.perf_counter() - started
-                    save_checkpoint(checkpoint, heads, step + 1, source.broken, seconds, evaluation)
+                state = {"step": step + 1, "seconds": time.perf_counter() - started}
+                state |= {"heads": heads.state_dict(), "optimizer": heads.optimizer.state_dict()}
+                checkpoint.save(state, source.broken)
     return heads.eval(), source.broken, earlier_seconds
 
 
@@ -218,50 +215,3 @@ class CachedFeatures:
             samples = np.concatenate([order.sub_batch(epoch, device) for device in devices])
             rows = torch.from_numpy(samples).to(self.features.device)
             yield self.features[rows], self.labels[rows]
-
-
-def save_checkpoint(
-    path: Path, heads: Heads, step: int, broken: set[int], seconds: float, evaluation: Evaluation
-) -> None:
-    """Write the state after `step` steps atomically, on the main process. A collective call."""
-    broken = set().union(*gather_to_all(broken))
-    if not evaluation.accelerator.is_main_process:
-        return
-    state = {"step": step, "weights": evaluation.weights, "broken": sorted(broken), "seconds": seconds}
-    state |= {"heads": heads.state_dict(), "optimizer": heads.optimizer.state_dict()}
-    with atomic_write(path) as temporary:
-        torch.save(state, temporary)
-
-
-def load_checkpoint(path: Path, heads: Heads, broken: set[int], evaluation: Evaluation) -> tuple[int, float]:
-    """Load the state of a checkpoint into `heads` and `broken`, if there is one. A collective call.
-
-    Returns:
-        The steps and the seconds of training that are done.
-
-    Raises:
-        ConfigurationError: the checkpoint cannot be read, or belongs to an encoder with other weights; the same on
-            every process.
-    """
-    accelerator = evaluation.accelerator
-
-    def load() -> dict[str, object] | None:
-        if not (accelerator.is_main_process and path.exists()):
-            return None
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            weights = state["weights"]
-        except Exception as error:  # torch, zipfile and pickle raise many types
-            raise ConfigurationError(f"{path} cannot be read ({one_line(error)}): remove it to start again") from None
-        if weights != evaluation.weights:
-            raise ConfigurationError(f"{path} belongs to an encoder with other weights: remove it to start again")
-        return state
-
-    state = broadcast_object(on_all_processes(accelerator, load))
-    if state is None:
-        return 0, 0.0
-    heads.load_state_dict(state["heads"])
-    heads.optimizer.load_state_dict(state["optimizer"])
-    broken |= set(state["broken"])
-    accelerator.print(f"resumes after step {state['step']}, from {path}")
-    return state["step"], state["seconds"]

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import yaml
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from m2t_accel.config.data import check_enough_images
+from m2t_accel.config.fields import ConfigurationError, one_line
 from m2t_accel.distributed.processes import broadcast_object, gather_to_all, on_all_processes
-from m2t_accel.evaluation.features import embed_images, fingerprint, gather_rows, none_decoded, sample_labels
+from m2t_accel.evaluation.features import (
+    embed_images,
+    fingerprint,
+    fingerprint_of_files,
+    gather_rows,
+    none_decoded,
+    read_labels,
+    sample_labels,
+)
 from m2t_accel.evaluation.heads import save_classifier
-from m2t_accel.evaluation.setup import Evaluation, run_once, write_result
+from m2t_accel.evaluation.setup import IGNORED_SETTINGS, Evaluation, run_once, write_result
+from m2t_accel.files import atomic_write, flush
+
+CHECKPOINT = "checkpoint.pt"
 
 
 class Trained(NamedTuple):
@@ -41,7 +55,8 @@ class Ranking(NamedTuple):
 def train_and_measure(evaluation: Evaluation, train: Dataset, fit: Callable[[], Trained]) -> dict[str, object]:
     """Train a classifier, measure it once on the validation split, and return the result. A collective call.
 
-    Write result.json, config.yaml and classifier/ (a stock transformers model), and print a summary.
+    Write result.json, config.yaml and classifier/ (a stock transformers model), and print a summary. Remove the
+    checkpoint that `fit` has written.
 
     Args:
         train: the images that `fit` trains on.
@@ -56,11 +71,11 @@ def train_and_measure(evaluation: Evaluation, train: Dataset, fit: Callable[[], 
         started = time.perf_counter()
         trained = fit()
         test = rank_classes(trained.encoder, [trained.head], images.validation, evaluation)
-        num_broken = len(set().union(*gather_to_all(trained.broken)))
+        broken = set().union(*gather_to_all(trained.broken))
         data = {
-            "train": {"images": len(train)},
+            "train": {"images": len(train), "fingerprint": fingerprint_of_files(train, broken, accelerator)},
             "test": {"images": len(test.labels), "fingerprint": fingerprint(test.digests, test.labels)},
-            "undecodable": num_broken + len(images.validation) - len(test.labels),
+            "undecodable": len(broken) + len(images.validation) - len(test.labels),
         }
         seconds = trained.seconds + time.perf_counter() - started
 
@@ -74,7 +89,73 @@ def train_and_measure(evaluation: Evaluation, train: Dataset, fit: Callable[[], 
 
         return broadcast_object(on_all_processes(accelerator, finish))
 
-    return run_once(evaluation, measure)
+    result = run_once(evaluation, measure)
+    if accelerator.is_main_process:
+        for path in (Path(config.output_dir) / CHECKPOINT, *Path(config.output_dir).glob(".checkpoint.*.pt")):
+            path.unlink(missing_ok=True)
+    return result
+
+
+class Checkpoint:
+    """The file that an interrupted training resumes from, in its output folder."""
+
+    def __init__(self, evaluation: Evaluation, train: Dataset) -> None:
+        self.path = Path(evaluation.config.output_dir) / CHECKPOINT
+        self.accelerator = evaluation.accelerator
+        settings = yaml.safe_load(evaluation.config.to_yaml())
+        # The names and sizes of the files, and the labels. The contents are not read.
+        images = hashlib.sha256(evaluation.images.fingerprint.encode() + read_labels(train).tobytes())
+        self.owner = {
+            "an encoder with other weights": evaluation.weights,
+            "other images": images.hexdigest()[:16],
+            "other settings": {k: v for k, v in settings.items() if k not in IGNORED_SETTINGS},
+        }
+
+    def save(self, state: Mapping[str, object], broken: set[int]) -> None:
+        """Write the state of a training atomically, on the main process. A collective call.
+
+        If the file cannot be written, print a warning; the training continues.
+
+        Args:
+            state: what `load` returns; `step` is the number of steps that are done, `seconds` the time that they took.
+            broken: training images that this process could not decode.
+        """
+        broken = set().union(*gather_to_all(broken))
+        if not self.accelerator.is_main_process:
+            return
+        try:
+            with atomic_write(self.path) as temporary:
+                torch.save({"owner": self.owner, "broken": sorted(broken), **state}, temporary)
+                flush(temporary)
+        except (OSError, RuntimeError) as error:  # torch turns some errors of the disk into a RuntimeError
+            print(f"warning: {self.path} cannot be written ({one_line(error)}); the next epoch tries again", flush=True)
+
+    def load(self, broken: set[int]) -> dict[str, object] | None:
+        """Return the saved state, or None if there is none, and add its broken images. A collective call.
+
+        Raises:
+            ConfigurationError: the checkpoint cannot be read, or belongs to another encoder, other images or settings;
+                the same on every process.
+        """
+        state = broadcast_object(on_all_processes(self.accelerator, self.read))
+        if state is not None:
+            broken |= set(state["broken"])
+            self.accelerator.print(f"resumes after step {state['step']}, from {self.path}")
+        return state
+
+    def read(self) -> dict[str, object] | None:
+        if not (self.accelerator.is_main_process and self.path.exists()):
+            return None
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            other = [name for name, value in self.owner.items() if state["owner"][name] != value]
+        except Exception as error:  # torch, zipfile and pickle raise many types
+            raise ConfigurationError(
+                f"{self.path} cannot be read ({one_line(error)}): remove it to start again"
+            ) from None
+        if other:
+            raise ConfigurationError(f"{self.path} belongs to {' and '.join(other)}: remove it to start again")
+        return state
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from m2t_accel.data.sources import ImageData
 from m2t_accel.data.views import BadImage
 from m2t_accel.distributed.launch import hardware
 from m2t_accel.distributed.processes import broadcast_object, gather_to_all
-from m2t_accel.evaluation.knn import measure_knn
+from m2t_accel.evaluation.knn import few_neighbours, measure_knn
 from m2t_accel.files import JsonLines
 from m2t_accel.progress import progress_bar
 from m2t_accel.run.folder import RunFolder
@@ -26,6 +26,7 @@ from m2t_accel.run.resume import Progress
 from m2t_accel.run.trackers import Trackers
 
 # kNN during training shows whether the run is healthy; for that, an evenly spaced sample of a large dataset is enough.
+KNN_NEIGHBOURS = 20
 MAX_KNN_BANK = 50_000
 MAX_KNN_QUERIES = 10_000
 MIN_BAD_ALLOWED = 10  # undecodable images are allowed in every run, whatever their share
@@ -45,6 +46,8 @@ class KnnMonitor:
             images.select(np.linspace(0, len(images) - 1, limit).astype(int)) if len(images) > limit else images
             for images, limit in ((data.bank, MAX_KNN_BANK), (data.validation, MAX_KNN_QUERIES))
         )
+        if len(self.bank) < KNN_NEIGHBOURS:
+            accelerator.print(few_neighbours(KNN_NEIGHBOURS, len(self.bank)))
 
     def measure(self, encoder: nn.Module, after_batch: Callable[[], None]) -> float:
         """Return the top-1 accuracy for k = 20 on the images that can be decoded, from 0 to 1. A collective call.
@@ -53,12 +56,19 @@ class KnnMonitor:
             after_batch: called after each batch; it may raise, on every process.
         """
         result = measure_knn(
-            encoder, self.bank, self.queries, self.num_classes, self.config, self.accelerator, after_batch=after_batch
+            encoder,
+            self.bank,
+            self.queries,
+            self.num_classes,
+            self.config,
+            self.accelerator,
+            (KNN_NEIGHBOURS,),
+            after_batch=after_batch,
         )
         if result.num_broken and not self.broken_reported:
             self.broken_reported = True
             self.accelerator.print(f"kNN is measured without {result.num_broken} images that cannot be decoded")
-        return result.accuracies[20]
+        return next(iter(result.accuracies.values()))
 
 
 class TooManyBadImagesError(ConfigurationError):

@@ -71,6 +71,21 @@ def test_processes_take_turns_and_the_first_has_the_most_batches(batches_per_tur
     assert shares[1][0][0] == batches_per_turn * BATCH_SIZE
 
 
+def test_a_fingerprint_of_files_is_that_of_their_features(monkeypatch):
+    rows = encoded(0, 8)
+    rows[4] = {"bytes": b"broken", "path": None}
+    rows[6] = {"bytes": None, "path": "gone.png"}
+    images = Dataset.from_list([{"image": row, "label": i % 2} for i, row in enumerate(rows)])
+    config = ImageSettings(dataset="digits", image_size=8, num_workers=0)
+    accelerator = Accelerator()
+    found = features.gather_features(
+        list(features.embed_images(MeanColour(), images, config, accelerator)), accelerator
+    )
+    expected = fingerprint(found.digests, found.samples % 2)
+    assert features.fingerprint_of_files(images, {4}, accelerator) == expected
+    assert features.fingerprint_of_files(images, set(), accelerator) != expected
+
+
 def test_a_fingerprint_depends_on_files_and_labels_but_not_on_their_order():
     digests, labels = torch.tensor([5, -3, 5, 9]), torch.tensor([0, 1, 1, 0])
     name = fingerprint(digests, labels)

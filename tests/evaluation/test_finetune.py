@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +103,55 @@ def test_a_loss_that_is_not_finite_stops_the_training(given):
     config = settings(given, labels=1.0, device_batch_size=16, learning_rate_per_256=1e30, epochs=4)
     with pytest.raises(ConfigurationError, match=r"loss is nan .* --learning_rate_per_256 below 1e\+30"):
         finetune.evaluate_finetuned(config)
+
+
+def test_an_interrupted_training_resumes_to_the_same_bits(given, small_images, tmp_path, monkeypatch, capsys):
+    """One broken image is replaced before and after the interruption, and counted once."""
+    images = tmp_path / "images"
+    shutil.copytree(small_images, images)
+    (images / "train/blue/5.png").write_bytes(b"broken")
+    given = {**given, "dataset": str(images), "labels": 1.0, "device_batch_size": 8, "epochs": 3}
+    whole, stopped = (settings({**given, "output_dir": str(tmp_path / name)}) for name in ("whole", "stopped"))
+    expected = finetune.evaluate_finetuned(whole)
+    commit, steps = finetune.RunningStatistics.commit, []
+
+    def interrupt(self, accelerator):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        commit(self, accelerator)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.RunningStatistics, "commit", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            finetune.evaluate_finetuned(stopped)
+    names = sorted(path.name for path in (tmp_path / "stopped").iterdir())
+    assert names == ["checkpoint.pt", "config.yaml", "subset.json"]
+    (tmp_path / "stopped" / ".checkpoint.1.pt").write_text("left by a killed process")
+    capsys.readouterr()
+    found = finetune.evaluate_finetuned(stopped)
+    assert "resumes after step 2, from" in capsys.readouterr().out
+    for key in ("figures", "data", "protocol", "weights"):
+        assert found[key] == expected[key]
+    assert found["data"]["undecodable"] == 1
+    a, b = (load_file(tmp_path / name / "classifier" / "model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    names = sorted(path.name for path in (tmp_path / "stopped").iterdir())
+    assert names == ["classifier", "config.yaml", "result.json", "subset.json"]
+
+
+def test_a_training_that_is_interrupted_after_its_last_step_only_measures(given, monkeypatch):
+    config = settings(given, labels=1.0, device_batch_size=16)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("m2t_accel.evaluation.supervised.rank_classes", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            finetune.evaluate_finetuned(config)
+    monkeypatch.setattr(finetune.RunningStatistics, "commit", interrupt)
+    assert finetune.evaluate_finetuned(config)["data"]["train"]["images"] == 42
 
 
 @pytest.mark.slow

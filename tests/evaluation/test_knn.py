@@ -75,6 +75,12 @@ def test_a_bank_may_be_smaller_than_k():
     assert knn.knn_accuracy(similarities, labels[samples], labels, 3, 20, 0.07) == 1.0
 
 
+def test_k_above_the_bank_is_a_line_and_the_figure_names_the_neighbours_that_vote(given, capsys):
+    result = knn.evaluate_knn(build_knn({**given, "k": [5, 100, 200]}))
+    assert list(result["figures"]) == ["top1_k5", "top1_k42"]
+    assert "only 42 images to search for neighbours, so these 42 vote instead of k = 200" in capsys.readouterr().out
+
+
 def test_blocks_are_whole_batches_that_several_processes_can_share():
     assert [knn.block_size(number) for number in (1437, 50_000, 1_281_167)] == [128, 24 * 128, 8192]
 

@@ -133,21 +133,6 @@ def test_a_classifier_with_other_logits_is_refused(given, monkeypatch):
         linear.insert_head(model, head, evaluation)
 
 
-def test_checkpoints_that_are_broken_or_of_another_encoder_are_refused(given, tmp_path):
-    evaluation = start_evaluation(probe(given))
-    path = tmp_path / "checkpoint.pt"
-    heads = Heads(evaluation.num_features, 3, (0.2,))
-    linear.save_checkpoint(path, heads, 4, {7}, 1.5, evaluation)
-    broken = set()
-    assert linear.load_checkpoint(path, heads, broken, evaluation) == (4, 1.5)
-    assert broken == {7}
-    with pytest.raises(ConfigurationError, match=r"checkpoint.pt .* other weights"):
-        linear.load_checkpoint(path, heads, broken, evaluation._replace(weights="other"))
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ConfigurationError, match=r"checkpoint.pt cannot be read"):
-        linear.load_checkpoint(path, heads, broken, evaluation)
-
-
 def test_gathered_batches_are_in_the_order_of_the_virtual_devices():
     # The other process has the devices 1 and 3; this one has 0 and 2, of two images each.
     two_processes = SimpleNamespace(num_processes=2, gather=lambda rows: torch.cat([rows, rows + 10]))

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
+from helpers import settings
 from torch.nn import functional
 
 from m2t_accel.config.recipes import build_config
+from m2t_accel.data.sources import load_images
 from m2t_accel.data.views import BadImage
-from m2t_accel.model import embedding_std
-from m2t_accel.run.report import COLLAPSED, BadImages, TooManyBadImagesError
+from m2t_accel.model import create_encoder, embedding_std
+from m2t_accel.run.report import COLLAPSED, BadImages, KnnMonitor, TooManyBadImagesError
 
 
 @pytest.mark.parametrize(("spread", "collapsed"), [(0.0, True), (1e-3, True), (1e3, False)])
@@ -16,6 +19,14 @@ def test_embedding_std_distinguishes_collapse_from_spread(spread, collapsed):
     embeddings = functional.normalize(torch.ones(512, 64) + spread * torch.randn(512, 64), dim=1)
     value = embedding_std(embeddings).item()
     assert value < COLLAPSED if collapsed else value == pytest.approx(1, abs=0.05)
+
+
+def test_a_bank_of_fewer_than_20_images_is_a_line(image_net, capsys):
+    config = settings(image_net)
+    monitor = KnnMonitor(load_images(config), config, Accelerator())
+    assert "only 12 images to search for neighbours, so these 12 vote instead of k = 20" in capsys.readouterr().out
+    encoder = create_encoder("resnet10-quarter")
+    assert 0 <= monitor.measure(encoder, lambda: None) <= 1
 
 
 @pytest.mark.parametrize(
