@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow
@@ -22,6 +22,7 @@ from m2t_accel.data.columns import (
     find_label_column,
     fits_labels,
     listed,
+    stored_values,
     undecoded,
 )
 from m2t_accel.data.decode import DecodeError
@@ -102,24 +103,29 @@ def select_columns(split: Dataset, image: ImageColumn, label: str | None) -> Dat
             split = split.cast_column("image", Image(decode=False))
     if split.features["image"] == Image(decode=False) and not image.root:
         return split
-    return split.map(
-        functools.partial(undecoded_rows, root=image.root),
-        batched=True,
-        features=Features({**split.features, "image": Image(decode=False)}),
-        desc="reading the column of images",
+    return (
+        split.with_format("arrow")
+        .map(
+            functools.partial(undecoded_rows, root=image.root),
+            batched=True,
+            features=Features({**split.features, "image": Image(decode=False)}),
+            desc="reading the column of images",
+        )
+        .with_format(None)
     )
 
 
-def undecoded_rows(rows: Mapping[str, list], root: str) -> dict[str, list]:
-    """Return the undecoded images of some rows; None for a row without an image."""
+def undecoded_rows(rows: pyarrow.Table, root: str) -> pyarrow.Table:
+    """Return some rows with undecoded images; null for a row without an image."""
     images = []
-    for value in rows["image"]:
+    for value in stored_values(rows["image"].combine_chunks()):
         try:
             image = undecoded(value, root)
         except DecodeError:
             image = {"bytes": None, "path": None}
         images.append(None if image["bytes"] is None and image["path"] is None else image)
-    return {"image": images}
+    images = pyarrow.array(images, Image(decode=False).pa_type)
+    return rows.set_column(rows.column_names.index("image"), "image", images)
 
 
 def check_has_images(features: Features, column: str, config: ImageSettings) -> None:

@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError, one_line
-from m2t_accel.data.columns import ImageColumn, find_image_column, find_label_column, spread, undecoded
+from m2t_accel.data.columns import ImageColumn, find_image_column, find_label_column, spread, stored_values, undecoded
 from m2t_accel.data.decode import DecodeError
 from m2t_accel.data.labels import check_has_images, select_columns
 from m2t_accel.data.parquet_index import (
@@ -223,7 +223,7 @@ def open_parquet(source: IO[bytes], file: str, **options: object) -> parquet.Par
 def read_first_rows(source: IO[bytes], file: str, group: int, column: str) -> list[object]:
     shard = open_parquet(source, file, buffer_size=FIRST_BYTES)
     batches = shard.iter_batches(FIRST_ROWS, row_groups=[group], columns=[column], use_threads=False)
-    return next(batches)[column].to_pylist()
+    return stored_values(next(batches)[column])
 
 
 def streamed(row: object, place: str, root: str) -> dict[str, object]:
@@ -265,7 +265,7 @@ class RowGroup:
             while first < stop:
                 if first < self.batch_start + len(self.batch):
                     part = self.batch.slice(first - self.batch_start, stop - first)
-                    rows += part.to_pylist()
+                    rows += stored_values(part)
                     first += len(part)
                 else:
                     self.batch_start += len(self.batch)

@@ -86,8 +86,10 @@ IMAGES = {
 @modes
 @pytest.mark.parametrize("case", IMAGES)
 def test_the_column_of_images_is_chosen_by_type_before_name(tmp_path, case, mode):
-    images = open_table(IMAGES[case], mode, tmp_path / "set", evaluate_every=0)
+    table = IMAGES[case] if isinstance(IMAGES[case], Dataset) else Dataset(pyarrow.table(IMAGES[case]))
+    images = open_table(table.add_column("label", LABELS), mode, tmp_path / "set", validation_fraction=0)
     assert values(images) == list(range(NUMBER))
+    assert images.bank["label"][:] == LABELS
 
 
 # The table, the flags and the message, after the place of the first row if a row is at fault.
