@@ -24,6 +24,7 @@ from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError, did_you_mean, one_line
 from m2t_accel.data.cache import file_fingerprint
 from m2t_accel.data.folders import MAX_LISTED
+from m2t_accel.data.hub_files import list_files
 from m2t_accel.data.parquet import ParquetShards, parquet_splits
 from m2t_accel.data.splits import choose_splits
 from m2t_accel.data.streams import HubStream
@@ -69,8 +70,10 @@ def load_hub(config: ImageSettings, remarks: list[str]) -> dict[str, Dataset | P
 
 def stream_splits(
     builder: DatasetBuilder, files: Mapping[str, Sequence[str]], config: ImageSettings, remarks: list[str]
-) -> dict[str, HubStream]:
+) -> dict[str, HubStream | Dataset]:
     """Return splits that are stored in another format than parquet, as `datasets` streams them.
+
+    Image files, loose or in zips, are only listed, because each can be read by itself.
 
     Args:
         builder: builder of the dataset.
@@ -81,8 +84,16 @@ def stream_splits(
     Raises:
         ConfigurationError: they cannot be read, or the number of training images is not known.
     """
-    known = {name: split.num_examples for name, split in (builder.info.splits or {}).items()}
     train, *_ = files
+    if builder.name == "imagefolder":
+        with errors_in_one_line(config):
+            builder = with_splits(builder, list(files))
+            builder.config.decode_num_threads = 0  # the images are not decoded
+            return {
+                name: list_files(builder.as_streaming_dataset(name), config, remarks if name == train else [])
+                for name in files
+            }
+    known = {name: split.num_examples for name, split in (builder.info.splits or {}).items()}
     if config.images_per_epoch is not None:
         known[train] = config.images_per_epoch
     if not known.get(train):
@@ -213,6 +224,11 @@ def errors_in_one_line(config: ImageSettings) -> Iterator[None]:
     except Exception as error:  # datasets, huggingface_hub, pyarrow, fsspec and httpx have no common base class
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
             error = error.__cause__  # the wrapper does not say what went wrong
+        if "Invalid string class label" in str(error):
+            raise ConfigurationError(
+                f"--dataset {config.dataset}: `datasets` cannot copy class folders in zips; pretraining can read them "
+                "in place, with --streaming"
+            ) from error
         for cause in causes(error):
             if isinstance(cause, OSError) and (cache := failed_cache(cause)) is not None:
                 variable = cache.variable if cache.variable in os.environ else "HF_HOME"

@@ -24,6 +24,7 @@ from m2t_accel.data.held_out import (
     select_images,
 )
 from m2t_accel.data.hub_datasets import load_hub
+from m2t_accel.data.hub_files import HubFiles, hold_out_files, is_listed
 from m2t_accel.data.labels import standard_columns
 from m2t_accel.data.local_folder import load_folder
 from m2t_accel.data.parquet import ParquetShards
@@ -185,6 +186,9 @@ def hold_out(
     if isinstance(train, HubStream):
         limits = (MAX_STREAMED_BANK, MAX_STREAMED_QUERIES)
         return train, *hold_out_stream(train, validation, limits, config, remarks)
+    if is_listed(train):
+        limits = (MAX_STREAMED_BANK, MAX_STREAMED_QUERIES)
+        return train, *hold_out_files(train, validation, limits, config)
     return train, *hold_out_images(train, validation, config)
 
 
@@ -197,6 +201,8 @@ def prepare_stream(train: Split, config: ImageSettings, remarks: list[str]) -> S
     if config.streaming and isinstance(train, Dataset):
         if "offset" in train.features:
             train = TarShards(train)
+        elif is_listed(train):
+            train = HubFiles(train)
         else:
             remarks.append("--streaming changes nothing for images that can be read one by one")
     if isinstance(train, HubStream):

@@ -67,10 +67,7 @@ class HubStream:
         self.num_shards = stream.num_shards
         self.places = range(stream.num_shards)  # of the shards in the stream
         self.max_rows: int | None = None  # of each shard
-        for name, feature in (stream.features or {}).items():
-            if isinstance(feature, Image):
-                stream = stream.cast_column(name, Image(decode=False))
-        self.stream = stream
+        self.stream = stream = stream.decode(False) if stream.features else stream
         first = with_retries(self.file(0), lambda: list(islice(iter(stream), FIRST_ROWS)))
         if not first:
             raise ConfigurationError(f"--dataset {config.dataset}: {self.file(0)} and the other shards hold no row")

@@ -1,14 +1,19 @@
+import json
 import os
+import shutil
 
 import datasets
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
-from helpers import encoded, load, pixel, write_image, write_parquet, write_table, write_tar
+from helpers import encoded, load, pixel, settings, write_image, write_parquet, write_table, write_tar
 from huggingface_hub import constants
 from loopback_hub import loopback_hub
 
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.data import hub_datasets
+from m2t_accel.data.decode import decode_image
+from m2t_accel.data.requests import DeviceBatches
+from m2t_accel.data.sources import load_images
 
 LOAD = """
 import sys
@@ -235,3 +240,93 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch, small_disk):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", small_disk(64))
     with pytest.raises(ConfigurationError, match=r"into the cache .*No space left on device.*--streaming"):
         load(tmp_path / "set")
+
+
+def write_loose(folder):
+    """Write class folders of images in two splits."""
+    for split, number in (("train", 9), ("test", 4)):
+        for i in range(number):
+            write_image(folder / split / "ab"[i % 2] / f"{i}.png", (30 if split == "train" else 90) + i)
+
+
+def write_zips(folder):
+    for split in ("train", "test"):
+        write_loose(folder / "loose")
+        shutil.make_archive(str(folder / f"{split}"), "zip", folder / "loose" / split)
+    shutil.rmtree(folder / "loose")
+
+
+def write_metadata(folder):
+    for split, number in (("train", 9), ("test", 4)):
+        lines = [json.dumps({"file_name": f"{i}.png", "species": "ab"[i % 2]}) for i in range(number)]
+        for i in range(number):
+            write_image(folder / split / f"{i}.png", (30 if split == "train" else 90) + i)
+        (folder / split / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def write_tars(folder):
+    folder.mkdir(parents=True)
+    write_tar(folder / "train-0.tar", 30, 5)
+    write_tar(folder / "train-1.tar", 35, 4)
+    write_tar(folder / "test-0.tar", 90, 4)
+
+
+def write_arrow(folder):
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    for split, first, number in (("train", 30, 9), ("test", 90, 4)):
+        rows = {"image": encoded(first, number), "label": [i % 2 for i in range(number)]}
+        Dataset.from_dict(rows, features=features).save_to_disk(folder / "saved")
+        (file,) = (folder / "saved").glob("*.arrow")
+        file.rename(folder / f"{split}-00000-of-00001.arrow")
+        shutil.rmtree(folder / "saved")
+
+
+def write_pixels(folder):
+    """Write gray images of 4 × 4 pixels as JSON lines."""
+    folder.mkdir(parents=True)
+    for split, first, number in (("train", 30, 9), ("test", 90, 4)):
+        rows = [{"image": [[first + i] * 4] * 4, "label": "ab"[i % 2]} for i in range(number)]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.mark.parametrize(
+    ("write", "more"),
+    [
+        (write_loose, {}),
+        (write_zips, {}),
+        (write_metadata, {}),
+        (write_tars, {"images_per_epoch": 9}),
+        (write_arrow, {"images_per_epoch": 9}),
+        (write_pixels, {"images_per_epoch": 9}),
+    ],
+)
+def test_every_format_of_the_hub_is_streamed_and_copied(tmp_path, dataset_hub, write, more):
+    write(tmp_path / "hub" / "someone" / "pictures")
+    config = settings("someone/pictures", streaming=True, epochs=2, **more)
+    streamed = load_images(config)
+    assert "9 images of 2 classes in split train; evaluation on 4 others (split test, its own" in streamed.note
+    assert sorted(values(streamed.bank)) == [*range(30, 39)]
+    assert sorted(values(streamed.validation)) == [*range(90, 94)]
+    requests = [list(DeviceBatches(streamed.train, config, 1, 0)) for _ in range(2)]
+    assert [r.samples.tolist() for r in requests[0]] == [r.samples.tolist() for r in requests[1]]
+    shown = [decode_image(image)[0, 0, 0] for request in requests[0] for image in request.images]
+    assert len(set(shown[:8])) == len(set(shown[8:])) == 8
+    assert set(shown) <= set(range(30, 39))
+    if write is write_zips:
+        with pytest.raises(ConfigurationError, match=r"class folders in zips; .* --streaming"):
+            load("someone/pictures")
+        return
+    copied = load("someone/pictures")
+    assert sorted(values(copied.train)) == [*range(30, 39)]
+    assert sorted(copied.class_names) == sorted(streamed.class_names)
+
+
+def test_a_stream_needs_the_length_of_an_epoch(tmp_path, dataset_hub):
+    write_tars(tmp_path / "hub" / "someone" / "pictures")
+    with pytest.raises(ConfigurationError, match=r"how many images the split train has: .*--images_per_epoch N"):
+        load("someone/pictures", streaming=True)
+
+
+def test_the_length_of_an_epoch_is_for_streams_alone(image_net):
+    with pytest.raises(ConfigurationError, match="--images_per_epoch 9: leave it out, an epoch shows all 12 images"):
+        load(image_net, streaming=True, images_per_epoch=9)

@@ -10,7 +10,8 @@ import time
 
 import pytest
 import survive
-from helpers import tiny
+from helpers import tiny, write_tar
+from loopback_hub import loopback_hub
 from survive import read_until, trainers_of
 
 from m2t_accel.run.checkpoint import list_checkpoints
@@ -31,6 +32,31 @@ def test_a_killed_run_equals_a_run_that_was_not_killed(tmp_path, num_processes, 
     assert found["different"] == []
     assert found["metrics differ by"] <= (1e-6 if 2 in num_processes else 0)
     assert (found["lost"], found["repeated"]) == (0, 0)
+
+
+def test_a_streamed_hub_dataset_shows_the_same_images_on_any_number_of_processes(tmp_path, monkeypatch):
+    """Stop a run on two processes, kill -9 it on one, and end it on two; it shows what an unbroken run on one shows."""
+    folder = tmp_path / "hub" / "someone" / "tars"
+    folder.mkdir(parents=True)
+    for shard, number in enumerate((64, 60, 70, 66, 50, 74)):
+        write_tar(folder / f"train-{shard:04}.tar", 100 * shard, number)
+    with loopback_hub(tmp_path / "hub") as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        for name, value in {**environment, "HF_HOME": str(tmp_path / "home")}.items():
+            monkeypatch.setenv(name, value)
+        arguments = [*survive.DIGITS, "--dataset", "someone/tars", "--streaming", "--images_per_epoch", 384]
+        arguments += ["--epochs", 12, "--checkpoint_every", "3steps", "--num_workers", 1]
+        records, runs = ([tmp_path / f"{name}-{kind}" for name in ("whole", "broken")] for kind in ("record", "run"))
+        survive.run(survive.command(records[0], runs[0], 1, arguments))
+        for number, step, with_signal in ((2, 9, signal.SIGTERM), (1, 27, signal.SIGKILL)):
+            process = survive.start(survive.command(records[1], runs[1], number, arguments))
+            wait_for(runs[1] / "checkpoints" / f"step-{step}")
+            os.kill(trainers_of(process)[-1], with_signal)
+            process.communicate(timeout=120)
+        survive.run(survive.command(records[1], runs[1], 2, arguments))
+    assert survive.lost_and_repeated(records[1], records[0]) == (0, 0)
+    whole, broken = map(survive.metrics, runs)
+    assert survive.largest_difference(whole, broken) <= 1e-6
 
 
 def pretrain_command(folder, *launch, **settings):
