@@ -1,5 +1,7 @@
 """Every kind of source through preview, pretraining with a stop and a resume, and kNN."""
 
+import zipfile
+
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 from helpers import encoded, tiny, write_image, write_parquet, write_table, write_tar
@@ -42,6 +44,15 @@ def write_arrays(folder):
     write_table(folder / "train.parquet", row_group_size=4, pixels=pixels, kind=kinds)
 
 
+def write_zips(folder):
+    """Write images in zips, as people upload them."""
+    folder.mkdir(parents=True)
+    for half in range(2):
+        with zipfile.ZipFile(folder / f"train-{half}.zip", "w") as archive:
+            for i, image in enumerate(encoded(24 * half, 24)):
+                archive.writestr(f"{24 * half + i:02}.png", image["bytes"])
+
+
 # How the source is written (on the Hub if the name says so), settings, and whether it has labels for kNN.
 SOURCES = {
     "class folders": (write_images, {}, True),
@@ -56,6 +67,8 @@ SOURCES = {
     "parquet on the Hub, streamed": (write_shards, {"streaming": True}, True),
     "tars on the Hub": (write_hub_tars, {}, True),
     "tars on the Hub, streamed": (write_hub_tars, {"streaming": True, "images_per_epoch": 96}, True),
+    "zip on the Hub": (write_zips, {}, False),
+    "zip on the Hub, streamed": (write_zips, {"streaming": True}, False),
     "memory": (None, {}, True),
 }
 

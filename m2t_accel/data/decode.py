@@ -12,6 +12,8 @@ import os
 import re
 import struct
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -57,6 +59,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 MIN_WIDTH = 16  # of a part; the colours of a single column at an edge would differ
+OPEN_ZIPS = 16  # of a process
 
 # The libraries would report a broken image each time; m2t_accel.run.report reports it once.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -107,12 +110,29 @@ def read_bytes(image: Mapping[str, object]) -> bytes:
     if image["path"] is None:
         raise DecodeError("no file: neither bytes nor a path are given")
     try:
+        if image["path"].startswith("zip://"):
+            return read_member(image["path"])
         if image.get("offset") is None:
             return Path(image["path"]).read_bytes()
         with open(image["path"], "rb") as file:
             return os.pread(file.fileno(), image["size"], image["offset"])
     except OSError as error:
         raise DecodeError(error.strerror or one_line(error)) from None
+
+
+def read_member(path: str) -> bytes:
+    """Return a member of a local zip, in which `datasets` leaves images: `zip://MEMBER::FILE`."""
+    member, _, archive = path.removeprefix("zip://").rpartition("::")
+    try:
+        return open_zip(archive, os.getpid()).read(member)
+    except (KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error) as error:
+        raise DecodeError(one_line(error)) from None
+
+
+@functools.lru_cache(OPEN_ZIPS)
+def open_zip(path: str, process_id: int) -> zipfile.ZipFile:
+    """Open a zip. Each process needs its own, because the position in a file is shared after a fork."""
+    return zipfile.ZipFile(path)
 
 
 def decode_image(image: Mapping[str, object], max_pixels: int = MAX_IMAGE_PIXELS) -> np.ndarray:

@@ -51,9 +51,9 @@ def list_files(stream: IterableDataset, config: ImageSettings, remarks: list[str
 
 
 def is_listed(images: Dataset) -> bool:
-    """Return whether the images are files on the Hub."""
+    """Return whether the images are files on the Hub. A copy of zips has addresses of members, too, but local ones."""
     first = images[0]["image"] or {"bytes": b""}
-    return first["bytes"] is None and is_remote(first["path"] or "")
+    return first["bytes"] is None and is_remote((first["path"] or "").rpartition("::")[2])
 
 
 class HubFiles:

@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import warnings
+import zipfile
 import zlib
 
 import cv2
@@ -589,3 +590,14 @@ def test_a_forked_process_decodes_parts(capfd):
     child.join(30)
     assert child.exitcode == 0
     assert capfd.readouterr().err == ""
+
+
+def test_an_image_in_a_zip_is_read_where_datasets_leaves_it(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("b/1.png", encoded("PNG", size=(60, 80)))
+    image = {"bytes": None, "path": f"zip://b/1.png::{tmp_path}/a.zip"}
+    assert decode.decode_image(image).shape == (60, 80, 3)
+    with pytest.raises(DecodeError, match="no item named"):
+        decode.decode_image({**image, "path": f"zip://b/2.png::{tmp_path}/a.zip"})
+    with pytest.raises(DecodeError, match="No such file"):
+        decode.decode_image({**image, "path": f"zip://b/1.png::{tmp_path}/b.zip"})
