@@ -119,7 +119,7 @@ def test_the_fingerprint_depends_on_names_but_not_on_the_place(tmp_path, image_n
 
 def test_the_fingerprints_are_those_of_earlier_versions(tmp_path, monkeypatch):
     """A saved run must find its images again. The bytes of these images cannot be decoded."""
-    monkeypatch.setattr(columns, "decode_image", lambda image: None)
+    monkeypatch.setattr(columns, "decode_image", lambda image, max_pixels: None)
     for i in range(4):
         (tmp_path / "files" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         (tmp_path / "files" / "ab"[i % 2] / f"{i}.png").touch()
