@@ -334,6 +334,7 @@ def on_hub(output_dir, **others):
     return tiny(output_dir, **given, device_batch_size=4, image_size=16, evaluate_every=2, **others)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_streamed_hub_dataset_resumes_bit_for_bit(tmp_path, dataset_hub, monkeypatch, capsys):
     """It is stopped by a signal, and then by a Hub that does not answer any more, with other numbers of workers."""
     write_hub_tars(tmp_path / "hub" / "someone" / "tars")

@@ -10,8 +10,9 @@ from huggingface_hub import constants
 from loopback_hub import loopback_hub
 
 from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.data import hub_datasets
+from m2t_accel.data import benchmark, hub_datasets
 from m2t_accel.data.decode import decode_image
+from m2t_accel.data.preview import draw_preview
 from m2t_accel.data.requests import DeviceBatches
 from m2t_accel.data.sources import load_images
 
@@ -292,12 +293,12 @@ def write_pixels(folder):
 @pytest.mark.parametrize(
     ("write", "more"),
     [
-        (write_loose, {}),
         (write_zips, {}),
-        (write_metadata, {}),
         (write_tars, {"images_per_epoch": 9}),
-        (write_arrow, {"images_per_epoch": 9}),
-        (write_pixels, {"images_per_epoch": 9}),
+        pytest.param(write_loose, {}, marks=pytest.mark.slow),
+        pytest.param(write_metadata, {}, marks=pytest.mark.slow),
+        pytest.param(write_arrow, {"images_per_epoch": 9}, marks=pytest.mark.slow),
+        pytest.param(write_pixels, {"images_per_epoch": 9}, marks=pytest.mark.slow),
     ],
 )
 def test_every_format_of_the_hub_is_streamed_and_copied(tmp_path, dataset_hub, write, more):
@@ -319,6 +320,18 @@ def test_every_format_of_the_hub_is_streamed_and_copied(tmp_path, dataset_hub, w
     copied = load("someone/pictures")
     assert sorted(values(copied.train)) == [*range(30, 39)]
     assert sorted(copied.class_names) == sorted(streamed.class_names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("write", "more"), [(write_loose, {}), (write_tars, {"images_per_epoch": 9})])
+def test_streams_are_previewed_and_benchmarked(tmp_path, dataset_hub, monkeypatch, write, more):
+    write(tmp_path / "hub" / "someone" / "pictures")
+    config = settings("someone/pictures", streaming=True, **more)
+    assert "pairs of views" in draw_preview(config, tmp_path / "preview.png")[-1]
+    monkeypatch.setattr(benchmark, "BATCH_SIZE", 4)
+    requests = benchmark.choose_requests(load_images(config).train, 8)
+    assert [len(request.images) for request in requests] == [4, 4]
+    assert len({sample for request in requests for sample in request.samples.tolist()}) == 8
 
 
 def test_a_stream_needs_the_length_of_an_epoch(tmp_path, dataset_hub):

@@ -145,6 +145,12 @@ def test_a_resume_reads_its_shards_from_their_start_and_no_others():
     assert not before & {shard for shard, _ in source.read}
 
 
+def test_an_image_is_named_by_its_key_and_its_shard():
+    images = Source([10] * 8).stream()
+    for path, expected in (("7.jpg", "7.jpg, row 5 of hf://pictures/2.tar"), (None, "row 5 of hf://pictures/2.tar")):
+        assert images.image({"image": {"bytes": b"no image", "path": path}}, 2, 5)["path"] == expected
+
+
 @pytest.fixture
 def no_delays(monkeypatch):
     monkeypatch.setattr(shards, "RETRY_DELAYS", (0, 0, 0, 0))

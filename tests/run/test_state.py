@@ -73,6 +73,15 @@ def test_a_restored_state_trains_on_bit_for_bit(optimizer):
             assert torch.equal(tensor, ends[1][file][name]), f"{file}: {name}"
 
 
+def test_the_positions_in_a_stream_are_restored():
+    step, state = build()
+    train(step, 1)
+    manifest, positions = {"num_processes": 1, "gradient_scaler": None}, torch.tensor([[3, 40], [-1, -1]])
+    _, found = state.restore(deep_copy(state.copy([], positions)), manifest)
+    assert found.equal(positions)
+    assert state.restore(deep_copy(state.copy([])), manifest) == ([], None)
+
+
 def test_training_does_not_change_a_copy():
     step, state = build()
     train(step, 2)
