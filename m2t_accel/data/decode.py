@@ -204,12 +204,13 @@ def decode_with_pil(content: bytes, max_pixels: int) -> np.ndarray:
     """Decode an image file of any of the FORMATS with PIL, as `decode_bytes` does; of an animation, the first frame.
 
     Raises:
-        Exception: one of many types: the file cannot be decoded, or the range of its values is not known.
+        DecodeError: the image is too large, or the range of its values is not known.
+        Exception: one of many types: the file cannot be decoded.
     """
     with open_with_pil(content, max_pixels) as picture:
         kind, inverted = picture.format, False
         if kind == "JPEG2000" and picture.mode in ("RGB", "RGBA") and bits_of_jpeg_2000(content) > 8:
-            raise ValueError("a JPEG 2000 in colour with more than 8 bits per value, which PIL decodes wrongly")
+            raise DecodeError("a JPEG 2000 in colour with more than 8 bits per value, which PIL decodes wrongly")
         if kind == "TIFF" and picture.mode.startswith("I;16"):
             inverted = picture.tag_v2.get(262) == 0  # 0 is white; PIL inverts 8 bits, but not 16
         picture.load()
@@ -222,7 +223,7 @@ def decode_with_pil(content: bytes, max_pixels: int) -> np.ndarray:
             high = (np.asarray(picture) >> 8).astype(np.uint8)
             return np.repeat((255 - high if inverted else high)[..., None], 3, axis=2)
         if picture.mode in ("F", "I"):
-            raise ValueError(f"pixels without a known range, mode {picture.mode} of PIL")
+            raise DecodeError(f"pixels without a known range, mode {picture.mode} of PIL")
         return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 

@@ -281,7 +281,7 @@ TABLE = {
         "TIFF": (saved(FRAMES[0], "TIFF", save_all=True, append_images=FRAMES[1:]), COLOURS, 0),
     },
     "float, 32-bit integers; JPEG 2000 in colour with more than 8 bits": {
-        "float TIFF": (saved(GRAY.astype(np.float32), "TIFF"), "pixels without a known range, mode F of PIL"),
+        "float TIFF": (saved(GRAY.astype(np.float32), "TIFF"), "^pixels without a known range, mode F of PIL"),
         "integer TIFF": (saved(GRAY.astype(np.int32), "TIFF"), "pixels without a known range, mode I of PIL"),
         "float PFM": (written_by_opencv(".pfm", GRAY.astype(np.float32)), "pixels without a known range"),
         "colour JPEG 2000": (written_by_opencv(".jp2", DEEP), "more than 8 bits per value"),
