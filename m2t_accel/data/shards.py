@@ -97,7 +97,7 @@ def open_shard(file: str) -> IO[bytes]:
 
 
 def unreadable_shard(file: str, error: Exception) -> ConfigurationError:
-    return ConfigurationError(
-        f"the shard {file} cannot be read ({one_line(error)}): it is missing, truncated or damaged; download it again, "
-        "or move it away and start again"
-    )
+    advice = "it is missing, truncated or damaged; download it again, or move it away and start again"
+    if is_remote(file):
+        advice = "the server or the network has failed, or the shard is damaged there; try again later"
+    return ConfigurationError(f"the shard {file} cannot be read ({one_line(error)}): {advice}")
