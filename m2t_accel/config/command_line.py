@@ -122,7 +122,7 @@ def parse_settings(
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
         epilog="The --config file may hold any setting, as `name: value`; flags override it.\n"
-        "Names that Hugging Face and timm use for these settings are accepted, too: see docs/recipes.md."
+        "The names of transformers and timm for these settings are accepted, too: see docs/recipes.md."
         + (f"\nThe defaults shown are those for ImageNet; a {preset} has its own." if preset else ""),
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="file with settings, such as the config.yaml of a run")

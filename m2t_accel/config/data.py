@@ -48,10 +48,10 @@ class ImageSettings:
     dataset_config: str | None = setting(None, "configuration of a Hub dataset that has several", heading="data")
     dataset_revision: str | None = setting(None, "branch, tag or commit of a Hub dataset")
     train_split: str | None = setting(
-        None, "split to train on, as named on the Hub, or its folder (default: found by name)"
+        None, "split to train on: its name on the Hub, or its folder (default: found by name)"
     )
     validation_split: str | None = setting(
-        None, "split to evaluate on, as named on the Hub, or its folder (default: found by name)"
+        None, "split to evaluate on: its name on the Hub, or its folder (default: found by name)"
     )
     image_column: str | None = setting(None, "column of the images (default: found by type, then by name)")
     label_column: str | None = setting(None, "column of the labels (default: found by name)")
@@ -60,7 +60,7 @@ class ImageSettings:
     )
     max_image_pixels: int = setting(
         MAX_IMAGE_PIXELS,
-        "an image of more pixels (width × height in its header) is not decoded, and counts as a broken image",
+        "an image of more pixels (width × height in its header) counts as broken",
         at_least=1,
         at_most=2**30,  # limit of OpenCV
     )
@@ -111,7 +111,7 @@ class TrainingSettings(ImageSettings):
         "optimizer steps of the whole run, for a short try; the schedules span them (default: those of epochs)",
         at_least=1,
     )
-    batch_size: int = setting(1024, "images per optimizer step, on all devices together", at_least=2, at_most=2**20)
+    batch_size: int = setting(1024, "images per optimizer step, over all devices", at_least=2, at_most=2**20)
     device_batch_size: int | None = setting(
         None,
         "images that pass the network and its BatchNorm together; the number of virtual devices is "
@@ -127,7 +127,7 @@ class TrainingSettings(ImageSettings):
     flip_probability: float = setting(0.5, "probability of a horizontal flip", at_least=0, at_most=1)
 
     max_images: int | None = setting(
-        None, "train on only so many of the images, evenly spread, for a short try", at_least=2, heading="data"
+        None, "train on only this many images, evenly spread, for a short try", at_least=2, heading="data"
     )
 
     def __post_init__(self) -> None:

@@ -136,21 +136,18 @@ class LinearProbeConfig(EvaluationSettings, TrainingSettings):
 
     learning_rates: tuple[float, ...] = setting(
         (0.2,),
-        "peak learning rate per 256 images of batch_size; if you give several, a head is trained with each, and the "
-        "head that is best on held-out training images is chosen",
+        "peak learning rate per 256 images of batch_size; of several, the best on held-out training images is chosen",
         above=0,
         heading="training",
     )
     schedule: str = setting(
         "cosine",
-        "schedule of the learning rate: cosine (falls to 0) or steps (divided by 10 after 60 % and again after 80 % of "
-        "the epochs)",
+        "of the learning rate: cosine (falls to 0) or steps (a tenth after 60 % and again after 80 % of the epochs)",
         choices=("cosine", "steps"),
     )
     features: str = setting(
         "augmented",
-        "features to train on: augmented (of a new random crop in each epoch) or cached (of the centre crop, computed "
-        "once; this is quick, but not the protocol)",
+        "augmented (of a new random crop in each epoch) or cached (of the centre crop, once: quick, but not the protocol)",
         choices=("augmented", "cached"),
     )
     batch_size: int = setting(256, "images per optimizer step, over all devices", at_least=2, at_most=2**20)

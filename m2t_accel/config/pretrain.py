@@ -44,20 +44,19 @@ class PretrainConfig(TrainingSettings):
     output_dir: str | None = setting(None, "folder that the run writes to (default: runs/RECIPE)")
     resume: str = setting(
         "auto",
-        "auto: resume from the newest complete checkpoint in output_dir, if any; never: start at step 0, and refuse an "
-        "output_dir that already holds a run; or the folder of a checkpoint",
+        "auto: from the newest checkpoint in output_dir, if any; never: start anew, and refuse an output_dir with a run; "
+        "or the folder of a checkpoint",
     )
 
     encoder: str = setting(
         "resnet50",
-        f"{', '.join(ENCODERS)}, a folder with a transformers config.json, or a Hub id; the weights start random "
-        "without --init_from",
+        f"{', '.join(ENCODERS)}, or a transformers model: its folder or Hub id",
         heading="student and teacher",
     )
     init_from: str | None = setting(
         None,
-        "start from the weights of a run, a transformers or timm folder, a Hub id, or a file of ResNet weights; "
-        "without --encoder the architecture is the source's",
+        "weights to start from instead of random ones: a run, a folder, a Hub id or a file; without --encoder it also "
+        "gives the architecture",
     )
     hidden_size: int = setting(4096, "hidden width of the projector and the predictor", at_least=2)
     projection_size: int = setting(256, "output width of the projector and the predictor", at_least=2)
@@ -87,7 +86,7 @@ class PretrainConfig(TrainingSettings):
 
     streaming: bool = setting(
         False,
-        "read a Hub dataset, or local parquet files and tars, in place while training, without copying them first",
+        "read datasets on the Hub, local parquet files and tars in place, without copying them first",
         heading="data",
     )
     images_per_epoch: int | None = setting(
@@ -102,15 +101,14 @@ class PretrainConfig(TrainingSettings):
 
     checkpoint_every: tuple[str, ...] = setting(
         ("15min",),
-        "interval between checkpoints: 500steps, 1epoch, 15min, or several of them; or never, to save only at the end "
-        "and when the run is stopped",
+        "intervals between checkpoints, such as 500steps 1epoch 15min; never: only at the end and when the run is stopped",
         heading="checkpoints",
     )
     keep: tuple[int, int] = setting(
         (3, 0), "checkpoints to keep: the last N, and every Mth for ever (0: only the last N)", at_least=0
     )
     stop_on_collapse: bool = setting(
-        False, "stop the run when the teacher's embeddings collapse to one point, instead of printing a warning"
+        False, "stop the run instead of printing a warning when the embeddings collapse to one point"
     )
     collective_timeout: float = setting(
         10.0, "minutes that a process waits for the others in a step before it reports them as lost", above=0
@@ -127,7 +125,7 @@ class PretrainConfig(TrainingSettings):
     hub_private_repo: bool = setting(False, "create the repository of --push_to_hub as a private one")
     report_to: tuple[str, ...] = setting(
         ("none",),
-        f"also send the metrics to one or several of {', '.join(TRACKERS)}; or to all that are installed; or to none",
+        f"trackers that also get the metrics: {', '.join(TRACKERS)}; all (that are installed) or none",
         choices=(*TRACKERS, "all", "none"),
     )
 
