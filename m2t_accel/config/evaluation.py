@@ -147,7 +147,7 @@ class LinearProbeConfig(EvaluationSettings, TrainingSettings):
     )
     features: str = setting(
         "augmented",
-        "augmented (of a new random crop in each epoch) or cached (of the centre crop, once: quick, but not the protocol)",
+        "augmented (a new random crop in each epoch) or cached (the centre crop, once: quick, but not the protocol)",
         choices=("augmented", "cached"),
     )
     batch_size: int = setting(256, "images per optimizer step, over all devices", at_least=2, at_most=2**20)

@@ -44,8 +44,8 @@ class PretrainConfig(TrainingSettings):
     output_dir: str | None = setting(None, "folder that the run writes to (default: runs/RECIPE)")
     resume: str = setting(
         "auto",
-        "auto: from the newest checkpoint in output_dir, if any; never: start anew, and refuse an output_dir with a run; "
-        "or the folder of a checkpoint",
+        "auto: from the newest checkpoint in output_dir, if any; never: from step 0, in a folder without a run; or "
+        "the folder of a checkpoint",
     )
 
     encoder: str = setting(
@@ -101,7 +101,7 @@ class PretrainConfig(TrainingSettings):
 
     checkpoint_every: tuple[str, ...] = setting(
         ("15min",),
-        "intervals between checkpoints, such as 500steps 1epoch 15min; never: only at the end and when the run is stopped",
+        "intervals between checkpoints, such as 500steps 1epoch 15min; never: only when the run ends or is stopped",
         heading="checkpoints",
     )
     keep: tuple[int, int] = setting(
