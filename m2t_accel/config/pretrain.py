@@ -125,7 +125,7 @@ class PretrainConfig(TrainingSettings):
     hub_private_repo: bool = setting(False, "create the repository of --push_to_hub as a private one")
     report_to: tuple[str, ...] = setting(
         ("none",),
-        f"trackers that also get the metrics: {', '.join(TRACKERS)}; all (that are installed) or none",
+        f"also send the metrics to {', '.join(TRACKERS)}; all (installed) or none",
         choices=(*TRACKERS, "all", "none"),
     )
 

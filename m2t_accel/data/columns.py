@@ -85,7 +85,7 @@ def find_image_column(features: Features, rows: Rows, config: ImageSettings) -> 
     if not good:
         where = f"--image_column {given}" if given else f"--dataset {config.dataset}, column {best[0]}"
         others = [name for name in ranks if name != best[0]]
-        raise ConfigurationError(f"{where}: no row looked at has an image; {found[best[0]]}{hint(others)}")
+        raise ConfigurationError(f"{where}: none of the rows checked has an image; {found[best[0]]}{hint(others)}")
     if len(good) > 1 and good[0].casefold() not in IMAGE_COLUMNS:
         raise ConfigurationError(
             f"--dataset {config.dataset} has several columns of images: {listed(good)}; name one with --image_column"
@@ -117,7 +117,7 @@ def list_depth(feature: object) -> int:
 
 
 def look(rows: Iterable[tuple[str, object]], folder: str, max_pixels: int) -> ImageColumn | str:
-    """Look at rows until one has an image. If none has, return where the first row is and why it is not an image.
+    """Return the root folder of the first row that has an image, as an ImageColumn; if no row has one, the reason.
 
     Args:
         rows: phrases that say where a row is, and values.

@@ -141,17 +141,17 @@ def is_hidden(name: str) -> bool:
 def check_train(
     folder: Path, splits: Iterable[str], called_train: Sequence[str], files: Sequence[str], config: ImageSettings
 ) -> None:
-    """Check that something is a training split, if anything is called train.
+    """Check that what is called train holds images.
 
     Args:
         folder: top folder.
         splits: the splits that the used files belong to.
-        called_train: what is called train.
+        called_train: folders, archives and broken links that are called train.
         files: the used files.
         config: may name the training split.
 
     Raises:
-        ConfigurationError: what is called train holds none of the files.
+        ConfigurationError: one of them holds none of the files, and no other file is of a training split.
     """
     if config.train_split is not None or TRAIN in splits:
         return
@@ -176,7 +176,7 @@ def check_train(
 
 
 def unused_files(others: Counter[str], num_used: int, kind: str) -> list[str]:
-    """Return remarks about files that are not read. If they are many and no mere notes, the remark is a warning."""
+    """Return a remark about files that are not read: a warning if they, without notes, are more than the used ones."""
     if not others:
         return []
     skipped = Counter({name: number for name, number in others.items() if name not in NOTES_EXTENSIONS})
@@ -186,7 +186,7 @@ def unused_files(others: Counter[str], num_used: int, kind: str) -> list[str]:
 
 
 def list_files(others: Counter[str]) -> str:
-    """Return the numbers of files by extension in words, the most frequent first."""
+    """Return the counts of files by extension in words, the most frequent first."""
     kinds = [f"{number:,} {f'*{name}' if name else 'without extension'}" for name, number in others.most_common()]
     return ", ".join(kinds if len(kinds) <= MAX_LISTED else [*kinds[:MAX_LISTED], "and other kinds"])
 

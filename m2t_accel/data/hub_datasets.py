@@ -136,7 +136,7 @@ def find_builder(config: ImageSettings) -> DatasetBuilder:
 
 
 def newest_copy(config: ImageSettings) -> str | None:
-    """Return the name of the folder in which the newest copy of some splits is, as `with_splits` names it."""
+    """Return the name of the folder, made by `with_splits`, that holds the newest copy of some splits."""
     owner, _, name = config.dataset.rpartition("/")
     folder = Path(datasets.config.HF_DATASETS_CACHE, f"{owner}___{camelcase_to_snakecase(name)}")
     copies = folder.glob(f"*/*/*/{datasets.config.DATASET_INFO_FILENAME}")

@@ -28,7 +28,7 @@ def list_files(stream: IterableDataset, config: ImageSettings, remarks: list[str
     """Return the addresses of all images of a split, with a column `label` if there are labels.
 
     Args:
-        stream: rows of which each names a file, as `datasets` makes them of folders of images.
+        stream: rows that each name a file, as `datasets` makes them from folders of images.
         config: may name the column of labels.
         remarks: list to which this adds notes for the user.
     """

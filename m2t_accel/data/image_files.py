@@ -110,7 +110,7 @@ def group_by_split(images: Sequence[str], called_train: Sequence[str], config: I
 
 
 def describe(places: Places, with_top: bool = False) -> str:
-    """Return the folders of a split, in words; for the top folder, those in it if asked for."""
+    """Return the folders of a split in words. If `with_top`, those in the top folder stand for it."""
     if with_top and "" in places:
         names = {path.split("/")[0] + "/" if "/" in path else "the top folder" for path in places[""]}
         names = sorted(names, key=lambda name: (name.endswith("/"), name))
@@ -120,7 +120,7 @@ def describe(places: Places, with_top: bool = False) -> str:
 
 
 def class_paths(places: Places) -> list[str]:
-    """Return the paths of a split's images from the folder on that holds the class folders, if there are any.
+    """Return the paths of a split's images, relative to the folder that holds the class folders, if there are any.
 
     This is the folder of the split, or the only folder in it. If several folders are the split, as in `cat/train` and
     `dog/train`, the folders around them may be the classes. A folder of the same name in all class folders is left out.
@@ -161,7 +161,7 @@ def images_to_dataset(folder: Path, places: Places, names: Sequence[str], class_
     Args:
         folder: top folder.
         places: the images of the split.
-        names: their paths from the class folder on.
+        names: their paths, relative to the folder of the class folders.
         class_names: the classes of the training split.
 
     Raises:

@@ -87,7 +87,7 @@ def check_flags(images: Dataset, config: ImageSettings) -> None:
 
 
 def select_columns(split: Dataset, image: ImageColumn, label: str | None) -> Dataset:
-    """Return a table of a user with the columns `image`, undecoded, and `label` if it has usable labels.
+    """Return a user's table with the columns `image`, undecoded, and `label` if it has usable labels.
 
     Args:
         split: the table.

@@ -171,7 +171,7 @@ def read(loader: DataLoader, device: torch.device | None = None) -> Iterator:
 
 
 def drop_frames(error: Exception) -> None:
-    """Drop what the frames of an error of starting a loader refer to. Torch cannot shut down a half-started loader."""
+    """Clear the frames of an error, which keep a half-started loader alive: torch cannot shut such a loader down."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
     try:
         traceback.clear_frames(error.__traceback__)

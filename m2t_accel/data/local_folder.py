@@ -71,7 +71,7 @@ def load_folder(
     groups = configured_files(folder, files, config) or group_files(files, config)
     check_train(folder, list(groups), found.called_train, files, config)
     choice = choose_splits(list(groups), config)
-    remarks += [f"not used: {describe_files(groups[name])}, no part of the training split" for name in choice.unused]
+    remarks += [f"not used: {describe_files(groups[name])}, not part of the training split" for name in choice.unused]
     chosen = {describe_files(groups[name]): groups[name] for name in choice[:2] if name is not None}
     if kind == ".tar":
         return tar_splits(folder, chosen, config, remarks)

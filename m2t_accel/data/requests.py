@@ -221,7 +221,7 @@ class PendingPool:
         """Wait until the pool is read.
 
         Raises:
-            TimeoutError: it is not read within so many seconds.
+            TimeoutError: it is not read within `timeout` seconds.
             ConfigurationError: it cannot be read.
         """
         for part in self.parts:

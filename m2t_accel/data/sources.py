@@ -221,7 +221,7 @@ def prepare_stream(train: Split, config: ImageSettings, remarks: list[str]) -> S
 
 
 def evenly_spread(images: Split, number: int) -> Split:
-    """Return only so many of the images, evenly spread; all if there are not more."""
+    """Return `number` of the images, evenly spread; all if there are not more."""
     if len(images) <= number:
         return images
     if isinstance(images, ParquetShards | HubStream):

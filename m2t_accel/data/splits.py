@@ -115,7 +115,7 @@ def find_train(names: Sequence[str], config: ImageSettings) -> str:
 
 
 def preference(name: str) -> tuple[int, int]:
-    """Return the place of a split among others: validation before test, and the plain name before a longer one."""
+    """Return the sort key of a split: validation before test, and the plain name before a longer one."""
     split = split_of(name)
     return list(EVALUATION_WORDS).index(split) if split in EVALUATION_WORDS else -1, len(name)
 

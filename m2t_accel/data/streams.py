@@ -240,7 +240,7 @@ class StreamedOrder:
 
 
 class StreamReader:
-    """Reads the pools of one virtual device, one after the other."""
+    """Reader of the pools of one virtual device, in their order."""
 
     def __init__(
         self,

@@ -151,7 +151,7 @@ class Samples:
                 self.others.setdefault(rest, {})[key] = place
 
     def names_have_dots(self) -> bool:
-        """Return whether most images would be dropped as more images of samples, but their names just have dots.
+        """Return whether names that end at the first dot drop most images, only because the names have more dots.
 
         Samples with a plain member (000.jpg or 000.cls beside 000.depth.png) are real. The others have as many
         different endings as images, or numbers in them: DSC.0001.jpg, DSC.0002.jpg.
@@ -167,7 +167,7 @@ class Samples:
         return 2 * doubtful > kept + dropped and (endings > kept or 2 * numbered > endings)
 
     def count_others(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Return the numbers of files that are beside an image, and of files alone, by the ends of their names."""
+        """Return the counts of files beside an image, and of files alone, by the ends of their names."""
         beside, alone = Counter(), Counter()
         for rest, keys in self.others.items():
             number = len(keys.keys() & self.images.keys())
@@ -194,13 +194,13 @@ def read_label(file: IO[bytes], place: tuple[int, int], key: str | None) -> str 
 
 
 def read_at_most(file: IO[bytes], place: tuple[int, int], max_bytes: int) -> bytes:
-    """Return a member; nothing if it is larger than `max_bytes`, or sparse."""
+    """Return a member; no bytes if it is larger than `max_bytes`, or sparse."""
     offset, size = place
     return os.pread(file.fileno(), size, offset) if 0 <= size <= max_bytes else b""
 
 
 def label_text(value: object) -> str | None:
-    """Return a label as text; None if the value can be none. A whole number gets no zeros before it."""
+    """Return a label as text; None if it cannot be a label. A whole number has no leading zeros."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, str | int):

@@ -35,7 +35,7 @@ _waiting_since: float | None = None  # the start of the wait for the next batch
 
 @contextlib.contextmanager
 def waiting_for_a_batch() -> Iterator[None]:
-    """Let a signal end this wait, if the batch does not come in time after it."""
+    """End this wait if a signal arrives and the batch does not follow within BATCH_TIMEOUT."""
     global _waiting_since
     _waiting_since = time.monotonic()
     try:

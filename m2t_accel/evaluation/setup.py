@@ -31,7 +31,7 @@ from m2t_accel.model import embed
 
 PACKAGES = ("m2t_accel", "torch", "torchvision", "transformers", "accelerate", "datasets", "opencv-python-headless")
 
-# Files that an evaluation may leave beside result.json, which lists those that it has left.
+# Files that an evaluation may write beside result.json, which lists those that it has written.
 RESULT_FILES = ("classifier/*", "subset.json", "features.*", "map.png", "neighbours.png")
 
 # Settings that may differ between two runs of the same evaluation.
@@ -98,7 +98,7 @@ def run_once(evaluation: Evaluation, measure: Callable[[], dict[str, object]]) -
 def open_folder(evaluation: Evaluation) -> dict[str, object] | None:
     """Create the output folder with config.yaml. If it already holds the result of this evaluation, return the result.
 
-    A collective call. If the folder lacks files that the evaluation has left, name them and return None.
+    A collective call. If the folder lacks files that the evaluation has written, name them and return None.
 
     Raises:
         ConfigurationError: the folder holds another evaluation, or cannot be written; the same on every process.

@@ -266,7 +266,7 @@ def load_resnet(state: Mapping[str, Tensor]) -> tuple[ResNetModel, list[str]]:
 
 
 def load_plain_resnet(state: Mapping[str, Tensor]) -> tuple[ResNetModel, list[str]]:
-    """Do the same as `load_resnet`, but allow unused tensors only in classifiers and projectors.
+    """Load a state dict like `load_resnet`, but allow unused tensors only in classifiers and projectors.
 
     Raises:
         ConfigurationError: as `load_resnet`, or the state has other unused tensors, so it is another network.

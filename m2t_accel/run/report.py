@@ -323,6 +323,6 @@ def settle_evaluation(config: PretrainConfig, data: ImageData) -> PretrainConfig
 
 
 def num_epochs(config: PretrainConfig, data: ImageData) -> float:
-    """Return how often the run shows all images."""
+    """Return the number of epochs of the run, which `max_steps` may make fractional."""
     steps_per_epoch = num_steps_per_epoch(len(data.train), config.batch_size)
     return config.total_steps(steps_per_epoch) / steps_per_epoch

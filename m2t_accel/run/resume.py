@@ -39,7 +39,7 @@ def restore_progress(manifest: Mapping[str, object] | None) -> Progress:
 
 
 def with_settled_settings(config: PretrainConfig, manifest: Mapping[str, object]) -> PretrainConfig:
-    """Return the configuration with the values that the run has settled when it started, where none is given."""
+    """Return the configuration with its missing values replaced by those that the run chose at its start."""
     saved = manifest["config"]
     if config.evaluate_every is None:
         config = dataclasses.replace(config, evaluate_every=saved["evaluate_every"])

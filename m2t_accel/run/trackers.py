@@ -104,7 +104,7 @@ class Trackers:
         return [tracker.warnings.popleft() for tracker in self.trackers for _ in range(len(tracker.warnings))]
 
     def close(self) -> list[str]:
-        """Send what waits, and end the trackers, for a limited time. Return the last warnings."""
+        """Send the waiting lines and end the trackers, within FINISH_TIMEOUT. Return the last warnings."""
         for tracker in self.trackers:
             tracker.submit(tracker.finish)
             tracker.submit(None)
@@ -124,7 +124,7 @@ class Trackers:
 class Tracker:
     """One tracker, in a thread of its own: training does not wait for it, and its errors become warnings.
 
-    Lines that it does not take, because its server is away, are sent again with the next line.
+    Lines that it does not accept, for example while its server is unreachable, are sent again with the next line.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class Tracker:
                 self.inner.finish()
 
     def join(self, seconds: float) -> None:
-        """Wait for the end of the thread, for so many seconds."""
+        """Wait at most this many seconds for the thread to end."""
         self.thread.join(seconds)
         if self.thread.is_alive() or self.waiting:
             self.warnings.append(

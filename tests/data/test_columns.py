@@ -93,7 +93,7 @@ def test_the_column_of_images_is_chosen_by_type_before_name(tmp_path, case, mode
 
 
 # The table, the flags and the message, after the place of the first row if a row is at fault.
-ROW = r"no row looked at has an image; the first is row 0.*: "
+ROW = r"none of the rows checked has an image; the first is row 0.*: "
 FAULTS = {
     "text": ({"image": TEXT}, {}, ROW + r"the text “a picture of 0” is no path of an image"),
     "text beside images": ({"image": TEXT, "x": FILES}, {"image_column": "image"}, ROW + ".*--image_column may name x"),
