@@ -290,9 +290,9 @@ def labels_of_tars(images: TarImages) -> pyarrow.ChunkedArray:
 
 
 def folders_are_classes(images: TarImages) -> bool:
-    """Return whether the folders in tars are classes: every image is directly in one of at least two sisters.
+    """Return whether the folders in tars are classes: every image is directly in one of several sibling folders.
 
-    None are folders for a sample each, and those called like splits, like parts (00012, part-3), or like their tars.
+    Folders of one sample each, and folders named after splits, parts (00012, part-3) or their tars are no classes.
     """
     folders = images.table["folder"].unique().to_pylist()
     names = {posixpath.basename(folder) for folder in folders}
@@ -316,7 +316,7 @@ def class_of_tar(file: str) -> str | None:
     """Return the class that the name of a tar stands for; None if it may be the name of a shard.
 
     The words of splits do not count: train-cat.tar and val-cat.tar are of the class cat. The name of a class is an id
-    of WordNet (n01440764), or has at least two letters and no digits, but for a number before it (001.Albatross).
+    of WordNet (n01440764), or has at least two letters and no digits, except a number before it (001.Albatross).
     """
     name = SPLIT_WORD.sub("", Path(file).stem).strip(SEPARATORS)
     is_class = WORDNET_ID.fullmatch(name) or re.fullmatch(r"(\d+[-_. ]+)?[^\d]*[^\W\d_]{2}[^\d]*", name)
