@@ -148,7 +148,7 @@ def read(loader: DataLoader, device: torch.device | None = None) -> Iterator:
         except Exception as error:
             drop_frames(error)
             if isinstance(error, OSError):
-                raise ConfigurationError(describe_failed_start(loader.num_workers, error)) from None
+                raise ConfigurationError(describe_failed_start(error)) from None
             raise
         finally:  # some workers may run even if not all could be started
             workers = set(multiprocessing.active_children()) - others
@@ -179,12 +179,12 @@ def drop_frames(error: Exception) -> None:
         sys.unraisablehook = hook
 
 
-def describe_failed_start(num_workers: int, error: OSError) -> str:
+def describe_failed_start(error: OSError) -> str:
     """Return a message about workers that could not be started."""
     advice = "allow more memory, processes (ulimit -u) and open files (ulimit -n)"
     if error.errno == errno.ENOSPC:  # the locks of their queues lie there
         advice = "enlarge /dev/shm (docker run --shm-size)"
-    return f"cannot start {num_workers} workers ({error.strerror}): give a smaller --num_workers, or {advice}"
+    return f"cannot start the workers ({error.strerror}): give a smaller --num_workers, or {advice}"
 
 
 def kill(workers: set[BaseProcess]) -> None:

@@ -1,8 +1,11 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from helpers import encoded
+from helpers import ROOT, encoded
 from torch import nn
 
 from m2t_accel.config.data import ImageSettings
@@ -94,3 +97,28 @@ def test_a_fingerprint_depends_on_files_and_labels_but_not_on_their_order():
     assert fingerprint(digests, labels.roll(1)) != name
     assert fingerprint(digests + 1, labels) != name
     assert len(name) == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["16k", "1m"])
+@pytest.mark.parametrize("script", ["knn", "linear_probe", "finetune", "embed", "pretrain"])
+def test_a_small_dev_shm_is_enough_or_one_line(given, script, size):
+    """The batches of the workers take more than any of these sizes, but only their locks are in /dev/shm."""
+    settings = {**given, "num_workers": 2, "image_size": 384}
+    if script in ("linear_probe", "finetune", "pretrain"):
+        settings |= {"epochs": 1, "batch_size": 42, "device_batch_size": 42}
+    if script == "finetune":
+        settings |= {"labels": 1.0}
+    if script == "pretrain":
+        settings |= {"recipe": "digits", "warmup_epochs": 0, "encoder": "resnet10-quarter"}
+    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    mount = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
+    command = ["unshare", "-m", "sh", "-c", mount, "sh"]
+    if subprocess.run([*command, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no /dev/shm can be mounted here")
+    command += [sys.executable, f"scripts/{script}.py", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == (2 if size == "16k" else 0), done.stderr
+    if size == "16k":
+        assert "cannot start the workers (No space left on device): give a smaller --num_workers, or" in done.stderr
+    assert "Traceback" not in done.stderr
