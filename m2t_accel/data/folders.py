@@ -170,7 +170,7 @@ def check_train(
         else:
             reason = "is empty: fill it"
         raise ConfigurationError(
-            f"--dataset {folder}: {place} is called train and {reason}, remove it, or name another split with "
+            f"--dataset {folder}: {place} is called train but {reason}, remove it, or name another split with "
             "--train_split"
         )
 

@@ -166,11 +166,11 @@ def test_every_layout_is_in_the_documentation(layout):
 
 # Files, and what the error says.
 REFUSED = {
-    "train/ val/a/1.png val/b/2.png": "train is called train and is empty: fill it, remove it, or .*--train_split",
+    "train/ val/a/1.png val/b/2.png": "train is called train but is empty: fill it, remove it, or .*--train_split",
     "train/a/1.heic train/b/2.heic val/a/1.png": r"train .*holds no image that can be read, but 2 files like \*\.heic",
-    "train.zip val/a/1.png val/b/2.png": "train.zip is called train and is not read: unpack it",
-    "data/train/ data/val/1.png": "data/train is called train and is empty",
-    "train/ val-0.parquet": "train is called train and is empty",
+    "train.zip val/a/1.png val/b/2.png": "train.zip is called train but is not read: unpack it",
+    "data/train/ data/val/1.png": "data/train is called train but is empty",
+    "train/ val-0.parquet": "train is called train but is empty",
     "val/a/1.png test/a/1.png": "has the splits test, validation, and none is called train",
     "val.tar test.tar": "has the splits test, validation, and none is called train",
     "a.tar b.parquet": r"holds 1 like a\.tar and 1 like b\.parquet: give a folder",
@@ -195,7 +195,7 @@ def test_a_training_shard_without_rows_is_not_replaced_by_the_validation_split(t
 def test_a_training_folder_on_a_disk_that_is_not_mounted(tmp_path):
     make(tmp_path, "val/a/1.png val/b/2.png")
     os.symlink(tmp_path / "disk", tmp_path / "train")
-    with pytest.raises(ConfigurationError, match="train is called train and is a broken link: mount its disk"):
+    with pytest.raises(ConfigurationError, match="train is called train but is a broken link: mount its disk"):
         load(tmp_path)
 
 
