@@ -236,9 +236,11 @@ def errors_in_one_line(config: ImageSettings) -> Iterator[None]:
                     f"--dataset {config.dataset} cannot be copied into the cache {cache.folder} ({cause.strerror}): "
                     f"set {variable} to another folder, or read in place with --streaming"
                 ) from error
+        advice = "give a folder that exists, or a Hub id that you can reach (`hf auth login` for a gated one)"
+        if os.path.exists(config.dataset):
+            advice = "give a folder of files whose columns have the same types"
         raise ConfigurationError(
-            f"--dataset {config.dataset} cannot be loaded ({one_line(error)}); give a folder that exists, "
-            "or a Hub id that you can reach (`hf auth login` for a gated one)"
+            f"--dataset {config.dataset} cannot be loaded ({one_line(error)}); {advice}"
         ) from error
     finally:
         datasets.logging.set_verbosity(verbosity)

@@ -244,8 +244,8 @@ def count_classes(images: Dataset, remarks: list[str]) -> int:
         remarks.append(f"no labels, because all images are of one class, {names[int(counts.argmax())]}")
     elif counts.max() == 1:
         remarks.append(
-            "warning: no class has two training images, so a nearest neighbour never has the right class; name another "
-            "column with --label_column"
+            "warning: no class has two training images, so a nearest neighbour never has the right class; if the "
+            "labels are in another column, name it with --label_column"
         )
     return np.count_nonzero(counts)
 
