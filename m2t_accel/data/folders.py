@@ -122,7 +122,7 @@ def scan(folder: Path) -> tuple[FoundFiles, dict[str, list[int] | None]]:
                         paths.append(path)
                         continue
                     others[extension.encode(errors="replace").decode()] += 1
-                    if (is_broken or extension in ARCHIVE_EXTENSIONS) and split_of(entry.name) == TRAIN:
+                    if (is_broken or is_archive(entry.name)) and split_of(entry.name) == TRAIN:
                         called_train.append(path)
     except OSError as error:
         raise ConfigurationError(f"--dataset {folder}: {error.filename} cannot be read ({error.strerror})") from None
@@ -132,6 +132,13 @@ def scan(folder: Path) -> tuple[FoundFiles, dict[str, list[int] | None]]:
     finally:
         bar.close()
     return FoundFiles(sorted(paths), dict(others.most_common()), sorted(called_train)), times
+
+
+def is_archive(name: str) -> bool:
+    """Return whether a file is an archive, or a part of one: train.zip, train.tar.aa, train.tar.part."""
+    *outer, last = [extension.lower() for extension in Path(name).suffixes] or [""]
+    outer = () if last in NOTES_EXTENSIONS else outer  # a note about an archive, such as train.tar.txt
+    return last in ARCHIVE_EXTENSIONS or any(extension in (*ARCHIVE_EXTENSIONS, ".tar") for extension in outer)
 
 
 def is_hidden(name: str) -> bool:
@@ -192,7 +199,8 @@ def list_files(others: Counter[str]) -> str:
 
 
 def advice_on(others: Counter[str]) -> str:
-    name = others.most_common(1)[0][0]
+    kinds = [name for name, _ in others.most_common()]
+    name = next((name for name in kinds if name in ARCHIVE_EXTENSIONS or name not in NOTES_EXTENSIONS), kinds[0])
     if name == ".arrow":
         return "write them as parquet (Dataset.to_parquet)"
     return "unpack them" if name in (*ARCHIVE_EXTENSIONS, ".tar") else "convert them to JPEG or PNG"

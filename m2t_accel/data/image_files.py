@@ -74,8 +74,9 @@ def load_image_files(
 def group_by_split(images: Sequence[str], called_train: Sequence[str], config: ImageSettings) -> dict[str, Places]:
     """Return the images of each split, by the folders that are this split.
 
-    A folder directly in the top folder may be a split. A deeper one is a split only if it has a sibling of the other
-    kind, as in `data/train` and `data/val`, because it may be a class. Folders that the flags name are splits, too.
+    A folder directly in the top folder may be a split. A deeper one may be a class: it is a split only if a folder of
+    the same depth is a split of the other kind, as `data/val` is for `data/train`. Folders that the flags name are
+    splits, too. Inside a training split, another split counts: in `train/train` and `train/val`.
     """
     children: dict[str, set[str]] = {}
     for folder in {*map(posixpath.dirname, images), *called_train}:
@@ -83,30 +84,46 @@ def group_by_split(images: Sequence[str], called_train: Sequence[str], config: I
             parent, name = posixpath.split(folder)
             children.setdefault(parent, set()).add(name)
             folder = parent
+    found_in = {
+        parent: {name: split for name in names if (split := split_of_folder(name, names)) != UNNAMED}
+        for parent, names in children.items()
+    }
+    kinds: dict[int, set[bool]] = {}  # by depth
+    for parent, found in found_in.items():
+        kinds.setdefault(depth_of(parent), set()).update(split == TRAIN for split in found.values())
+    flags = [name for name in (config.train_split, config.validation_split) if name is not None]
     splits = {"": UNNAMED}
     for parent, names in children.items():
-        found = {name: split for name in names if (split := split_of_folder(name, names)) != UNNAMED}
-        if parent and len({split == TRAIN for split in found.values()}) < 2:
-            found = {}
+        found = found_in[parent] if not parent or len(kinds[depth_of(parent)]) == 2 else {}
         for name in names:
             place = posixpath.join(parent, name)
-            flags = (config.train_split, config.validation_split)
             split = next((flag for flag in flags if flag in (name, place, found.get(name))), found.get(name))
             if split is not None:
                 splits[place] = split
 
     @functools.cache
     def place_of(folder: str) -> str:
-        """Return the outermost folder around this one that is a split."""
+        """Return the folder around this one that is its split: the outermost for evaluation, else the innermost.
+
+        The innermost also counts if a flag names it.
+        """
         names = folder.split("/")
         outer = ("/".join(names[:depth]) for depth in range(1, len(names) + 1))
-        return next((place for place in outer if place in splits), "")
+        places = [place for place in outer if place in splits]
+        if places and splits[places[-1]] in flags and splits[places[-1]] != TRAIN:
+            return places[-1]
+        held_out = (place for place in places if splits[place] not in (TRAIN, config.train_split))
+        return next(held_out, places[-1] if places else "")
 
     groups: dict[str, Places] = {}
     for path in images:
         place = place_of(posixpath.dirname(path))
         groups.setdefault(splits[place], {}).setdefault(place, []).append(path)
     return groups
+
+
+def depth_of(folder: str) -> int:
+    return folder.count("/") + 1 if folder else 0
 
 
 def describe(places: Places, with_top: bool = False) -> str:

@@ -89,11 +89,12 @@ def choose_splits(names: Sequence[str], config: ImageSettings) -> Choice:
     Raises:
         ConfigurationError: a flag names a split that does not exist, or no name is that of a training split.
     """
+    named = [name for name in names if name != UNNAMED]
     for flag, name in (("train_split", config.train_split), ("validation_split", config.validation_split)):
         if name is not None and name not in names:
             raise ConfigurationError(
-                f"--{flag} {name}: --dataset {config.dataset} has no such split{did_you_mean(name, names)}; "
-                f"it has {', '.join(names)}"
+                f"--{flag} {name}: --dataset {config.dataset} has no such split{did_you_mean(name, named)}; "
+                f"it has {', '.join(named) or 'no folder or file that is called like a split'}"
             )
     train = config.train_split or find_train(names, config)
     candidates = [name for name in names if name != train and split_of(name) not in (TRAIN, UNNAMED)]
@@ -103,7 +104,12 @@ def choose_splits(names: Sequence[str], config: ImageSettings) -> Choice:
 
 
 def find_train(names: Sequence[str], config: ImageSettings) -> str:
-    names = [name for name in names if name != config.validation_split] or names
+    names = [name for name in names if name != config.validation_split]
+    if not names:
+        raise ConfigurationError(
+            f"--validation_split {config.validation_split}: --dataset {config.dataset} has no other split to train on; "
+            "leave the flag out to train on this one"
+        )
     train = sorted((name for name in names if split_of(name) == TRAIN), key=preference)
     unnamed = [name for name in names if split_of(name) == UNNAMED]
     if train or len(unnamed) == 1 or len(names) == 1:
@@ -123,14 +129,21 @@ def preference(name: str) -> tuple[int, int]:
 def group_files(files: Iterable[str], config: ImageSettings) -> dict[str, list[str]]:
     """Return files by split: by one that a flag names, if it is a word of their name or a folder, else by their path.
 
-    Example: with `--train_split extra`, the files of `extra/` and `extra-00000.parquet` are the training split.
+    Example: with `--train_split extra`, the files of `extra/` and `extra-00000.parquet` are the training split, but
+    not `extra-val-00000.parquet`: a word does not make a split of one kind a split of the other.
     """
     flags = [name for name in (config.train_split, config.validation_split) if name is not None]
     groups: dict[str, list[str]] = {}
     for path in files:
         found = split_of_path(path)
-        names = {path, *path.split("/"), posixpath.dirname(path), *words_of(posixpath.basename(path)), found}
-        groups.setdefault(next((flag for flag in flags if flag in names), found), []).append(path)
+        names = {path, *path.split("/"), posixpath.dirname(path), found}
+        words = set(words_of(posixpath.basename(path)))
+        split = next((flag for flag in flags if flag in names), None)
+        if split is None and config.train_split in words and found in (TRAIN, UNNAMED):
+            split = config.train_split
+        if split is None and config.validation_split in words and found != TRAIN:
+            split = config.validation_split
+        groups.setdefault(found if split is None else split, []).append(path)
     return groups
 
 

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from helpers import ROOT, load, write_image, write_parquet, write_tar
+from helpers import ROOT, encoded, load, write_image, write_parquet, write_table, write_tar
 
 from m2t_accel.config.fields import ConfigurationError
 
@@ -43,6 +43,22 @@ LAYOUTS = {
         2,
         1,
         "in data/train/; evaluation on 1 others (data/val/",
+    ),
+    "splits inside `train/`": (
+        "train/train/a/1.png train/train/b/2.png train/val/a/3.png train/val/b/4.png",
+        {},
+        2,
+        2,
+        2,
+        "in train/train/; evaluation on 2 others (train/val/, its own",
+    ),
+    "splits in some class folders": (
+        "a/train/1.png a/train/2.png a/test/3.png b/train/4.png b/test/5.png c/train/6.png",
+        {},
+        4,
+        3,
+        2,
+        "of 3 classes in a/train/, b/train/, c/train/; evaluation on 2 others (a/test/, b/test/, its own",
     ),
     "splits in class folders": (
         "a/train/1.png a/train/2.png b/train/3.png a/val/4.png b/val/5.png",
@@ -169,6 +185,9 @@ REFUSED = {
     "train/ val/a/1.png val/b/2.png": "train is called train but is empty: fill it, remove it, or .*--train_split",
     "train/a/1.heic train/b/2.heic val/a/1.png": r"train .*holds no image that can be read, but 2 files like \*\.heic",
     "train.zip val/a/1.png val/b/2.png": "train.zip is called train but is not read: unpack it",
+    "train.tar.aa train.tar.ab val/a/1.png": r"train\.tar\.aa is called train but is not read: unpack it",
+    "train.zip.part val/a/1.png": r"train\.zip\.part is called train but is not read: unpack it",
+    "state.json dataset_info.json data.arrow": "found 2 .*json, 1 .*arrow: write them as parquet",
     "data/train/ data/val/1.png": "data/train is called train but is empty",
     "train/ val-0.parquet": "train is called train but is empty",
     "val/a/1.png test/a/1.png": "has the splits test, validation, and none is called train",
@@ -184,11 +203,58 @@ def test_refused_layouts(tmp_path, files):
         load(tmp_path)
 
 
+# Files, a flag, and what the error says.
+REFUSED_FLAGS = [
+    ("val/a/1.png val/b/2.png", {"validation_split": "val"}, "has no other split to train on"),
+    ("val-0.parquet", {"validation_split": "validation"}, "has no other split to train on"),
+    ("a/1.png b/2.png", {"train_split": "train"}, "it has no folder or file that is called like a split"),
+    ("1.png train/2.png", {"train_split": "trian"}, "did you mean train.; it has train$"),
+]
+
+
+@pytest.mark.parametrize(("files", "flags", "text"), REFUSED_FLAGS)
+def test_refused_flags(tmp_path, files, flags, text):
+    make(tmp_path, files)
+    with pytest.raises(ConfigurationError, match=text):
+        load(tmp_path, **flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "train", "validation"),
+    [
+        ({"train_split": "small"}, "train-small.tar", "val-large.tar"),
+        ({"train_split": "val-small.tar"}, "val-small.tar", "val-large.tar"),
+        ({"validation_split": "small"}, "train-large.tar … train-small.tar", "val-small.tar"),
+    ],
+)
+def test_a_word_of_a_flag_does_not_make_a_split_of_one_kind_the_other(tmp_path, flags, train, validation):
+    make(tmp_path, "train-small.tar train-large.tar val-small.tar val-large.tar")
+    note = load(tmp_path, **flags).note
+    assert f"in {train}" in note
+    assert f"({validation}" in note
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_training_shard_without_rows_is_not_replaced_by_the_validation_split(tmp_path, streaming):
     write_parquet(tmp_path / "train.parquet", 0, 0, row_group_size=4)
     write_parquet(tmp_path / "validation.parquet", 0, 8, row_group_size=4)
     with pytest.raises(ConfigurationError, match=r"holds no image to train on .*train\.parquet is the training split"):
+        load(tmp_path, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_single_row_group_may_start_with_rows_without_an_image(tmp_path, streaming):
+    images = [row["bytes"] for row in encoded(0, 20)]
+    write_table(tmp_path / "train.parquet", image=[None] * 5 + images[5:])
+    assert "20 images in train.parquet" in load(tmp_path, streaming=streaming).note
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shards_whose_labels_have_two_types_are_refused(tmp_path, streaming):
+    images = [row["bytes"] for row in encoded(0, 2)]
+    write_table(tmp_path / "0.parquet", image=images, label=[0, 1])
+    write_table(tmp_path / "1.parquet", image=images, label=["a", "b"])
+    with pytest.raises(ConfigurationError, match="give a folder of files"):
         load(tmp_path, streaming=streaming)
 
 
