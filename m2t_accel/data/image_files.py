@@ -44,6 +44,11 @@ def load_image_files(
     check_train(folder, groups, called_train, images, config)
     choice = choose_splits(list(groups), config)
     train = groups[choice.train]
+    if doubtful := evaluation_folders(train):
+        remarks.append(
+            f"warning: {list_places(doubtful)} may be held out, but no folder beside is called train, so its images "
+            "are trained on; move them away, or name the folder with --validation_split"
+        )
     names = class_paths(train)
     if any((folder / f"{name}_stats.json").exists() for name in {path.split("/")[0] for path in images}):
         class_names = None
@@ -133,7 +138,23 @@ def describe(places: Places, with_top: bool = False) -> str:
         names = sorted(names, key=lambda name: (name.endswith("/"), name))
     else:
         names = [f"{place}/" for place in places if place]
+    return list_places(names)
+
+
+def list_places(names: Sequence[str]) -> str:
     return ", ".join(names if len(names) <= MAX_LISTED else [*names[:MAX_LISTED], "…"])
+
+
+def evaluation_folders(places: Places) -> list[str]:
+    """Return the folders below those of a split that are called like evaluation splits."""
+    found = set()
+    for place, paths in places.items():
+        for folder in {posixpath.dirname(path) for path in paths}:
+            names = folder.split("/")
+            for depth in range(depth_of(place), len(names)):
+                if split_of_folder(names[depth], []) not in (UNNAMED, TRAIN):
+                    found.add("/".join(names[: depth + 1]) + "/")
+    return sorted(found)
 
 
 def class_paths(places: Places) -> list[str]:

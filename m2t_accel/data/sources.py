@@ -134,7 +134,9 @@ def load_images(config: ImageSettings, dataset: Dataset | None = None) -> ImageD
         note += f"; evaluation on {len(validation):,} others ({origin})"
     if config.evaluates and (validation is None or is_held_out):
         reason = "the training images have no labels" if bank is None else "not every image in it has a label"
-        remarks += [f"{place} is not used, because {reason}" for place in others]
+        for place in others:
+            explained = any(place in remark for remark in remarks)
+            remarks.append(f"{place} is not used" if explained else f"{place} is not used, because {reason}")
     train, bank = evenly_spread(train, limit), None if bank is None else evenly_spread(bank, limit)
     train = prepare_stream(train, config, remarks)
     warnings = tuple(remark for remark in remarks if remark.startswith("warning: "))

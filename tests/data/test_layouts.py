@@ -319,3 +319,18 @@ def test_a_configuration_is_refused_where_there_is_none(tmp_path):
     make(tmp_path, "0.parquet")
     with pytest.raises(ConfigurationError, match=r"--dataset_config small: .* has no such configuration"):
         load(tmp_path, dataset_config="small")
+
+
+@pytest.mark.parametrize(
+    ("files", "folders"),
+    [
+        ("cats/1.png cats/test/2.png dogs/1.png dogs/test/3.png", "cats/test/, dogs/test/"),
+        ("train/a/1.png train/b/2.png train/val/3.png", "train/val/"),
+        ("test/a/1.png test/b/2.png", None),
+        ("a/1.png b/2.png", None),
+    ],
+)
+def test_folders_that_may_be_held_out_are_a_warning(tmp_path, files, folders):
+    make(tmp_path, files)
+    warnings = [line for line in load(tmp_path, batch_size=2).warnings if "may be held out" in line]
+    assert [line.partition(" may be")[0] for line in warnings] == ([f"warning: {folders}"] if folders else [])
