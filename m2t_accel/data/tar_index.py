@@ -271,7 +271,7 @@ def follow(name: str, members: dict[str, tuple[int, int]], symlinks: dict[str, t
 
 
 class Contents:
-    """What some tars hold."""
+    """The contents of some tars."""
 
     def __init__(self, tables: Sequence[pyarrow.Table]) -> None:
         self.beside, self.alone, self.json = Counter(), Counter(), {}

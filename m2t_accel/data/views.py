@@ -27,7 +27,8 @@ from m2t_accel.data.crops import (
     is_rotated,
     photometry_parameters,
 )
-from m2t_accel.data.decode import DecodeError, check_size, decode_bytes, decode_part, plain_jpeg_size, read_bytes
+from m2t_accel.data.decode import DecodeError, check_size, decode_bytes, decode_part, read_bytes
+from m2t_accel.data.headers import plain_jpeg_size
 from m2t_accel.data.requests import Request
 from m2t_accel.data.shards import Shards
 

@@ -29,7 +29,7 @@ from m2t_accel.step import SubBatchResult
 
 
 class Decision(NamedTuple):
-    """What all processes do after a step."""
+    """The decisions that all processes share after a step."""
 
     stop: int  # the signal that asks for a stop, or 0
     save: bool

@@ -15,7 +15,7 @@ import pytest
 from helpers import ROOT, natural_image
 from PIL import EpsImagePlugin, Image
 
-from m2t_accel.data import decode
+from m2t_accel.data import decode, headers
 from m2t_accel.data.decode import DecodeError
 from m2t_accel.data.folders import IMAGE_EXTENSIONS
 
@@ -131,7 +131,7 @@ def interlaced_png(gray):
     rows = [row for y, x, dy, dx in starts_and_steps for row in gray[y::dy, x::dx]]
     header = struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 1)
     pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
-    return decode.PNG + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return headers.PNG + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 def turned(orientation):
@@ -239,12 +239,12 @@ TABLE = {
             for name, make, tolerance in (
                 ("JPEG", lambda i: JPEG[:2] + segment(b"Exif\0\0" + exif(i)) + JPEG[2:], LOSSY),
                 ("big-endian JPEG", lambda i: JPEG[:2] + segment(b"Exif\0\0" + exif(i, 3, ">")) + JPEG[2:], LOSSY),
-                ("JPEG by XMP", lambda i: JPEG[:2] + segment(decode.XMP + b"\0" + xmp(i)) + JPEG[2:], LOSSY),
+                ("JPEG by XMP", lambda i: JPEG[:2] + segment(headers.XMP + b"\0" + xmp(i)) + JPEG[2:], LOSSY),
                 ("PNG", lambda i: with_chunk(PNG_FILE, b"eXIf", exif(i)), 0),
                 ("PNG, at its end", lambda i: PNG_FILE[:-12] + chunk(b"eXIf", exif(i)) + PNG_FILE[-12:], 0),
                 (
                     "PNG by XMP",
-                    lambda i: with_chunk(PNG_FILE, b"iTXt", decode.PIL_CHUNKS[b"iTXt"] + bytes(5) + xmp(i)),
+                    lambda i: with_chunk(PNG_FILE, b"iTXt", headers.PIL_CHUNKS[b"iTXt"] + bytes(5) + xmp(i)),
                     0,
                 ),
                 (
@@ -259,7 +259,7 @@ TABLE = {
             )
         },
         "Exif before XMP": (
-            JPEG[:2] + segment(b"Exif\0\0" + exif(1)) + segment(decode.XMP + b"\0" + xmp(6)) + JPEG[2:],
+            JPEG[:2] + segment(b"Exif\0\0" + exif(1)) + segment(headers.XMP + b"\0" + xmp(6)) + JPEG[2:],
             *(PHOTO, LOSSY),
         ),
         "damaged Exif": (with_chunk(PNG_FILE, b"eXIf", b"no Exif at all"), PHOTO, 0),
@@ -345,9 +345,9 @@ PIL = {kind: saved(PHOTO, kind) for kind in ("GIF", "TIFF", "AVIF", "JPEG2000", 
 
 def test_opencv_decodes_only_what_it_decodes_as_pil_does():
     for name, content in OPENCV.items():
-        assert decode.read_header(content)[:2] == (60, 80), name
+        assert headers.read_header(content)[:2] == (60, 80), name
         assert np.array_equal(decode.decode_with_opencv(content), decoded_by_pil(content)), name
-    assert [name for name, content in PIL.items() if decode.read_header(content)] == []
+    assert [name for name, content in PIL.items() if headers.read_header(content)] == []
 
 
 @pytest.mark.parametrize("content", [*OPENCV.values(), *PIL.values()], ids=[*OPENCV, *PIL])
@@ -364,7 +364,7 @@ def test_the_header_of_a_jpeg_is_found_where_libjpeg_finds_it():
     frame = JPEG.index(b"\xff\xc0")
     content = with_size(JPEG[:2] + b"\xff" + JPEG[2:], b"\x30\x00\x9c\x40")
     content = content.ljust(4 + int.from_bytes(content[4:6], "big"), b"\0") + JPEG[frame:]
-    assert decode.read_header(content) is None
+    assert headers.read_header(content) is None
     with pytest.raises(DecodeError, match="more pixels than"):
         decode.decode_bytes(content)
 
@@ -500,7 +500,7 @@ def test_on_linux_only_the_part_is_decoded(monkeypatch):
 @pytest.mark.parametrize("size", [(211, 318), (40, 50)])
 def test_a_part_equals_that_of_the_whole_bit_for_bit(mode, options, size):
     content = encoded_jpeg(mode, size, **options)
-    assert decode.plain_jpeg_size(content) == size
+    assert headers.plain_jpeg_size(content) == size
     whole = decode.decode_bytes(content)
     for top, left, bottom, right in some_parts(*size, 40):
         part = decode.decode_part(content, top, left, bottom, right)
@@ -534,7 +534,7 @@ def test_parts_of_damaged_photographs(capfd):
         assert np.array_equal(part, whole[top:bottom, left:right])
     with pytest.raises(DecodeError, match="truncated"):
         decode.decode_part(encoded_jpeg()[:-500], 0, 0, 10, 100)
-    gray_below = encoded_jpeg()[:2000] + decode.JPEG_END
+    gray_below = encoded_jpeg()[:2000] + headers.JPEG_END
     assert np.array_equal(decode.decode_part(gray_below, 0, 0, 200, 100), decode.decode_bytes(gray_below)[:200, :100])
     assert "nv" not in capfd.readouterr().err
 
@@ -554,7 +554,7 @@ HEADER = PLAIN_JPEG.index(b"\xff\xc0")
         "text": b"not an image at all\n",
         "cut in the header": PLAIN_JPEG[: HEADER + 6],
         "no scan": PLAIN_JPEG[: HEADER + 19],
-        "only the first bytes": decode.JPEG,
+        "only the first bytes": headers.JPEG,
         "no height": PLAIN_JPEG[: HEADER + 5] + b"\0\0" + PLAIN_JPEG[HEADER + 7 :],
         "12 bits": PLAIN_JPEG[: HEADER + 4] + b"\x0c" + PLAIN_JPEG[HEADER + 5 :],
         "fill bytes": PLAIN_JPEG[:2] + b"\xff" + PLAIN_JPEG[2:],
@@ -562,7 +562,7 @@ HEADER = PLAIN_JPEG.index(b"\xff\xc0")
     ids=lambda item: item[0],
 )
 def test_a_file_whose_header_may_not_give_its_decoded_size_is_decoded_whole(content):
-    assert decode.plain_jpeg_size(content[1]) is None
+    assert headers.plain_jpeg_size(content[1]) is None
 
 
 @pytest.mark.slow
