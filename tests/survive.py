@@ -166,9 +166,9 @@ def write_digits(folder: Path) -> Path:
     from m2t_accel.data.sources import load_digits
 
     folder.mkdir()
-    splits = load_digits()
-    splits["train"].to_parquet(folder / "train-0.parquet", batch_size=48)
-    splits["val"].to_parquet(folder / "validation-0.parquet", batch_size=48)
+    train, validation = load_digits().values()
+    train.to_parquet(folder / "train-0.parquet", batch_size=48)
+    validation.to_parquet(folder / "validation-0.parquet", batch_size=48)
     return folder
 
 

@@ -48,7 +48,10 @@ def test_a_data_set_of_the_hub_over_http(tmp_path, run_script):
         for more, first in (([], 0), (["streaming"], 2)):
             found = run_script("-c", LOAD, "someone/pictures", *more, environment=environment)
             assert found.returncode == 0, found.stderr
-            assert "someone/pictures: 8 images of 2 classes; evaluation on 4 others" in found.stdout
+            assert (
+                "someone/pictures: 8 images of 2 classes in split train; evaluation on 4 others (split test"
+                in found.stdout
+            )
             assert str(list(range(first, 8))) in found.stdout
         assert "[2 3 4 5 6 7] hf://datasets/someone/pictures@0123456789abcdef" in found.stdout
         for name, reason in (("gated-pictures", "hf auth login"), ("no-pictures", "Repository Not Found")):
