@@ -369,6 +369,7 @@ def test_a_run_on_a_streamed_hub_dataset_resumes_bit_for_bit(tmp_path, dataset_h
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_warm_start_begins_with_the_knn_of_its_source_and_resumes_without_it(
     trained_run, tmp_path, monkeypatch, capsys
 ):
