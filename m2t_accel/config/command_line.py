@@ -251,7 +251,8 @@ def errors_in_one_line() -> Iterator[None]:
     """Print a user's error in one line and exit: status 2 for a ConfigurationError, 75 or 130 for a stopped run.
 
     Other errors keep their traceback. With several processes on a machine, the first one prints at once, and the others
-    wait 3 s. If the first one has failed too, the launcher ends the others meanwhile, so the error is printed once.
+    wait. If the first one fails too, the launcher ends the others meanwhile, so the error is printed once. An error
+    found before the processes have joined needs the longer wait: on a busy machine they start many seconds apart.
     """
     name = Path(sys.argv[0]).name
     previous = signal.getsignal(signal.SIGINT)
@@ -262,10 +263,11 @@ def errors_in_one_line() -> Iterator[None]:
             raise ConfigurationError("Windows is not supported: type `wsl --install`, and use Linux in WSL 2")
         yield
     except (ConfigurationError, Interrupted) as error:
+        is_error = isinstance(error, ConfigurationError)
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(3)
+            time.sleep(30 if is_error else 3)
         line = " ".join(str(error).split())  # the given value may contain line breaks
-        kind, status = ("error: ", 2) if isinstance(error, ConfigurationError) else ("", error.status)
+        kind, status = ("error: ", 2) if is_error else ("", error.status)
         print(f"{name}: {kind}{line}", file=sys.stderr, flush=True)
         raise SystemExit(status) from None
     except KeyboardInterrupt:

@@ -231,14 +231,26 @@ def test_more_processes_than_the_file_starts_is_an_error(run_script, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without GPUs")
 def test_the_8_gpu_file_without_gpus_is_one_error(run_script, tmp_path):
+    """Printed by the first process alone, also if it starts seconds after the other, as on a busy machine."""
+    script = tmp_path / "pretrain.py"
+    script.write_text(
+        "import os, pathlib, runpy, time\n"
+        "rank = os.environ['LOCAL_RANK']\n"
+        "time.sleep(5 if rank == '0' else 0)\n"
+        "try:\n"
+        "    runpy.run_path('scripts/pretrain.py', run_name='__main__')\n"
+        "finally:\n"  # not reached by a process that the launcher ends
+        "    pathlib.Path(__file__).with_name(f'printed-{rank}').touch()\n"
+    )
     done = launch(
         run_script,
         "8gpu.yaml",
-        *("--num_processes", "2", "scripts/pretrain.py", "--batch_size", "64", "--device_batch_size", "32"),
+        *("--num_processes", "2", script, "--batch_size", "64", "--device_batch_size", "32"),
         *("--output_dir", tmp_path / "run"),
     )
     assert done.returncode != 0
     assert done.stderr.count("pretrain.py: error: 2 processes were started for GPUs") == 1
+    assert [file.name for file in tmp_path.glob("printed-*")] == ["printed-0"]
     assert "cpu2.yaml" in done.stderr
     assert not (tmp_path / "run").exists()
 
