@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import datasets
 import huggingface_hub
+import pyarrow
 from datasets import Dataset, DatasetBuilder, SplitDict
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.naming import camelcase_to_snakecase
@@ -24,9 +25,9 @@ from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError, did_you_mean, one_line
 from m2t_accel.data.cache import file_fingerprint
 from m2t_accel.data.folders import MAX_LISTED
-from m2t_accel.data.hub_files import list_files
+from m2t_accel.data.hub_files import download_files, list_files
 from m2t_accel.data.parquet import ParquetShards, parquet_splits
-from m2t_accel.data.splits import choose_splits
+from m2t_accel.data.splits import TRAIN, choose_splits
 from m2t_accel.data.streams import HubStream
 
 CACHE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
@@ -54,10 +55,7 @@ def load_hub(config: ImageSettings, remarks: list[str]) -> dict[str, Dataset | P
     if choice.unused:
         remarks.append(f"not used: {', '.join(choice.unused)}")
     if not config.streaming:
-        with errors_in_one_line(config):
-            builder = with_splits(builder, chosen)
-            builder.download_and_prepare()
-            return {name: builder.as_dataset(name) for name in chosen}
+        return copy_splits(builder, {name: files.get(name, []) for name in chosen}, config, remarks)
     if not files:
         raise ConfigurationError(
             f"--dataset {config.dataset} is found in the cache, but the Hub cannot be reached: leave out --streaming"
@@ -66,6 +64,54 @@ def load_hub(config: ImageSettings, remarks: list[str]) -> dict[str, Dataset | P
     if all(path.endswith(".parquet") for paths in files.values() for path in paths):
         return parquet_splits(files, config)
     return stream_splits(builder, files, config, remarks)
+
+
+def copy_splits(
+    builder: DatasetBuilder, files: Mapping[str, Sequence[str]], config: ImageSettings, remarks: list[str]
+) -> dict[str, Dataset]:
+    """Copy some splits into the cache of `datasets`, or find the copy there.
+
+    `datasets` cannot copy parquet splits with different columns, nor class folders in zips. So parquet splits are
+    copied one by one, and zips are only downloaded, because their images can be read in place.
+
+    Args:
+        builder: builder of the dataset.
+        files: files by split, the training split first; none if the network is not reached.
+        config: names the dataset, and may name the columns.
+        remarks: list to which this adds notes for the user.
+
+    Raises:
+        ConfigurationError: they cannot be loaded, or the cache cannot be written.
+    """
+    together = with_splits(builder, list(files))
+    with errors_in_one_line(config):
+        try:
+            together.download_and_prepare()
+        except datasets.exceptions.DatasetGenerationError as error:
+            is_damaged = isinstance(error.__cause__, ValueError | TypeError | pyarrow.ArrowException)
+            paths = [path for part in files.values() for path in part]
+            if not is_damaged or not paths:
+                raise
+            if builder.name == "imagefolder" and "Invalid string class label" in str(error.__cause__):
+                listed = list_splits(builder, list(files), config, remarks)
+                return {name: download_files(images) for name, images in listed.items()}
+            if len(files) > 1 and all(path.endswith(".parquet") for path in paths):
+                manager = datasets.DownloadManager()
+                return copy_parquet({name: manager.download(list(part)) for name, part in files.items()}, config)
+            raise
+        return {name: together.as_dataset(name) for name in files}
+
+
+def list_splits(
+    builder: DatasetBuilder, names: Sequence[str], config: ImageSettings, remarks: list[str]
+) -> dict[str, Dataset]:
+    """Return the addresses of the images of some splits, the training split first, with labels if there are some."""
+    builder = with_splits(builder, names)
+    builder.config.decode_num_threads = 0  # the images are not decoded
+    return {
+        name: list_files(builder.as_streaming_dataset(name), config, [] if i else remarks)
+        for i, name in enumerate(names)
+    }
 
 
 def stream_splits(
@@ -87,12 +133,7 @@ def stream_splits(
     train, *_ = files
     if builder.name == "imagefolder":
         with errors_in_one_line(config):
-            builder = with_splits(builder, list(files))
-            builder.config.decode_num_threads = 0  # the images are not decoded
-            return {
-                name: list_files(builder.as_streaming_dataset(name), config, remarks if name == train else [])
-                for name in files
-            }
+            return list_splits(builder, list(files), config, remarks)
     known = {name: split.num_examples for name, split in (builder.info.splits or {}).items()}
     if config.images_per_epoch is not None:
         known[train] = config.images_per_epoch
@@ -185,32 +226,38 @@ def with_splits(builder: DatasetBuilder, names: Sequence[str]) -> DatasetBuilder
 
 
 def copy_parquet(splits: Mapping[str, Sequence[str]], config: ImageSettings) -> dict[str, Dataset]:
-    """Copy local parquet files into the cache of `datasets`, or find the copy there.
+    """Copy local parquet files into the cache of `datasets`, or find the copies there.
 
-    `datasets` takes paths for glob patterns, expands `$HOME` and `~` in them, and splits them at `::`. So its reader
-    gets links with plain names instead. The name of the copy depends on the paths, sizes and times of the files, so the
-    next start finds the copy unless a file has changed.
+    Each split has a copy of its own, because `datasets` would give all splits the columns and types of the first.
 
     Args:
         splits: absolute paths by split. `datasets` fails on a file without rows.
         config: names the dataset.
 
     Raises:
-        ConfigurationError: the files cannot be loaded together, or the cache cannot be written.
+        ConfigurationError: the files of a split cannot be loaded together, or the cache cannot be written.
     """
-    key = json.dumps([[file_fingerprint(file) for file in files] for files in splits.values()])
-    with tempfile.TemporaryDirectory(prefix="m2t_accel-") as links, errors_in_one_line(config):
-        data_files = DataFilesDict()
-        for number, (split, files) in enumerate(splits.items()):
-            plain = [re.sub(r"[^\w.-]", "_", os.path.basename(file)) for file in files]
-            paths = [os.path.join(links, f"{number}-{i:05}-{name}") for i, name in enumerate(plain)]
-            for file, path in zip(files, paths, strict=True):
-                os.symlink(file, path)
-            shown = split if re.fullmatch(r"\w+", split) and split != "all" else f"split{number}"
-            data_files[shown] = DataFilesList(paths, [])
+    with errors_in_one_line(config):
+        return {split: copy_split(files) for split, files in splits.items()}
+
+
+def copy_split(files: Sequence[str]) -> Dataset:
+    """Copy the parquet files of one split; see copy_parquet.
+
+    `datasets` takes paths for glob patterns, expands `$HOME` and `~` in them, and splits them at `::`. So its reader
+    gets links with plain names instead. The name of the copy depends on the paths, sizes and times of the files, so the
+    next start finds the copy unless a file has changed.
+    """
+    key = json.dumps([file_fingerprint(file) for file in files])
+    with tempfile.TemporaryDirectory(prefix="m2t_accel-") as links:
+        plain = [re.sub(r"[^\w.-]", "_", os.path.basename(file)) for file in files]
+        paths = [os.path.join(links, f"{i:05}-{name}") for i, name in enumerate(plain)]
+        for file, path in zip(files, paths, strict=True):
+            os.symlink(file, path)
+        data_files = DataFilesDict({TRAIN: DataFilesList(paths, [])})
         builder = Parquet(config_id=f"default-{hashlib.sha256(key.encode()).hexdigest()[:16]}", data_files=data_files)
         builder.download_and_prepare()
-        return dict(zip(splits, (builder.as_dataset(name) for name in data_files), strict=True))
+        return builder.as_dataset(TRAIN)
 
 
 @contextlib.contextmanager
@@ -224,11 +271,6 @@ def errors_in_one_line(config: ImageSettings) -> Iterator[None]:
     except Exception as error:  # datasets, huggingface_hub, pyarrow, fsspec and httpx have no common base class
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
             error = error.__cause__  # the wrapper does not say what went wrong
-        if "Invalid string class label" in str(error):
-            raise ConfigurationError(
-                f"--dataset {config.dataset}: `datasets` cannot copy class folders in zips; pretraining can read them "
-                "in place, with --streaming"
-            ) from error
         for cause in causes(error):
             if isinstance(cause, OSError) and (cache := failed_cache(cause)) is not None:
                 variable = cache.variable if cache.variable in os.environ else "HF_HOME"

@@ -18,9 +18,11 @@ from m2t_accel.data.columns import (
     LabelColumn,
     dataset_rows,
     describe_type,
+    explain_type,
     find_image_column,
     find_label_column,
     fits_labels,
+    image_rank,
     listed,
     stored_values,
     undecoded,
@@ -129,15 +131,20 @@ def undecoded_rows(rows: pyarrow.Table, root: str) -> pyarrow.Table:
 
 
 def check_has_images(features: Features, column: str, config: ImageSettings) -> None:
-    """Check that a split has the column of images.
+    """Check that a split has the column of images, and that its type fits them.
 
     Raises:
-        ConfigurationError: it does not.
+        ConfigurationError: it has none, or of another type.
     """
     if column not in features:
         raise ConfigurationError(
             f"--dataset {config.dataset}: the validation split has no column {column}, which the training split has, "
             f"but {', '.join(features)}; rename it, or move the split away"
+        )
+    if image_rank(features[column]) is None:
+        raise ConfigurationError(
+            f"--dataset {config.dataset}: the column {column} of the validation split has "
+            f"{explain_type(features[column])}, and no images; move the split away"
         )
 
 

@@ -48,11 +48,14 @@ def open_table(table, mode, folder, **given):
 
 def values(images):
     """Return the first value of each training image."""
-    if isinstance(images.train, Dataset):
-        rows = read_rows(images.train, range(len(images.train)))
+    return values_of(images.train)
+
+
+def values_of(split):
+    if isinstance(split, Dataset):
+        rows = read_rows(split, range(len(split)))
     else:
-        sizes = enumerate(images.train.piece_sizes)
-        rows = [row for piece, size in sizes for row in images.train.open(piece)(0, size)[1]]
+        rows = [row for piece, size in enumerate(split.piece_sizes) for row in split.open(piece)(0, size)[1]]
     return [int(decode_image(row)[0, 0, 0]) for row in rows]
 
 
@@ -146,6 +149,39 @@ FAULTS = {
         "--label_column image: .*another of n",
     ),
 }
+
+
+# The columns of the training and of the validation split, and the message if they are refused.
+SPLITS = {
+    "binary and structs": ({"image": FILES}, {"image": BARE}, None),
+    "structs and binary": ({"image": BARE}, {"image": FILES}, None),
+    "binary and Image": ({"image": FILES}, typed(image=(BARE, Image())), None),
+    "Image and binary": (typed(image=(BARE, Image())), {"image": FILES}, None),
+    "pixels and binary": (typed(image=(GRAY, Array2D((5, 7), "uint8"))), {"image": FILES}, None),
+    "binary and pixels": ({"image": FILES}, {"image": nested(GRAY)}, None),
+    "a column more": ({"image": FILES}, {"image": FILES, "width": LABELS}, None),
+    "a column less": ({"image": FILES, "width": LABELS}, {"image": FILES}, None),
+    "another type of another column": ({"image": FILES, "n": LABELS}, {"n": TEXT, "image": FILES}, None),
+    "another name": ({"image": FILES}, {"img": FILES}, "has no column image, .* but img, label; rename it"),
+    "numbers": ({"image": FILES}, {"image": LABELS}, "column image of the validation split has int64, and no images"),
+    "nothing": ({"image": FILES}, {"image": pyarrow.nulls(NUMBER)}, "of the validation split has null, and no images"),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("case", SPLITS)
+def test_splits_may_store_images_differently(tmp_path, case, streaming):
+    *tables, message = SPLITS[case]
+    for name, table in zip(("train", "validation"), tables, strict=True):
+        table = table if isinstance(table, Dataset) else Dataset(pyarrow.table(table))
+        parquet.write_table(table.add_column("label", LABELS).with_format("arrow")[:], tmp_path / f"{name}.parquet")
+    if message is not None:
+        with pytest.raises(ConfigurationError, match=message):
+            load(tmp_path, streaming=streaming)
+        return
+    images = load(tmp_path, streaming=streaming)
+    assert values(images) == values_of(images.validation) == list(range(NUMBER))
+    assert images.bank["label"][:] == images.validation["label"][:] == LABELS
 
 
 @modes

@@ -141,6 +141,16 @@ def test_a_configuration_is_chosen_by_its_name(tmp_path, dataset_hub, streaming)
     assert (values(images.bank), values(images.validation)) == ([20, 21, 22, 23], [30, 31, 32, 33])
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_splits_of_the_hub_may_store_images_differently(tmp_path, dataset_hub, streaming):
+    train, validation = ([row["bytes"] for row in encoded(10, 4)], encoded(30, 4))
+    folder = tmp_path / "hub" / "someone" / "pictures"
+    write_table(folder / "train-0.parquet", image=train, label=[0, 1, 0, 1])
+    write_table(folder / "validation-0.parquet", image=validation, label=[0, 1, 0, 1], width=[10] * 4)
+    images = load("someone/pictures", streaming=streaming)
+    assert (values(images.bank), values(images.validation)) == ([10, 11, 12, 13], [30, 31, 32, 33])
+
+
 def test_a_revision_is_a_branch_or_a_commit(tmp_path, dataset_hub):
     for name, first in (("pictures", 10), ("pictures@old", 50)):
         write_splits(tmp_path / "hub" / "someone" / name, train=first, validation=first + 10)
@@ -316,10 +326,6 @@ def test_every_format_of_the_hub_is_streamed_and_copied(tmp_path, dataset_hub, w
     shown = [decode_image(image)[0, 0, 0] for request in requests[0] for image in request.images]
     assert len(set(shown[:8])) == len(set(shown[8:])) == 8
     assert set(shown) <= set(range(30, 39))
-    if write is write_zips:
-        with pytest.raises(ConfigurationError, match=r"class folders in zips; .* --streaming"):
-            load("someone/pictures")
-        return
     copied = load("someone/pictures")
     assert sorted(values(copied.train)) == [*range(30, 39)]
     assert sorted(copied.class_names) == sorted(streamed.class_names)
