@@ -22,8 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 class MomentumBatchNorm(_BatchNorm):
     """BatchNorm with momentum statistics, over (N, C) or (N, C, ...) with any number of spatial dimensions.
 
-    `statistics_momentum` (α) is a tensor, because it changes every step: torch.compile would compile again for each
-    new Python number. Set it with `set_statistics_momentum`.
+    Set α, the share of the batch, with `set_statistics_momentum`. Eager code reads it as a number, compiled code as a
+    tensor: torch.compile would compile again for each new number.
     """
 
     def __init__(
@@ -35,14 +35,15 @@ class MomentumBatchNorm(_BatchNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum=None, affine=affine, device=device, dtype=dtype)
+        self.alpha = 1.0
+        # Batch statistics of the eager forwards that are not yet in `pending`: mean, biased variance, number of values.
+        self.forwards: list[tuple[Tensor, Tensor, int]] = []
         # These are not persistent, so that the state dict stays that of plain BatchNorm. Between steps all but α are 0.
         self.register_buffer("statistics_momentum", torch.ones_like(self.running_mean[0]), persistent=False)
-        self.register_buffer("pending_mean", torch.zeros_like(self.running_mean), persistent=False)
-        self.register_buffer("pending_var", torch.zeros_like(self.running_var), persistent=False)
-        # This has one dimension, because compiled code of torch 2.11 loses additions to a 0-dimensional buffer.
-        self.register_buffer("num_pending", torch.zeros_like(self.running_mean[:1]), persistent=False)
-        # Sums of mean, variance and count over the sub-batches since the last commit.
-        self.register_buffer("collected", self.running_mean.new_zeros(2 * num_features + 1), persistent=False)
+        # Sums of mean, unbiased variance and 1 over the forwards of this sub-batch, and over the sub-batches since the
+        # last commit. The count has C equal entries, so that the average is one division for all layers.
+        self.register_buffer("pending", self.running_mean.new_zeros(3, num_features), persistent=False)
+        self.register_buffer("collected", self.running_mean.new_zeros(3, num_features), persistent=False)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -57,30 +58,27 @@ class MomentumBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         mean, var = self.running_mean, self.running_var
         if self.training:
-            batch_mean, batch_var = batch_statistics(input, dtype=mean.dtype)
-            self.pending_mean.add_(batch_mean)
-            self.pending_var.add_(batch_var)
-            self.num_pending.add_(1)
-            # lerp is exact at both ends: the batch alone at α = 1, the history alone at α = 0.
-            mean = torch.lerp(mean, batch_mean, self.statistics_momentum)
-            var = torch.lerp(var, batch_var, self.statistics_momentum)
+            mean, var = self.mixed_statistics(input)
         return nn.functional.batch_norm(input, mean, var, self.weight, self.bias, training=False, eps=self.eps)
 
-
-@torch.no_grad()
-def batch_statistics(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return mean and unbiased variance per channel of (N, C, ...), each (C,) in `dtype`."""
-    num_values = input.numel() // input.shape[1]
-    if num_values < 2:
-        raise ValueError(f"expected more than one value per channel in training, got shape {tuple(input.shape)}")
-    if torch.compiler.is_compiling():  # the compiler fuses the cast into the sums
-        var, mean = torch.var_mean(input.to(dtype), dim=[d for d in range(input.dim()) if d != 1])
-        return mean, var
-    # This operator reads a bfloat16 input once and sums in the dtype of the running statistics, without a float32 copy
-    # of the input. It also writes into its running arguments, which its schema does not say: use only its results.
-    running = torch.zeros(2, input.shape[1], dtype=dtype, device=input.device)
-    mean, biased_var = torch.ops.aten.batch_norm_update_stats(input, running[0], running[1], 0.0)
-    return mean, biased_var * (num_values / (num_values - 1))
+    @torch.no_grad()
+    def mixed_statistics(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance (C,) of `α·batch + (1 - α)·history`, and keep the batch's for the commit."""
+        num_values = input.numel() // input.shape[1]
+        if num_values < 2:
+            raise ValueError(f"expected more than one value per channel in training, got shape {tuple(input.shape)}")
+        if torch.compiler.is_compiling() or input.device.type not in ("cpu", "cuda"):
+            # The compiler fuses all of this, and the cast into the sums.
+            history = torch.stack([self.running_mean, self.running_var])
+            var, mean = torch.var_mean(input.to(history.dtype), dim=[d for d in range(input.dim()) if d != 1])
+            self.pending.add_(torch.stack([mean, var, torch.ones_like(mean)]))
+            return torch.lerp(history, torch.stack([mean, var]), self.statistics_momentum).unbind()
+        # One operator mixes, with the unbiased variance, into its second and third argument: copies of the history. It
+        # also sums a bfloat16 input in the dtype of the history, without a float32 copy of the input.
+        mixed_mean, mixed_var = torch.stack([self.running_mean, self.running_var]).unbind()
+        mean, biased_var = torch.ops.aten.batch_norm_update_stats(input, mixed_mean, mixed_var, self.alpha)
+        self.forwards.append((mean, biased_var, num_values))
+        return mixed_mean, mixed_var
 
 
 def convert_batch_norm(module: nn.Module) -> nn.Module:
@@ -133,9 +131,14 @@ def momentum_layers(module: nn.Module) -> list[MomentumBatchNorm]:
 
 def set_statistics_momentum(layers: list[MomentumBatchNorm], statistics_momentum: float) -> None:
     """Set α of all layers, from 0 (history alone) to 1 (batch alone). Call it before the forwards of a step."""
-    alphas = [layer.statistics_momentum for layer in layers]
-    torch._foreach_zero_(alphas)
-    torch._foreach_add_(alphas, statistics_momentum)
+    tensors = [layer.statistics_momentum for layer in layers]
+    torch._foreach_zero_(tensors)
+    torch._foreach_add_(tensors, statistics_momentum)
+    for layer in layers:
+        layer.alpha = statistics_momentum
+
+
+# The functions below use operators over lists: a loop over the layers would launch a thousand small GPU kernels.
 
 
 @torch.no_grad()
@@ -145,9 +148,14 @@ def collect_statistics(layers: list[MomentumBatchNorm]) -> None:
     Call it after each sub-batch. The rounding then does not depend on the number of sub-batches of a process: two
     sub-batches give the same bits on one process as on two.
     """
-    pending = [p for layer in layers for p in (layer.pending_mean, layer.pending_var, layer.num_pending)]
-    collected = [c for layer in layers for c in layer.collected.split([layer.num_features, layer.num_features, 1])]
-    torch._foreach_add_(collected, pending)
+    while used := [layer for layer in layers if layer.forwards]:  # once for each forward of the sub-batch
+        means, biased_vars, numbers = zip(*(layer.forwards.pop(0) for layer in used), strict=True)
+        sums_of_means, sums_of_vars, counts = zip(*(layer.pending.unbind() for layer in used), strict=True)
+        torch._foreach_add_(sums_of_means, means)
+        torch._foreach_add_(sums_of_vars, torch._foreach_mul(biased_vars, [n / (n - 1) for n in numbers]))
+        torch._foreach_add_(counts, 1)
+    pending = [layer.pending for layer in layers]
+    torch._foreach_add_([layer.collected for layer in layers], pending)
     torch._foreach_zero_(pending)
 
 
@@ -155,23 +163,23 @@ def collect_statistics(layers: list[MomentumBatchNorm]) -> None:
 def commit_statistics(layers: list[MomentumBatchNorm]) -> None:
     """Move the history of all layers by the α of this step, and reset the collected statistics.
 
-    A collective call: one all-reduce of 2 C + 1 numbers per layer (ResNet-50: 0.2 MB) averages over the forwards of
-    all processes, so every process holds the same history.
+    A collective call: one all-reduce of 3 C numbers per layer (ResNet-50: 0.3 MB) averages over the forwards of all
+    processes, so every process holds the same history.
     """
     collect_statistics(layers)
     collected = [layer.collected for layer in layers]
+    sums = torch.cat(collected, dim=1)  # (3, channels of all layers)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        flat = torch.cat(collected)
-        torch.distributed.all_reduce(flat)
-        torch._foreach_copy_(collected, flat.split([len(part) for part in collected]))
-    for layer in layers:
-        mean, var, number = layer.collected.split([layer.num_features, layer.num_features, 1])
-        mean, var = mean / number, var / number
-        # A value that is not finite would stay in the history for good. It occurs when float16 overflows in a step that
-        # the gradient scaler skips, and as 0 / 0 in a layer that no forward used.
-        finite = mean.isfinite() & var.isfinite()
-        mean, var = torch.where(finite, mean, layer.running_mean), torch.where(finite, var, layer.running_var)
-        layer.running_mean.lerp_(mean, layer.statistics_momentum)
-        layer.running_var.lerp_(var, layer.statistics_momentum)
-        layer.num_batches_tracked.add_(1)
+        torch.distributed.all_reduce(sums)
+    average = sums[:2] / sums[2]
+    means, variances = [layer.running_mean for layer in layers], [layer.running_var for layer in layers]
+    # A value that is not finite would stay in the history for good. It occurs when float16 overflows in a step that
+    # the gradient scaler skips, and as 0 / 0 in a layer that no forward used.
+    history = torch.stack([torch.cat(means), torch.cat(variances)])
+    average = torch.where(average.isfinite().all(dim=0), average, history)
+    average_means, average_variances = (row.split([len(mean) for mean in means]) for row in average)
+    alphas = [layer.alpha for layer in layers]
+    torch._foreach_lerp_(means, average_means, alphas)
+    torch._foreach_lerp_(variances, average_variances, alphas)
+    torch._foreach_add_([layer.num_batches_tracked for layer in layers], 1)
     torch._foreach_zero_(collected)

@@ -112,7 +112,9 @@ def test_a_forward_that_is_not_finite_does_not_reach_the_history(value):
     assert torch.equal(layer.running_mean[3], before[0][3])
     assert torch.equal(layer.running_var[3], before[1][3])
     assert not torch.equal(layer.running_mean[0], before[0][0])
-    assert layer.pending_mean.eq(0).all()
+    assert not layer.forwards
+    assert layer.pending.eq(0).all()
+    assert layer.collected.eq(0).all()
 
 
 def test_one_value_per_channel_is_refused():
