@@ -1,10 +1,12 @@
+import copy
 import json
 
 import pytest
 import torch
 from loopback_hub import loopback_hub
+from torch import nn
 from torch.nn import functional
-from transformers import ConvNextConfig, RegNetConfig, ResNetConfig, ResNetModel
+from transformers import AutoModel, ConvNextConfig, RegNetConfig, ResNetConfig, ResNetModel
 
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.model import (
@@ -111,6 +113,60 @@ def test_the_plain_encoder_has_the_teachers_features_and_no_momentum_layer():
     assert not any(isinstance(layer, MomentumBatchNorm) for layer in plain.modules())
     images = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(embed(plain, images), embed(teacher.encoder.eval(), images), rtol=0, atol=0)
+
+
+SMALL = {"depths": [1, 2], "hidden_sizes": [16, 32], "embedding_size": 8}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ResNetConfig(**SMALL, layer_type="basic"),
+        ResNetConfig(**SMALL, layer_type="bottleneck", downsample_in_first_stage=True),
+        RegNetConfig(**SMALL, groups_width=8, layer_type="x"),
+        RegNetConfig(**SMALL, groups_width=8, layer_type="y"),
+        ResNetConfig(**SMALL, hidden_act="gelu"),
+    ],
+    ids=lambda config: f"{config.model_type}-{config.layer_type}-{config.hidden_act}",
+)
+def test_activations_in_place_change_no_bit(config):
+    torch.manual_seed(0)
+    encoder = AutoModel.from_config(config).train()
+    stock, settings = copy.deepcopy(encoder), encoder.config.to_dict()
+    student = Student(encoder, feature_size=32, hidden_size=8, projection_size=4)
+    teacher = Teacher(student)
+    for network in (student.encoder, teacher.encoder):
+        relus = [layer.inplace for layer in network.modules() if isinstance(layer, nn.ReLU)]
+        assert relus
+        assert all(relus)
+    images = torch.randn(4, 3, 32, 32)
+    for network in (encoder, stock):
+        first, second = embed(network, images), embed(network, images.flip(0))
+        (first.square().sum() + second.pow(3).sum()).backward()
+    assert all(a.grad.equal(b.grad) for a, b in zip(encoder.parameters(), stock.parameters(), strict=True))
+    assert all(torch.equal(value, stock.state_dict()[name]) for name, value in encoder.state_dict().items())
+    outputs = [network(images, output_hidden_states=True) for network in (encoder, stock)]
+    assert all(a.equal(b) for a, b in zip(*(output.hidden_states for output in outputs), strict=True))
+    assert encoder.config.to_dict() == settings
+    plain = plain_encoder(teacher.encoder)
+    assert not any(layer.inplace for layer in plain.modules() if isinstance(layer, nn.ReLU))
+
+
+class PreActivation(nn.Module):
+    """An encoder whose sum needs the input of its ReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.normalization, self.activation = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+
+    def forward(self, images):
+        hidden = self.normalization(self.convolution(images))
+        return (hidden + self.activation(hidden)).mean(dim=(2, 3))
+
+
+def test_activations_of_other_encoders_are_not_changed():
+    student = Student(PreActivation(), feature_size=8, hidden_size=8, projection_size=4)
+    assert not student.encoder.activation.inplace
 
 
 @pytest.mark.parametrize(
