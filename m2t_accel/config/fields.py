@@ -182,6 +182,11 @@ def did_you_mean(word: object, words: typing.Iterable[str]) -> str:
     return f", did you mean {by_name[near[0]]}?" if near else ""
 
 
+def count(number: int, noun: str) -> str:
+    """Return a number and its noun, such as `1 image` or `2,000 images`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 def one_line(error: Exception) -> str:
     """Return the type and message of a library's error as one line of at most 240 characters."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" …").rstrip(".")

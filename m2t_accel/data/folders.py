@@ -13,9 +13,9 @@ from typing import NamedTuple
 import pyarrow
 
 from m2t_accel.config.data import ImageSettings
-from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.fields import ConfigurationError, count
 from m2t_accel.data.cache import cache_path, read_cache, times_of_change, write_cache
-from m2t_accel.data.splits import TRAIN, split_of
+from m2t_accel.data.splits import TRAIN, UNNAMED, split_of, split_of_path
 from m2t_accel.progress import late_progress_bar
 
 MAX_LISTED = 6  # kinds of files or folders that a message lists
@@ -27,11 +27,12 @@ IMAGE_EXTENSIONS = frozenset(
     )
 )
 SHARD_EXTENSIONS = (".parquet", ".tar")
-# Files that may hold images, but are not read. A train.csv beside train/ is only a list.
+# Files that may hold images, but are not read.
 ARCHIVE_EXTENSIONS = frozenset(
     (".7z", ".arrow", ".beton", ".bz2", ".gz", ".h5", ".hdf5", ".lmdb", ".mat", ".mdb", ".npy", ".npz", ".rar", ".rec")
 )
 ARCHIVE_EXTENSIONS |= {".tfrecord", ".tgz", ".xz", ".zip", ".zst"}
+LIST_EXTENSIONS = (".csv", ".json", ".jsonl", ".tsv", ".txt")  # of files that may list images, such as train.csv
 # Notes that people keep beside images. Many of them are no reason for a warning.
 NOTES_EXTENSIONS = frozenset(
     (".cls", ".csv", ".html", ".json", ".jsonl", ".log", ".md", ".npy", ".pkl", ".pt", ".tsv", ".txt", ".xml", ".yaml")
@@ -46,7 +47,7 @@ class FoundFiles(NamedTuple):
 
     paths: list[str]  # images and shards, relative to the folder, sorted
     others: dict[str, int]  # number of other files by extension
-    called_train: list[str]  # folders, archives and broken links that are called train, sorted
+    called_train: list[str]  # folders, archives, lists and broken links that are called train, sorted
 
 
 def find_files(folder: Path) -> FoundFiles:
@@ -88,6 +89,7 @@ def scan(folder: Path) -> tuple[FoundFiles, dict[str, list[int] | None]]:
     A broken link counts as a file. Its time is None, because a folder may appear in its place when a disk is mounted.
     """
     paths, others, called_train, times = [], Counter(), [], {}
+    lists: dict[str, str] = {}  # by folder, the first one, because there may be one for each image
     pending: list[tuple[str, frozenset]] = [("", frozenset())]
     bar = late_progress_bar(f"looking for images in {folder}", " files")
     try:
@@ -122,8 +124,11 @@ def scan(folder: Path) -> tuple[FoundFiles, dict[str, list[int] | None]]:
                         paths.append(path)
                         continue
                     others[extension.encode(errors="replace").decode()] += 1
-                    if (is_broken or is_archive(entry.name)) and split_of(entry.name) == TRAIN:
-                        called_train.append(path)
+                    if (is_data := is_broken or is_archive(entry.name)) or extension in LIST_EXTENSIONS:
+                        if split_of(entry.name) == TRAIN and is_data:
+                            called_train.append(path)
+                        elif split_of(entry.name) == TRAIN:
+                            lists[below] = min(path, lists.get(below, path))
     except OSError as error:
         raise ConfigurationError(f"--dataset {folder}: {error.filename} cannot be read ({error.strerror})") from None
     except UnicodeEncodeError as error:
@@ -131,6 +136,7 @@ def scan(folder: Path) -> tuple[FoundFiles, dict[str, list[int] | None]]:
         raise ConfigurationError(f"--dataset {folder}: the file name {name} is not UTF-8; rename it") from None
     finally:
         bar.close()
+    called_train += lists.values()
     return FoundFiles(sorted(paths), dict(others.most_common()), sorted(called_train)), times
 
 
@@ -139,6 +145,11 @@ def is_archive(name: str) -> bool:
     *outer, last = [extension.lower() for extension in Path(name).suffixes] or [""]
     outer = () if last in NOTES_EXTENSIONS else outer  # a note about an archive, such as train.tar.txt
     return last in ARCHIVE_EXTENSIONS or any(extension in (*ARCHIVE_EXTENSIONS, ".tar") for extension in outer)
+
+
+def unique_names(paths: Sequence[str]) -> set[str]:
+    """Return the paths of shards, and the folders of images, because these have too many paths to look at each."""
+    return {path if path.lower().endswith(SHARD_EXTENSIONS) else os.path.dirname(path) for path in paths}
 
 
 def is_hidden(name: str) -> bool:
@@ -153,7 +164,7 @@ def check_train(
     Args:
         folder: top folder.
         splits: the splits that the used files belong to.
-        called_train: folders, archives and broken links that are called train.
+        called_train: folders, archives, lists and broken links that are called train.
         files: the used files.
         config: may name the training split.
 
@@ -162,18 +173,24 @@ def check_train(
     """
     if config.train_split is not None or TRAIN in splits:
         return
+    # A list of training images beside images that are called nothing is one of these.
+    lists_count = all(split_of_path(path) != UNNAMED for path in unique_names(files))
     for place in called_train:
-        if any(path.startswith(f"{place}/") for path in files):
+        is_list = os.path.splitext(place)[1].lower() in LIST_EXTENSIONS and not is_archive(place)
+        if any(path.startswith(f"{place}/") for path in files) or (is_list and not lists_count):
             continue
         path = folder / place
         kinds = Counter(os.path.splitext(name)[1].lower() for _, _, names in os.walk(path) for name in names)
         if not path.exists():
             reason = "is a broken link: mount its disk"
+        elif is_list:
+            reason = "may only list images: put them into a folder train"
         elif path.is_file():
             reason = "is not read: unpack it"
         elif kinds:
             (kind, number), *_ = kinds.most_common(1)
-            reason = f"holds no image that can be read, but {number:,} files like *{kind}: convert or unpack them"
+            advice = "put the images beside" if kind in LIST_EXTENSIONS else "convert or unpack them"
+            reason = f"holds no image that can be read, but {count(number, 'file')} like *{kind}: {advice}"
         else:
             reason = "is empty: fill it"
         raise ConfigurationError(
@@ -188,7 +205,8 @@ def unused_files(others: Counter[str], num_used: int, kind: str) -> list[str]:
         return []
     skipped = Counter({name: number for name, number in others.items() if name not in NOTES_EXTENSIONS})
     if kind == "image" and skipped.total() > num_used:
-        return [f"warning: {list_files(skipped)} are not used, more than the {num_used:,} images: {advice_on(skipped)}"]
+        used = count(num_used, "image")
+        return [f"warning: {list_files(skipped)} are not used, more than the {used}: {advice_on(skipped)}"]
     return [f"not used: {list_files(others)}"]
 
 

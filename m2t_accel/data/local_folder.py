@@ -20,6 +20,7 @@ from m2t_accel.data.folders import (
     check_train,
     find_files,
     list_files,
+    unique_names,
     unused_files,
 )
 from m2t_accel.data.hub_datasets import copy_parquet
@@ -109,11 +110,6 @@ def choose_kind(folder: Path, files_by_kind: dict[str, list[str]]) -> str:
         examples = " and ".join(f"{len(files_by_kind[kind]):,} like {files_by_kind[kind][0]}" for kind in kinds)
         raise ConfigurationError(f"--dataset {folder} holds {examples}: give a folder with files of one kind")
     return kinds[0]
-
-
-def unique_names(paths: Sequence[str]) -> set[str]:
-    """Return the paths of shards, and the folders of images, because these have too many paths to look at each."""
-    return {path if path.lower().endswith(SHARD_EXTENSIONS) else os.path.dirname(path) for path in paths}
 
 
 def says_train(path: str) -> bool:

@@ -8,6 +8,7 @@ from m2t_accel.config.fields import (
     ConfigurationError,
     check_all_limits,
     convert_all,
+    count,
     did_you_mean,
     fields_by_heading,
     is_hub_id,
@@ -140,3 +141,8 @@ def test_parts_of_messages():
 def test_the_form_of_a_hub_id():
     assert is_hub_id("ILSVRC/imagenet-1k")
     assert not any(is_hub_id(text) for text in ("imagenet", "../data", "a/b/c", "user/", "/name"))
+
+
+def test_a_noun_agrees_with_its_number():
+    assert [count(number, "image") for number in (0, 1, 2000)] == ["0 images", "1 image", "2,000 images"]
+    assert count(2, "class") == "2 classes"

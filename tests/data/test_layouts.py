@@ -14,7 +14,7 @@ VALIDATION = "val/a/4.png val/b/5.png "
 # first line. Shards hold four images each.
 LAYOUTS = {
     "split and class folders": (SOME + VALIDATION, {}, 3, 2, 2, "2 classes in train/; evaluation on 2 others (val/,"),
-    "only `val/`": (VALIDATION, {}, 1, 2, 1, "in val/; evaluation on 1 others (held out of the training images)"),
+    "only `val/`": (VALIDATION, {}, 1, 2, 1, "in val/; evaluation on 1 other (held out of the training images)"),
     "class folders": ("a/1.png a/2.png b/3.png b/4.png", {}, 3, 2, 1, "3 images of 2 classes; evaluation on 1"),
     "class folders in a wrapper": ("top/a/1.png top/a/2.png top/b/3.png top/b/4.png", {}, 3, 2, 1, "of 2 classes"),
     "images at any depth": ("1.png x/2.png x/y/3.png", {}, 3, 0, 0, "3 images; no labels, because all images are"),
@@ -25,7 +25,7 @@ LAYOUTS = {
         3,
         2,
         1,
-        "in train2017/; evaluation on 1 others (val2017/",
+        "in train2017/; evaluation on 1 other (val2017/",
     ),
     "ILSVRC's names": (
         "ILSVRC2012_img_train/a/1.png ILSVRC2012_img_train/b/2.png ILSVRC2012_img_train/b/3.png "
@@ -34,7 +34,7 @@ LAYOUTS = {
         3,
         2,
         1,
-        "in ILSVRC2012_img_train/; evaluation on 1 others (ILSVRC2012_img_val/",
+        "in ILSVRC2012_img_train/; evaluation on 1 other (ILSVRC2012_img_val/",
     ),
     "splits deeper": (
         "data/train/a/1.png data/train/b/2.png data/train/b/3.png data/val/a/3.png labels/train/1.txt",
@@ -42,7 +42,7 @@ LAYOUTS = {
         3,
         2,
         1,
-        "in data/train/; evaluation on 1 others (data/val/",
+        "in data/train/; evaluation on 1 other (data/val/",
     ),
     "splits inside `train/`": (
         "train/train/a/1.png train/train/b/2.png train/val/a/3.png train/val/b/4.png",
@@ -76,13 +76,21 @@ LAYOUTS = {
         0,
         "of 2 classes in train/; not used: 1 image in val/, which has no class folders",
     ),
+    "a list of images": (
+        "train.csv test.csv photos/1.png photos/2.png",
+        {},
+        2,
+        0,
+        0,
+        "2 images; not used: 2 *.csv",
+    ),
     "several training folders": (
         "train.X1/a/1.png train.X2/b/2.png train.X2/a/3.png val.X/a/4.png",
         {},
         3,
         2,
         1,
-        "in train.X1/, train.X2/; evaluation on 1 others (val.X/",
+        "in train.X1/, train.X2/; evaluation on 1 other (val.X/",
     ),
     "folders beside `train/`": (SOME + "extra/1.png", {}, 2, 2, 1, "not used: 1 image in extra/"),
     "a split by flag": (
@@ -125,7 +133,7 @@ LAYOUTS = {
         7,
         2,
         1,
-        "in 00000.tar … 00002.tar (2 files); evaluation on 1 others (held out of the training images); "
+        "in 00000.tar … 00002.tar (2 files); evaluation on 1 other (held out of the training images); "
         "not used: 2 *.json, 2 *.parquet",
     ),
     "img2dataset's files": (
@@ -183,12 +191,17 @@ def test_every_layout_is_in_the_documentation(layout):
 # Files, and what the error says.
 REFUSED = {
     "train/ val/a/1.png val/b/2.png": "train is called train but is empty: fill it, remove it, or .*--train_split",
-    "train/a/1.heic train/b/2.heic val/a/1.png": r"train .*holds no image that can be read, but 2 files like \*\.heic",
+    "train/a/1.heic train/b/2.heic val/a/1.png": r"holds no image that can be read, but 2 files like \*\.heic: convert",
     "train.zip val/a/1.png val/b/2.png": "train.zip is called train but is not read: unpack it",
     "train.tar.aa train.tar.ab val/a/1.png": r"train\.tar\.aa is called train but is not read: unpack it",
     "train.zip.part val/a/1.png": r"train\.zip\.part is called train but is not read: unpack it",
     "state.json dataset_info.json data.arrow": "found 2 .*json, 1 .*arrow: write them as parquet",
     "data/train/ data/val/1.png": "data/train is called train but is empty",
+    "train.csv val/a/1.png val/b/2.png": "train.csv is called train but may only list images: put them into a folder",
+    "train_list.txt test/a/1.png test/b/2.png": "train_list.txt is called train but may only list images",
+    "train/metadata.jsonl val/a/1.png": r"train .*holds no image that can be read, but 1 file like \*\.jsonl: put the",
+    "train.tsv val-0.parquet": "train.tsv is called train but may only list images",
+    "instances_train2017.json val2017/1.png": "instances_train2017.json is called train but may only list images",
     "train/ val-0.parquet": "train is called train but is empty",
     "val/a/1.png test/a/1.png": "has the splits test, validation, and none is called train",
     "val.tar test.tar": "has the splits test, validation, and none is called train",
