@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import yaml
 
-from m2t_accel.config.fields import ConfigurationError, check_all_limits, fields_by_heading, is_hub_id, setting
+from m2t_accel.config.fields import ConfigurationError, check_all_limits, count, fields_by_heading, is_hub_id, setting
 
 MAX_IMAGE_PIXELS = 89_478_485  # above it PIL warns; decoded, these are 268 MB
 
@@ -153,7 +153,7 @@ class TrainingSettings(ImageSettings):
     @property
     def length(self) -> str:
         """Return the length of the run in words."""
-        return f"{self.epochs} epochs" if self.max_steps is None else f"{self.max_steps} steps"
+        return count(self.epochs, "epoch") if self.max_steps is None else count(self.max_steps, "step")
 
     @property
     def num_virtual_devices(self) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from m2t_accel.config.fields import ConfigurationError, did_you_mean
+from m2t_accel.config.fields import ConfigurationError, count, did_you_mean
 
 # Names with the same meaning, by setting. A name that occurs twice stands for the first setting that a script has.
 ALIASES: Mapping[str, str] = {
@@ -103,7 +103,7 @@ class Flag(NamedTuple):
 
 def batches_of_all(flag: Flag) -> str:
     batch_size, size = flag.batch_sizes()
-    number = f"{flag.num_processes} process{'es' if flag.num_processes > 1 else ''}"
+    number = count(flag.num_processes, "process")
     return f"--batch_size counts all devices: on {number} type --batch_size {batch_size} --device_batch_size {size}"
 
 

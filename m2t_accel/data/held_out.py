@@ -9,6 +9,7 @@ import pyarrow
 from datasets import ClassLabel, Dataset
 
 from m2t_accel.config.data import ImageSettings
+from m2t_accel.config.fields import count
 from m2t_accel.data.columns import find_label_column, fits_labels
 from m2t_accel.data.labels import find_classes, stored_labels
 from m2t_accel.data.parquet import ParquetShards
@@ -94,9 +95,9 @@ def hold_out_pieces(
             chosen[held_out] = True
             train, validation = train.select(~chosen), train.select(chosen)
         elif limit:
+            size = count(smallest(train.piece_sizes)[1], "image")
             remarks.append(
-                f"no image is held out, because the smallest row group has {smallest(train.piece_sizes)[1]:,} images, "
-                f"more than the {limit:,.0f} wanted"
+                f"no image is held out, because the smallest row group has {size}, more than the {limit:,.0f} wanted"
             )
     parts = {"train": (train, MAX_STREAMED_BANK)} | ({"val": (validation, MAX_STREAMED_QUERIES)} if validation else {})
     splits = {}

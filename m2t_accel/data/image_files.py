@@ -12,7 +12,7 @@ import pyarrow
 from datasets import ClassLabel, Dataset, Features, Image
 
 from m2t_accel.config.data import ImageSettings
-from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.fields import ConfigurationError, count
 from m2t_accel.data.folders import MAX_LISTED, check_train
 from m2t_accel.data.shards import to_dataset
 from m2t_accel.data.splits import TRAIN, UNNAMED, choose_splits, split_of_folder
@@ -72,7 +72,7 @@ def load_image_files(
         number = sum(map(len, groups[split].values()))
         if split == UNNAMED and choice.train == TRAIN and class_names is None and len(groups) == 2:
             reason = " (if train is a class, rename its folder)"
-        remarks.append(f"not used: {number:,} image{'s' * (number > 1)} in {describe(groups[split], True)}{reason}")
+        remarks.append(f"not used: {count(number, 'image')} in {describe(groups[split], True)}{reason}")
     return splits
 
 

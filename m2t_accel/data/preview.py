@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from m2t_accel.config.data import check_enough_images
-from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.fields import ConfigurationError, count
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.data.crops import BRIGHTNESS, CONTRAST, HUE, SATURATION, Crop, Photometry, draw_crop, draw_uniforms
 from m2t_accel.data.decode import DecodeError, decode_image
@@ -84,7 +84,7 @@ def draw_preview(config: PretrainConfig, picture: Path) -> list[str]:
         figure.savefig(picture, dpi=120)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"--output {picture} cannot be written ({error})") from None
-    lines.append(f"{len(shown)} pairs of views: {picture}")
+    lines.append(f"{count(len(shown), 'pair')} of views: {picture}")
     return lines
 
 

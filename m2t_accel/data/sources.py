@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from pyarrow import compute
 
 from m2t_accel.config.data import ImageSettings
-from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.fields import ConfigurationError, count
 from m2t_accel.data.held_out import (
     MAX_STREAMED_BANK,
     MAX_STREAMED_QUERIES,
@@ -122,16 +122,16 @@ def load_images(config: ImageSettings, dataset: Dataset | None = None) -> ImageD
     class_names = bank.features["label"].names if bank is not None else None
     limit = min(len(train), config.max_images or len(train))
     (train_place, *others) = splits
-    note = f"{config.dataset}: {f'{limit:,} of ' if limit < len(train) else ''}{len(train):,} images"
+    note = f"{config.dataset}: {f'{limit:,} of ' if limit < len(train) else ''}{count(len(train), 'image')}"
     if class_names is not None and labelled is all_images and num_classes < len(class_names):
-        note += f" of {num_classes} classes ({len(class_names)} are named)"
+        note += f" of {count(num_classes, 'class')} ({len(class_names)} are named)"
     elif class_names is not None:
-        note += f" of {len(class_names)} classes"
+        note += f" of {count(len(class_names), 'class')}"
     note += f" in {train_place}" if train_place else ""
     is_held_out = len(train) < len(all_images)
     if validation is not None and config.evaluates:
         origin = "held out of the training images" if is_held_out else ", ".join([*others, "its own validation split"])
-        note += f"; evaluation on {len(validation):,} others ({origin})"
+        note += f"; evaluation on {count(len(validation), 'other')} ({origin})"
     if config.evaluates and (validation is None or is_held_out):
         reason = "the training images have no labels" if bank is None else "not every image in it has a label"
         for place in others:
@@ -216,7 +216,7 @@ def prepare_stream(train: Split, config: ImageSettings, remarks: list[str]) -> S
         )
     if isinstance(train, Shards) and (num_pieces := np.count_nonzero(train.piece_sizes)) < config.num_virtual_devices:
         remarks.append(
-            f"{num_pieces} {'piece' if num_pieces == 1 else 'pieces'} (row groups, runs of a tar) for "
+            f"{count(num_pieces, 'piece')} (row groups, runs of a tar) for "
             f"{config.num_virtual_devices} virtual devices: several devices read the same piece, each from its start"
         )
     return train

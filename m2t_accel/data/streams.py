@@ -15,7 +15,7 @@ import pyarrow
 from datasets import Dataset, Features, Image, IterableDataset
 
 from m2t_accel.config.data import ImageSettings, TrainingSettings
-from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.fields import ConfigurationError, count
 from m2t_accel.data.columns import find_image_column, find_label_column
 from m2t_accel.data.labels import find_classes, stored_labels
 from m2t_accel.data.order import PIECES_STREAM, Pool, num_pool_batches, num_steps_per_epoch, shuffle_pool
@@ -228,8 +228,8 @@ class StreamedOrder:
         """Yield remarks for the user about what the number of shards costs."""
         if self.group_size > 1:
             yield (
-                f"{self.num_shards} shards for {self.num_devices} virtual devices: {self.group_size} devices read the "
-                "same shards, and each shows a part of the rows"
+                f"{count(self.num_shards, 'shard')} for {self.num_devices} virtual devices: {self.group_size} devices "
+                "read the same shards, and each shows a part of the rows"
             )
         if excess := self.num_shards % self.num_groups:
             share = excess * (1 - excess / self.num_groups) / self.num_shards

@@ -20,7 +20,7 @@ from datasets import Dataset, Features, Image, Value
 from pyarrow import compute
 
 from m2t_accel.config.data import ImageSettings
-from m2t_accel.config.fields import ConfigurationError, did_you_mean
+from m2t_accel.config.fields import ConfigurationError, count, did_you_mean
 from m2t_accel.data.columns import LABEL_COLUMNS, listed
 from m2t_accel.data.folders import advice_on, list_files, unused_files
 from m2t_accel.data.image_files import image_column
@@ -136,7 +136,7 @@ def tar_splits(
     if len(splits) == 1:
         splits = divide_by_folders(train_name, splits[train_name], config, remarks)
     if more := sum(compute.sum(images.table["others"]).as_py() or 0 for images in splits.values()):
-        remarks.append(f"not used: {more:,} more images of the same samples (0.jpg is preferred to 0.depth.png)")
+        remarks.append(f"not used: {count(more, 'more image')} of the same samples (0.jpg is preferred to 0.depth.png)")
     labels = find_labels(splits, members, contents[0], config, remarks)
     return {name: to_images(images, labels.get(name)) for name, images in splits.items()}
 
@@ -180,7 +180,7 @@ def divide_by_folders(name: str, images: TarImages, config: ImageSettings, remar
         table = images.table.filter(compute.is_in(images.table["folder"].cast(pyarrow.string()), below))
         place = f"{', '.join(f'{top}/' if top else 'the top folder' for top in chosen)} in {name}"
         if split in choice.unused:
-            remarks.append(f"not used: {len(table):,} image{'s' * (len(table) > 1)} in {place}")
+            remarks.append(f"not used: {count(len(table), 'image')} in {place}")
         else:
             splits[place] = TarImages(images.files, table)
     return splits

@@ -27,7 +27,7 @@ from accelerate.utils import (
 )
 
 from m2t_accel.config.data import TrainingSettings, check_num_processes
-from m2t_accel.config.fields import ConfigurationError, one_line
+from m2t_accel.config.fields import ConfigurationError, count, one_line
 from m2t_accel.distributed.processes import DOWNLOAD_TIMEOUT, create_groups
 
 CONFIG_FILES = (
@@ -201,7 +201,7 @@ def check_launch(environment: Mapping[str, str], num_devices: int, request: Laun
         raise ConfigurationError(f"{started} started for GPUs, but this machine has none: {CONFIG_FILES}")
     if local_size > max(num_devices, 1):
         raise ConfigurationError(
-            f"{local_size} processes were started on a machine with {num_devices} GPUs: add --num_processes "
+            f"{local_size} processes were started on a machine with {count(num_devices, 'GPU')}: add --num_processes "
             f"{num_devices}, or {CONFIG_FILES}"
         )
 
@@ -259,6 +259,6 @@ def hardware(accelerator: Accelerator) -> str:
     if accelerator.device.type == "cuda":
         name = torch.cuda.get_device_name(accelerator.device)
     else:
-        name = f"{accelerator.device.type} ({torch.get_num_threads()} threads)"
+        name = f"{accelerator.device.type} ({count(torch.get_num_threads(), 'thread')})"
     precision = "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     return f"{accelerator.num_processes} × {name}, {precision}"

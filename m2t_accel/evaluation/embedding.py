@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from m2t_accel.config.evaluation import EmbedConfig
-from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.fields import ConfigurationError, count
 from m2t_accel.data.decode import decode_image
 from m2t_accel.data.loader import dead_workers_in_one_line
 from m2t_accel.data.views import read_rows
@@ -66,9 +66,9 @@ def write_embedding(evaluation: Evaluation, images: Dataset, features: Features)
     paths = [paths[sample] for sample in samples]
     file = folder / f"features.{config.format}"
     write_features(file, features, paths, labels, names)
-    lines = [f"{file}: {len(samples):,} images, {features.features.shape[1]} features each"]
+    lines = [f"{file}: {count(len(samples), 'image')}, {features.features.shape[1]} features each"]
     if len(samples) < len(images):
-        lines.append(f"{len(images) - len(samples)} images cannot be decoded, and are left out")
+        lines.append(f"{count(len(images) - len(samples), 'image')} cannot be decoded, and left out")
     if config.map_images and len(samples) >= 10:
         chosen = evenly_spaced(len(samples), config.map_images)
         draw_map(folder / "map.png", features.features[chosen], None if labels is None else labels[chosen], names)

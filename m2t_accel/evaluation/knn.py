@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.evaluation import KnnConfig
+from m2t_accel.config.fields import count
 from m2t_accel.evaluation.features import (
     BATCH_SIZE,
     Features,
@@ -90,7 +91,7 @@ def measure_knn(
 
 def few_neighbours(k: int, num_bank: int) -> str:
     """Return a line for a bank with fewer than k images."""
-    return f"kNN: only {num_bank} images to search for neighbours, so these {num_bank} vote instead of k = {k}"
+    return f"kNN: only {count(num_bank, 'image')} to search for neighbours, so these {num_bank} vote instead of k = {k}"
 
 
 def block_size(num_images: int) -> int:

@@ -19,7 +19,7 @@ from torch import nn
 
 from m2t_accel.config.data import TrainingSettings, check_dataset
 from m2t_accel.config.evaluation import EvaluationSettings, check_encoder
-from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.fields import ConfigurationError, count
 from m2t_accel.data.loader import dead_workers_in_one_line
 from m2t_accel.data.sources import ImageData, load_images
 from m2t_accel.distributed.interruption import end_with_launcher
@@ -193,7 +193,7 @@ def describe(result: Mapping[str, object], folder: Path) -> list[str]:
     figures = ", ".join(f"{name} {100 * share:.2f} %" for name, share in result["figures"].items())
     network = " with random weights" if result["protocol"]["random_weights"] else ""
     broken = result["data"]["undecodable"]
-    note = f" ({broken} images cannot be decoded, and are left out)" if broken else ""
+    note = f" ({count(broken, 'image')} cannot be decoded, and left out)" if broken else ""
     lines = [
         f"{result['encoder']}{network}, {result['evaluation']} on {result['dataset']}: {figures}{note}",
         f"Protocol: {folder / 'result.json'}",

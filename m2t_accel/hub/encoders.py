@@ -29,7 +29,7 @@ from transformers import (
     ResNetModel,
 )
 
-from m2t_accel.config.fields import ConfigurationError, did_you_mean, one_line
+from m2t_accel.config.fields import ConfigurationError, count, did_you_mean, one_line
 from m2t_accel.hub.tensor_names import first_names, from_torchvision, resnet_config
 from m2t_accel.model import embed, quiet_transformers
 
@@ -274,7 +274,7 @@ def load_plain_resnet(state: Mapping[str, Tensor]) -> tuple[ResNetModel, list[st
     model, unused = load_resnet(state)
     other = [name for name in unused if not HEADS.match(name.split(".")[0])]
     if other:
-        raise ConfigurationError(f"{len(other)} tensors that no plain ResNet has: {first_names(other)}")
+        raise ConfigurationError(f"{count(len(other), 'tensor')} that no plain ResNet has: {first_names(other)}")
     return model, unused
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from m2t_accel.config.fields import ConfigurationError, one_line
+from m2t_accel.config.fields import ConfigurationError, count, one_line
 from m2t_accel.config.pretrain import ENCODERS
 from m2t_accel.files import atomic_write, write_text
 from m2t_accel.hub.encoders import LoadedEncoder
@@ -212,7 +212,9 @@ def export_detectron2(encoder: LoadedEncoder, file: Path, output: Path) -> list[
     found = pickle.loads(file.read_bytes())["model"]
     back = {key: torch.from_numpy(found.pop(detectron2_name(key))) for key in state if detectron2_name(key) in found}
     if found:
-        raise ConfigurationError(f"{len(found)} tensors have no torchvision name, such as {next(iter(found))}")
+        raise ConfigurationError(
+            f"{count(len(found), 'tensor')} without a torchvision name, such as {next(iter(found))}"
+        )
     difference = feature_difference(encoder, torchvision_features(name, back))
     depth = int(name.removeprefix("resnet"))
     settings = yaml.safe_dump(detectron2_config(encoder, depth, output), sort_keys=False, default_flow_style=None)

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import ModelCardData
 
 from m2t_accel.config.data import ImageSettings
-from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.fields import ConfigurationError, count
 from m2t_accel.files import atomic_write
 from m2t_accel.hub.card import loading_code
 from m2t_accel.hub.encoders import LoadedEncoder, count_by_module, load_resnet, read_state, select_network
@@ -51,7 +51,7 @@ def import_reference(checkpoint: Path, network: str, output: Path) -> list[str]:
     lines = [f"{checkpoint.name}: {origin}", compare_with_torchvision(encoder, used)]
     if unused or others:
         names = ", ".join([*([count_by_module(others)] if others else []), *unused])
-        lines.append(f"{len(unused) + len(others)} tensors are not used: {names}")
+        lines.append(f"{count(len(unused) + len(others), 'tensor')} not used: {names}")
     if is_published_code:
         model.config.momentum2_teacher = {"network": network}
     try:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, ResNetConfig, ResNetModel
 
 from m2t_accel.config.evaluation import check_encoder
-from m2t_accel.config.fields import ConfigurationError, is_hub_id
+from m2t_accel.config.fields import ConfigurationError, count, is_hub_id
 from m2t_accel.config.pretrain import ENCODERS, PretrainConfig
 from m2t_accel.distributed.processes import broadcast_from_main, broadcast_object, on_all_processes
 from m2t_accel.hub.encoders import LoadedEncoder, load_encoder, weights_fingerprint
@@ -98,7 +98,9 @@ def fit(loaded: LoadedEncoder, config: PretrainConfig) -> PreTrainedModel:
         "not used": [name for name in given if name not in needed],
         "of another shape": [name for name in needed if name in given and needed[name].shape != given[name].shape],
     }
-    differing = [f"{len(found)} tensors are {what} ({first_names(found)})" for what, found in names.items() if found]
+    differing = [
+        f"{count(len(found), 'tensor')} {what} ({first_names(found)})" for what, found in names.items() if found
+    ]
     if differing:
         raise ConfigurationError(problem + ", ".join(differing) + remedy)
     model.load_state_dict(given, strict=True)

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.fields import ConfigurationError, count
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.data.order import num_steps_per_epoch
 from m2t_accel.data.sources import ImageData
@@ -67,7 +67,9 @@ class KnnMonitor:
         )
         if result.num_broken and not self.broken_reported:
             self.broken_reported = True
-            self.accelerator.print(f"kNN is measured without {result.num_broken} images that cannot be decoded")
+            self.accelerator.print(
+                f"kNN is measured without {count(result.num_broken, 'image')} that cannot be decoded"
+            )
         return next(iter(result.accuracies.values()))
 
 
@@ -96,7 +98,7 @@ class BadImages:
             yield f"cannot be decoded, another image is shown instead: {image.path} ({image.reason})"
         if new[number:]:
             yield (
-                f"{len(new[number:])} more images cannot be decoded, {len(self.known)} in all: see "
+                f"{count(len(new[number:]), 'more image')} cannot be decoded, {len(self.known)} in all: see "
                 f"{self.config.output_dir}/bad_images.jsonl"
             )
 
@@ -290,10 +292,10 @@ def introduction(
 ) -> str:
     """Return lines that describe the images, the encoder, the length of the run and the hardware."""
     size = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
-    epochs = config.epochs if config.max_steps is None else f"{num_epochs(config, data):.3g}"
+    length = count(config.epochs, "epoch") if config.max_steps is None else f"{num_epochs(config, data):.3g} epochs"
     lines = [
         data.introduction,
-        f"{config.encoder} ({size:.1f} M parameters), {epochs} epochs, {total_steps} steps of "
+        f"{config.encoder} ({size:.1f} M parameters), {length}, {count(total_steps, 'step')} of "
         f"{config.batch_size} images ({config.num_virtual_devices} × {config.device_batch_size}), on "
         f"{hardware(accelerator)}",
     ]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from m2t_accel.config.fields import count
 from m2t_accel.distributed.processes import broadcast_from_main, gather_to_main
 
 Files = dict[str, dict[str, Tensor]]  # tensors by name, for each file
@@ -162,7 +163,7 @@ def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> 
     differing = sorted(target.keys() ^ source.keys())
     differing += [name for name in target.keys() & source.keys() if target[name].shape != source[name].shape]
     if differing:
-        raise ValueError(f"{len(differing)} tensors are of another network, the first of them {differing[0]}")
+        raise ValueError(f"{count(len(differing), 'tensor')} of another network, the first of them {differing[0]}")
     for name, tensor in target.items():
         tensor.copy_(source[name])
 

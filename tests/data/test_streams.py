@@ -81,7 +81,7 @@ def test_an_epoch_shows_every_image_once_for_any_number_of_processes(num_process
         ([8, 8, 8, 8], 32, None, 1),
         ([1, 13, 11, 7], 32, None, 2),  # what differs between shards is not known
         ([8, 8, 8], 24, "3 shards do not divide among 2 devices: an epoch shows about 16.7% of the images twice", 2),
-        ([32], 32, "1 shards for 2 virtual devices: 2 devices read the same shards, and each shows a part", 1),
+        ([32], 32, "1 shard for 2 virtual devices: 2 devices read the same shards, and each shows a part", 1),
         ([1] * 32, 32, None, 1),
         ([4, 4, 4, 4], 64, None, 4),  # --images_per_epoch may be larger than their number
     ],

@@ -190,7 +190,7 @@ LABELS = {
         {},
         "cat dog",
         1,
-        "4 images of 2 classes in x/train/ in a.tar; evaluation on 1 others (x/val/ in a.tar, its own validation split)"
+        "4 images of 2 classes in x/train/ in a.tar; evaluation on 1 other (x/val/ in a.tar, its own validation split)"
         "; not used: 1 image in x/y/ in a.tar",
     ),
     "a tar for each class": (

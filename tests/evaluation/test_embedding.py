@@ -27,7 +27,7 @@ def test_features_are_written_with_paths_and_labels_and_drawn(given, small_image
     lines = embed_dataset(config)
     folder = tmp_path / "result"
     assert "features.parquet: 41 images, 128 features each" in lines[0]
-    assert lines[1].startswith("1 images cannot be decoded")
+    assert lines[1].startswith("1 image cannot be decoded")
     table = parquet.read_table(folder / "features.parquet").to_pydict()
     assert len(table["path"]) == 41
     assert not any(path.endswith("green/3.png") for path in table["path"])
@@ -76,7 +76,7 @@ def test_a_row_without_an_image_is_left_out(given, tmp_path):
     (tmp_path / "rows").mkdir()
     parquet.write_table(table, tmp_path / "rows" / "train.parquet")
     lines = embed_dataset(build_embed({**given, "dataset": str(tmp_path / "rows"), "query_images": 2}))
-    assert lines[1].startswith("1 images cannot be decoded")
+    assert lines[1].startswith("1 image cannot be decoded")
     assert (tmp_path / "result" / "neighbours.png").exists()
 
 

@@ -31,7 +31,7 @@ def test_random_weights_depend_on_the_seed(given):
 
 def test_images_without_labels_or_validation_split_are_refused(given, tmp_path):
     write_image(tmp_path / "plain" / "a.png")
-    with pytest.raises(ConfigurationError, match=r"--dataset .*plain .* no labels .*plain: 1 images"):
+    with pytest.raises(ConfigurationError, match=r"--dataset .*plain .* no labels .*plain: 1 image"):
         start_evaluation(build_knn({**given, "dataset": str(tmp_path / "plain")}))
     write_parquet(tmp_path / "shards" / "train.parquet", 0, 20, row_group_size=5)
     with pytest.raises(ConfigurationError, match=r"--dataset .* no validation split.*--validation_fraction"):

@@ -167,7 +167,7 @@ def test_missing_and_damaged_weights_are_refused(run, tmp_path):
 @pytest.mark.parametrize("name", ["layer1.0.se.fc1.weight", "attnpool.c_proj.weight", "bn0.weight"])
 def test_a_file_of_another_network_is_refused(tmp_path, name):
     torch.save(torchvision_state() | {name: torch.zeros(2, 2)}, tmp_path / "weights.pth")
-    assert f"1 tensors that no plain ResNet has: {name}" in refused(tmp_path / "weights.pth")
+    assert f"1 tensor that no plain ResNet has: {name}" in refused(tmp_path / "weights.pth")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_a_teacher_of_the_published_code_computes_the_same(tmp_path):
     output = tmp_path / "encoder"
     lines = import_reference(tmp_path / "last_epoch_ckpt.pth.tar", "teacher", output)
     assert "features differ from torchvision's by" in lines[1]
-    assert "125 tensors are not used" in lines[2]
+    assert "125 tensors not used" in lines[2]
     assert "student_encoder (122), predictor (1), fc.0.weight, fc.1.running_mean" in lines[2]
 
     theirs = torchvision.models.resnet18().eval()
@@ -54,7 +54,7 @@ def test_a_state_dict_of_torchvision_is_imported(tmp_path):
     (tmp_path / "encoder").mkdir()  # an empty folder is allowed
     lines = import_reference(tmp_path / "resnet18.pth", "teacher", tmp_path / "encoder")
     assert "features differ from torchvision's by" in lines[1]
-    assert lines[2] == "2 tensors are not used: fc.weight, fc.bias"
+    assert lines[2] == "2 tensors not used: fc.weight, fc.bias"
     assert "momentum2_teacher" not in json.loads((tmp_path / "encoder" / "config.json").read_text())
 
 

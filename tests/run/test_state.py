@@ -119,7 +119,7 @@ def test_tensors_of_another_network_are_refused():
     _, state = build()
     files = deep_copy(state.copy([]))
     files["teacher"]["encoder.convolution.weight"] = torch.zeros(8, 3, 5, 5)
-    with pytest.raises(ValueError, match=r"1 tensors .*encoder\.convolution"):
+    with pytest.raises(ValueError, match=r"1 tensor .*encoder\.convolution"):
         state.restore(files, {"num_processes": 1})
     with pytest.raises(ValueError, match=r"2 tensors .* a$"):
         copy_tensors({"b": torch.ones(1)}, {"a": torch.ones(1)})
