@@ -27,7 +27,7 @@ from m2t_accel.config.fields import (
     fields_by_heading,
     plain_text,
 )
-from m2t_accel.config.other_names import own_names, refuse_unknown, unknown_flags
+from m2t_accel.config.other_names import is_flag, own_names, own_values, refuse_unknown, unknown_flags
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.config.recipes import RECIPES, build_config
 
@@ -149,7 +149,7 @@ def parse_settings(
         )
     given = {**defaults, **from_file, **flags}
     others = {name: plain_text(given.pop(name)) for name in from_file if name not in settings}
-    given = join_push_to_hub(given)
+    given = own_values(join_push_to_hub(given))
     if others or unknown:
         refuse_unknown(others | unknown_flags(unknown), given, build, parser.flags(), settings)
     return build(given), own_options
@@ -191,7 +191,7 @@ def add_flag(group: argparse._ArgumentGroup, item: dataclasses.Field, hint: obje
     count = {"nargs": len(items), "metavar": (letter,) * len(items)} if items else {"metavar": letter}
     if ... in items:  # any number of values
         count = {"nargs": "+", "metavar": letter}
-    if hint is bool or item.name == "push_to_hub":
+    if hint is bool or item.name in ("push_to_hub", "resume"):
         count |= {"nargs": "?", "const": True}  # the flag without a value
     group.add_argument(
         f"--{item.name}", default=argparse.SUPPRESS, help=(item.metadata["help"] + shown).replace("%", "%%"), **count
@@ -208,7 +208,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         words = list(sys.argv[1:] if args is None else args)
-        flags = [i for i, word in enumerate(words) if word.startswith("-") and not word[1:2].isdigit()]
+        flags = [i for i, word in enumerate(words) if is_flag(word)]
         parts = [words[i].partition("=") for i in flags]
         known = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
         names = own_names([flag.lstrip("-") for flag, _, _ in parts], known)

@@ -5,6 +5,7 @@ This module imports no torch and no other module of the package.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -15,7 +16,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field
 
 STATUS_RESUMABLE = 75  # the run was stopped, and the same command resumes it; EX_TEMPFAIL of sysexits.h
@@ -60,8 +61,9 @@ def check_all_limits(config: object) -> None:
     Raises:
         ConfigurationError: a value is out of its limits.
     """
-    for item in dataclasses.fields(config):
-        check_limits(item.name, getattr(config, item.name), item.metadata)
+    with all_faults() as check:
+        for item in dataclasses.fields(config):
+            check(check_limits, item.name, getattr(config, item.name), item.metadata)
 
 
 def check_limits(name: str, value: object, limits: Mapping[str, object]) -> None:
@@ -81,6 +83,26 @@ def check_limits(name: str, value: object, limits: Mapping[str, object]) -> None
         for limit, (holds, words) in LIMITS.items():
             if limit in limits and not holds(number, limits[limit]):
                 raise ConfigurationError(f"--{name} {number:g} is out of range: {words} {limits[limit]:g} is allowed")
+
+
+@contextlib.contextmanager
+def all_faults() -> Iterator[Callable[..., object]]:
+    """Give a function that calls another one with its arguments, and raise the errors of all calls in one line.
+
+    Raises:
+        ConfigurationError: a call raised one.
+    """
+    faults: list[str] = []
+
+    def check(function: Callable[..., object], *arguments: object) -> object:
+        try:
+            return function(*arguments)
+        except ConfigurationError as error:
+            faults.append(str(error))
+
+    yield check
+    if faults:
+        raise ConfigurationError("; ".join(faults))
 
 
 def convert(name: str, kind: object, value: object) -> object:
@@ -141,7 +163,8 @@ def convert_all(kind: type, given: Mapping[str, object]) -> dict[str, object]:
     for name in given:
         if name not in names:
             raise ConfigurationError(f"unknown setting {name}{did_you_mean(name, names)}; --help lists them all")
-    return {name: convert(name, hints[name], value) for name, value in given.items()}
+    with all_faults() as check:
+        return {name: check(convert, name, hints[name], value) for name, value in given.items()}
 
 
 def fields_by_heading(kind: type) -> dict[str, list[dataclasses.Field]]:

@@ -6,13 +6,18 @@ DINO, MoCo and PyTorch's ImageNet example. This module imports no torch.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import math
 import os
+import re
 import sys
+import types
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from m2t_accel.config.fields import ConfigurationError, count, did_you_mean
+from m2t_accel.config.fields import ConfigurationError, convert_all, count, did_you_mean
 
 # Names with the same meaning, by setting. A name that occurs twice stands for the first setting that a script has.
 ALIASES: Mapping[str, str] = {
@@ -77,6 +82,15 @@ def own_names(names: Iterable[str], known: Collection[str]) -> list[str]:
     return settings
 
 
+# Values of other scripts for settings that have the same meaning.
+VALUES = {"resume": {"true": "auto", "latest": "auto", "false": "never"}}
+
+
+def own_values(given: Mapping[str, object]) -> dict[str, object]:
+    """Return the settings with the values of other scripts, such as `--resume_from_checkpoint true`, as this one's."""
+    return {name: VALUES.get(name, {}).get(str(value).lower(), value) for name, value in given.items()}
+
+
 PER_DEVICE = "per_device_train_batch_size per_gpu_train_batch_size train_batch_size batch_size_per_gpu"
 ACCUMULATION = "gradient_accumulation_steps accum_iter grad_accum_steps"
 
@@ -92,13 +106,36 @@ class Flag(NamedTuple):
     def batch_sizes(self) -> tuple[int, int]:
         """Return the images of a step and of a sub-batch that the unknown flags mean, or else those of the settings."""
         per_device, steps = (
-            next((int(self.others[name]) for name in names.split() if name in self.others), None)
+            next((whole_number(self.others[name]) for name in names.split() if name in self.others), None)
             for names in (PER_DEVICE, ACCUMULATION)
         )
         if per_device is None and steps is None:
             return self.config.batch_size, self.config.device_batch_size
         size = per_device or self.config.device_batch_size
         return size * (steps or 1) * self.num_processes, size
+
+
+def number(text: str) -> float:
+    """Return a positive number.
+
+    Raises:
+        ValueError: the text is none.
+    """
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise ValueError("a positive number is needed")
+
+
+def whole_number(text: str) -> int:
+    """Return a positive whole number.
+
+    Raises:
+        ValueError: the text is none.
+    """
+    if not re.fullmatch(r"0*[1-9]\d*", text):
+        raise ValueError("a positive whole number is needed")
+    return int(text)
 
 
 def batches_of_all(flag: Flag) -> str:
@@ -110,12 +147,21 @@ def batches_of_all(flag: Flag) -> str:
 def rate_per_256(flag: Flag) -> str:
     setting = "learning_rates" if hasattr(flag.config, "learning_rates") else "learning_rate_per_256"
     batch_size, _ = flag.batch_sizes()
-    rate = float(flag.value) * 256 / batch_size
+    rate = number(flag.value) * 256 / batch_size
     return f"the rate is per 256 images: for a batch of {batch_size} type --{setting} {rate:.4g}"
 
 
 def share_of_epochs(flag: Flag) -> str:
-    return f"type --warmup_epochs {float(flag.value) * flag.config.epochs:g}"
+    return f"type --warmup_epochs {number(flag.value) * flag.config.epochs:g}"
+
+
+def newest_checkpoints(flag: Flag) -> str:
+    return f"type --keep {whole_number(flag.value)} 0"
+
+
+def steps_of_checkpoints(flag: Flag) -> str:
+    every = "1epoch" if flag.value == "epoch" else f"{whole_number(flag.value)}steps"
+    return f"type --checkpoint_every {every}"
 
 
 NO_NEED = "leave it out"
@@ -139,8 +185,8 @@ ADVICE: tuple[tuple[str, str, str | Callable[[Flag], str]], ...] = (
     ),
     ("max_grad_norm clip_grad clip_grad_norm", "epochs", "gradients are not clipped: leave it out"),
     ("gradient_checkpointing grad_checkpointing", "batch_size", "type a smaller --device_batch_size"),
-    ("save_total_limit checkpoints_total_limit", "keep", "type --keep {value} 0"),
-    ("save_steps checkpointing_steps", "checkpoint_every", "type --checkpoint_every {value}steps"),
+    ("save_total_limit checkpoints_total_limit", "keep", newest_checkpoints),
+    ("save_steps checkpointing_steps", "checkpoint_every", steps_of_checkpoints),
     ("save_strategy", "checkpoint_every", "type --checkpoint_every 500steps, 1epoch or never"),
     ("eval_strategy evaluation_strategy eval_steps", "evaluate_every", "type --evaluate_every N, in epochs"),
     ("ddp_timeout", "collective_timeout", "type --collective_timeout N, in minutes"),
@@ -184,6 +230,11 @@ def find_advice(name: str, settings: Collection[str]) -> str | Callable[[Flag], 
     return None
 
 
+def is_flag(word: str) -> bool:
+    """Return whether a word of a command line is a flag, and no value such as -0.5."""
+    return word.startswith("-") and not re.match(r"-\.?\d", word)
+
+
 def unknown_flags(words: Iterable[str]) -> dict[str, str]:
     """Return the flags among the words that argparse does not know, with their values.
 
@@ -192,7 +243,7 @@ def unknown_flags(words: Iterable[str]) -> dict[str, str]:
     """
     flags: dict[str, str] = {}
     for word in words:
-        if word.startswith("-"):
+        if is_flag(word):
             flag, _, value = word.partition("=")
             flags[flag] = value
         elif flags:
@@ -223,22 +274,45 @@ def refuse_unknown(
         ConfigurationError: always.
     """
     plain = {name: name.lstrip("-").replace("-", "_") for name in unknown}
+    faults = []
     for name in unknown:
         if find_advice(plain[name], settings) is None:
             kind, names = ("flag", known_flags) if name.startswith("-") else ("setting", settings)
-            raise ConfigurationError(f"unknown {kind} {name}{did_you_mean(name, names)}; --help lists them all")
-    config = build({"dataset": "any", "encoder": "any", **given})
+            faults.append(f"unknown {kind} {name}{did_you_mean(name, names)}; --help lists them all")
+    config, fault = closest_settings({"dataset": "any", "encoder": "any", **given}, build)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     script = f"scripts/{Path(sys.argv[0]).name}"
     others = {plain[name]: value for name, value in unknown.items()}
     typed: dict[str, list[str]] = {}  # by advice
     for name, value in unknown.items():
         advice = find_advice(plain[name], settings)
+        if advice is None:
+            continue
         try:
             text = advice if isinstance(advice, str) else advice(Flag(value, others, config, num_processes))
-        except ValueError:
-            text = "a number is needed"
+        except ValueError as error:
+            text = str(error)
         text = text.format(name=plain[name], value=value or "…", script=script)
         flag = name if name.startswith("-") else f"--{name}"
         typed.setdefault(text, []).append(f"{flag} {value}".rstrip())
-    raise ConfigurationError("; ".join(f"{', '.join(names)}: {text}" for text, names in typed.items()))
+    faults += [f"{', '.join(names)}: {text}" for text, names in typed.items()]
+    raise ConfigurationError("; ".join([*faults, *([fault] if fault else [])]))
+
+
+def closest_settings(
+    given: Mapping[str, object], build: Callable[[Mapping[str, object]], object]
+) -> tuple[object, str | None]:
+    """Return the given settings and what is wrong with them; of wrong settings, those values that can be read."""
+    try:
+        return build(given), None
+    except ConfigurationError as error:
+        plain = {name: given[name] for name in ("dataset", "encoder")}
+        try:
+            config = build({**plain, **{name: given[name] for name in ("recipe", "protocol") if name in given}})
+        except ConfigurationError:
+            config = build(plain)
+        values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+        for name, value in given.items():
+            with contextlib.suppress(ConfigurationError):
+                values |= convert_all(type(config), {name: value})
+        return types.SimpleNamespace(**values), str(error)

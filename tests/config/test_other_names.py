@@ -51,8 +51,23 @@ def test_every_other_name_stands_for_a_setting_and_is_in_the_docs(root):
     assert set(ALIASES) <= known
     assert {setting for _, setting, _ in ADVICE} <= known
     table = (root / "docs" / "recipes.md").read_text(encoding="utf-8")
-    names = [name for names in (*ALIASES.values(), *(names for names, _, _ in ADVICE)) for name in names.split()]
+    names = [name for names in ALIASES.values() for name in names.split()]
     assert [name for name in names if not re.search(rf"`-?-?{name}`", table)] == []
+
+
+def test_the_docs_give_every_answer_as_the_script_does(root, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["scripts/pretrain.py"])
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    text = (root / "docs" / "recipes.md").read_text(encoding="utf-8")
+    _, _, table = text.partition("| flags | answer |\n|---|---|\n")
+    rows = [line.strip("| ").split(" | ") for line in table.partition("\n\n")[0].splitlines()]
+    assert len(rows) == len(ADVICE)
+    for (flags, answer), (names, _, _) in zip(rows, ADVICE, strict=True):
+        written = re.findall(r"`([^`]*)`", flags)
+        assert [flag.split()[0] for flag in written] == [f"--{name}" for name in names.split()]
+        with pytest.raises(ConfigurationError) as caught:
+            parse("--recipe", "8xV100-b1024-100ep", "--dataset", "/data/imagenet", *written[0].split())
+        assert str(caught.value).replace("`", "") == f"{written[0]}: {answer}".replace("`", "")
 
 
 SAME = [  # what others type: the setting and its value
@@ -61,6 +76,11 @@ SAME = [  # what others type: the setting and its value
     ("--image_column_name photo --label_column_name kind", {"image_column": "photo", "label_column": "kind"}),
     ("--num_train_epochs 30 --warmup-epochs 3", {"epochs": 30, "warmup_epochs": 3.0}),
     ("--resume_from_checkpoint never", {"resume": "never"}),
+    ("--resume_from_checkpoint true", {"resume": "auto"}),
+    ("--resume_from_checkpoint", {"resume": "auto"}),
+    ("--resume_from_checkpoint latest", {"resume": "auto"}),
+    ("--resume_from_checkpoint False", {"resume": "never"}),
+    ("--resume_from_checkpoint runs/x/checkpoints/step-3", {"resume": "runs/x/checkpoints/step-3"}),
     ("--dataloader_num_workers 3", {"num_workers": 3}),
     ("--config_name resnet34", {"encoder": "resnet34"}),
     ("-a resnet18 -j 2 -b 32 --wd=1e-3 --optim lars", {"encoder": "resnet18", "num_workers": 2, "batch_size": 32}),
@@ -131,8 +151,15 @@ DIFFERENT = [  # environment, what others type, what the message says
     ),
     ({}, "--learning_rate 0.1 --batch_size 1024", "for a batch of 1024 type --learning_rate_per_256 0.025"),
     (EIGHT, "--lr 0.1 --per_device_train_batch_size 128", "for a batch of 1024 type --learning_rate_per_256 0.025"),
-    ({}, "--lr fast", "--lr fast: a number is needed"),
-    ({}, "--lr", "--lr: a number is needed"),
+    ({}, "--lr fast", "--lr fast: a positive number is needed"),
+    ({}, "--lr", "--lr: a positive number is needed"),
+    ({}, "--lr inf", "--lr inf: a positive number is needed"),
+    ({}, "--lr -.5", "--lr -.5: a positive number is needed"),
+    ({}, "--warmup_ratio nan", "--warmup_ratio nan: a positive number is needed"),
+    ({}, "--train_batch_size 0", "--train_batch_size 0: a positive whole number is needed"),
+    ({}, "--train_batch_size -2", "--train_batch_size -2: a positive whole number is needed"),
+    ({}, "--save_steps 0.1", "--save_steps 0.1: a positive whole number is needed"),
+    ({}, "--checkpointing_steps epoch", "type --checkpoint_every 1epoch"),
     ({}, "--warmup_ratio 0.1 --epochs 50", "type --warmup_epochs 5$"),
     ({}, "--fp16", "type accelerate launch --mixed_precision fp16 scripts/pretrain.py"),
     ({}, "--bf16 true", "type accelerate launch --mixed_precision bf16 scripts/pretrain.py"),
@@ -149,7 +176,11 @@ DIFFERENT = [  # environment, what others type, what the message says
     ({}, "--torch_compile", "type accelerate launch --dynamo_backend inductor scripts/pretrain.py"),
     ({}, "--num_train_epochs 3 --epochs 3", "--num_train_epochs and --epochs are the same setting: give one of them"),
     ({}, "--dataset_name imagefolder --data_dir x", "--dataset_name and --data_dir are the same setting"),
-    ({}, "--fp16 --nonsense", "^unknown flag --nonsense; --help"),
+    ({}, "--fp16 --nonsense", "^unknown flag --nonsense; --help .*; --fp16: type accelerate"),
+    ({}, "--num_train_epochs 5 --fp16", "^--fp16: type accelerate .*; --warmup_epochs 8 must be less than --epochs 5"),
+    ({}, "--epochs 5 --warmup_ratio 0.1 --lr 1 --batch_size 128", "type --warmup_epochs 0.5; .* batch of 128 type"),
+    ({}, "--epochs x --batch_size y", "--epochs x: a whole number is needed; --batch_size y: a whole number is needed"),
+    ({}, "--epochs -1 --weight_decay -3", "--epochs -1 is out of range: .*; --weight_decay -3 is out of range"),
     ({}, "--push_to_hub", "--push_to_hub needs a repository: type --push_to_hub USER/NAME"),
     ({}, "--hub_model_id me/x", "type --push_to_hub me/x"),
     ({}, "--push_to_hub me/y --hub_model_id me/x", "--push_to_hub me/y and --hub_model_id me/x differ"),
