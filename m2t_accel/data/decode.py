@@ -21,7 +21,7 @@ from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
 from m2t_accel.config.data import MAX_IMAGE_PIXELS
 from m2t_accel.config.fields import one_line
-from m2t_accel.data.headers import JPEG, JPEG_END, SIGNATURES, bits_of_jpeg_2000, read_header
+from m2t_accel.data.headers import JPEG, JPEG_END, LFS_POINTER, SIGNATURES, bits_of_jpeg_2000, read_header
 
 # PIL may open these formats, and no others: EPS would start Ghostscript, and some formats have no signature.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -145,6 +145,8 @@ def decode_bytes(content: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> np.ndarr
     except (MemoryError, DecodeError):
         raise
     except UnidentifiedImageError:
+        if content.startswith(LFS_POINTER):
+            raise DecodeError("a pointer of git-lfs, not the image: type `git lfs pull` in its repository") from None
         known = content.startswith(SIGNATURES)
         raise DecodeError("the header is damaged or unusual" if known else "no known image format") from None
     except Image.DecompressionBombError:  # PIL's own limit, which a part of the file exceeds

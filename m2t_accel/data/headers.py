@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 JPEG, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 PNG = b"\x89PNG\r\n\x1a\n"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"  # in place of a file that git-lfs has not downloaded
 SIGNATURES = (JPEG, PNG, b"GIF8", b"II*\0", b"MM\0*")
 
 # Markers of a JPEG: headers of sequential and progressive frames, Exif or XMP, the start of a scan, and markers without

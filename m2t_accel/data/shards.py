@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pyarrow
 from datasets import Dataset, DatasetInfo
 
 from m2t_accel.config.fields import ConfigurationError, one_line
+from m2t_accel.data.headers import LFS_POINTER
 
 Result = TypeVar("Result")
 RETRY_DELAYS = (1, 2, 4, 8)  # seconds before a remote file is tried again
@@ -84,6 +86,14 @@ def with_retries(file: str, read: Callable[[], Result]) -> Result:
     raise AssertionError
 
 
+def is_lfs_pointer(file: str) -> bool:
+    with contextlib.suppress(OSError):
+        if not is_remote(file):
+            with open(file, "rb") as source:
+                return source.read(len(LFS_POINTER)) == LFS_POINTER
+    return False
+
+
 def is_remote(file: str) -> bool:
     return "://" in file
 
@@ -97,6 +107,10 @@ def open_shard(file: str) -> IO[bytes]:
 
 
 def unreadable_shard(file: str, error: Exception) -> ConfigurationError:
+    if is_lfs_pointer(file):
+        return ConfigurationError(
+            f"the shard {file} is a pointer of git-lfs, not the shard itself: type `git lfs pull` in its repository"
+        )
     advice = "it is missing, truncated or damaged; download it again, or move it away and start again"
     if is_remote(file):
         advice = "the server or the network has failed, or the shard is damaged there; try again later"

@@ -20,6 +20,7 @@ import pyarrow
 from m2t_accel.config.fields import ConfigurationError, one_line
 from m2t_accel.data.cache import cached_table, file_status
 from m2t_accel.data.folders import IMAGE_EXTENSIONS, is_hidden
+from m2t_accel.data.shards import is_lfs_pointer, unreadable_shard
 from m2t_accel.progress import late_progress_bar
 
 TAIL_BYTES = 1 << 20  # read at once after the end of a tar: a damaged header may leave nearly all of the tar there
@@ -93,6 +94,8 @@ def index_tar(
             jsons = samples.others.get(".json", {})
             first_json = next((read_at_most(file, jsons[key], MAX_KEPT_JSON) for key in keys if key in jsons), b"")
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
+        if is_lfs_pointer(path):
+            raise unreadable_shard(path, error) from None
         raise ConfigurationError(
             f"{path} cannot be read as a tar ({one_line(error)}): it is truncated, damaged, compressed or joined from "
             "several tars; download it again, unpack it with gunzip, or move it away"

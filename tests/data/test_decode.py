@@ -312,6 +312,10 @@ TABLE = {
     "any other format": {
         "text": (b"not an image at all\n", "no known image format"),
         "EPS": (saved(PHOTO, "EPS"), "no known image format"),
+        "pointer of git-lfs": (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            r"a pointer of git-lfs, .*`git lfs pull`",
+        ),
         "PDF": (b"%PDF-1.4\n%%EOF\n", "no known image format"),
         "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "no known image format"),
         "HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "no known image format"),

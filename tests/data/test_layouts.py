@@ -271,6 +271,14 @@ def test_shards_whose_labels_have_two_types_are_refused(tmp_path, streaming):
         load(tmp_path, streaming=streaming)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["train.parquet", "0.tar"])
+def test_a_pointer_in_place_of_a_shard(tmp_path, name, streaming):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ConfigurationError, match=rf"{name} is a pointer of git-lfs, .*: type `git lfs pull`"):
+        load(tmp_path, streaming=streaming)
+
+
 def test_a_training_folder_on_a_disk_that_is_not_mounted(tmp_path):
     make(tmp_path, "val/a/1.png val/b/2.png")
     os.symlink(tmp_path / "disk", tmp_path / "train")
