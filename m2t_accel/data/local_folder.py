@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from m2t_accel.data.folders import (
 from m2t_accel.data.hub_datasets import copy_parquet
 from m2t_accel.data.image_files import load_image_files
 from m2t_accel.data.parquet import ParquetShards, parquet_splits
-from m2t_accel.data.splits import TRAIN, choose_splits, describe_files, group_files, split_of_path
+from m2t_accel.data.splits import TRAIN, UNNAMED, choose_splits, describe_files, group_files, split_of_path
 from m2t_accel.data.tars import tar_splits
 
 CLEAR_SHARE = 0.9  # share of the bytes of a folder that makes a kind of files the one that is meant
@@ -71,11 +72,14 @@ def load_folder(
         return load_image_files(folder, files, found.called_train, config, remarks)
     groups = configured_files(folder, files, config) or group_files(files, config)
     check_train(folder, list(groups), found.called_train, files, config)
-    choice = choose_splits(list(groups), config)
+    # The flags can only name folders in the tars, if the tars are one split.
+    in_tars = kind == ".tar" and list(groups) == [UNNAMED] and bool(config.train_split or config.validation_split)
+    flags = dataclasses.replace(config, train_split=None, validation_split=None) if in_tars else config
+    choice = choose_splits(list(groups), flags)
     remarks += [f"not used: {describe_files(groups[name])}, not part of the training split" for name in choice.unused]
     chosen = {describe_files(groups[name]): groups[name] for name in choice[:2] if name is not None}
     if kind == ".tar":
-        return tar_splits(folder, chosen, config, remarks)
+        return tar_splits(folder, chosen, config, remarks, in_tars)
     shards = parquet_splits({place: [str(folder / path) for path in paths] for place, paths in chosen.items()}, config)
     if config.streaming:
         return shards

@@ -10,7 +10,7 @@ import re
 import shlex
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -25,7 +25,16 @@ from m2t_accel.data.columns import LABEL_COLUMNS, listed
 from m2t_accel.data.folders import advice_on, list_files, unused_files
 from m2t_accel.data.image_files import image_column
 from m2t_accel.data.shards import MAX_HELD_BYTES, Reader, to_dataset, unreadable_shard
-from m2t_accel.data.splits import SPLIT_OF_WORD, TRAIN, UNNAMED, choose_splits, describe_files, split_of_folder
+from m2t_accel.data.splits import (
+    FILLERS,
+    SPLIT_OF_WORD,
+    TRAIN,
+    UNNAMED,
+    choose_splits,
+    describe_files,
+    split_of_folder,
+    words_of,
+)
 from m2t_accel.data.tar_index import CLS, Contents, LabelMembers, index_tars, label_text, printable
 
 MAX_RUN_BYTES = 1 << 30  # read at once at most; Linux limits one read to 2 GB
@@ -106,7 +115,11 @@ class TarImages(NamedTuple):
 
 
 def tar_splits(
-    folder: Path, files_by_split: Mapping[str, Sequence[str]], config: ImageSettings, remarks: list[str]
+    folder: Path,
+    files_by_split: Mapping[str, Sequence[str]],
+    config: ImageSettings,
+    remarks: list[str],
+    flags_name_folders: bool = False,
 ) -> dict[str, Dataset]:
     """Return Datasets of the places of all images of the splits, with labels if the tars have some.
 
@@ -115,9 +128,11 @@ def tar_splits(
         files_by_split: paths relative to it by the name of the split; the training split first.
         config: may name the labels.
         remarks: list to which this adds notes for the user.
+        flags_name_folders: whether the flags of splits name folders in the tars, because they name no tars.
 
     Raises:
-        ConfigurationError: a tar cannot be read, the training tars hold no image, or `--label_column` names no label.
+        ConfigurationError: a tar cannot be read, the training tars hold no image, `--label_column` names no label, or a
+            flag names no folder.
     """
     train_name, train_files = next(iter(files_by_split.items()))
     members = find_label_members(folder, train_files, config)
@@ -133,7 +148,7 @@ def tar_splits(
         raise ConfigurationError(no_image(folder, train_files, contents[0]))
     alone = sum((part.alone for part in contents), Counter())
     remarks += unused_files(alone, sum(len(images.table) for images in splits.values()), "image")
-    if len(splits) == 1:
+    if len(splits) == 1 and (flags_name_folders or not (config.train_split or config.validation_split)):
         splits = divide_by_folders(train_name, splits[train_name], config, remarks)
     if more := sum(compute.sum(images.table["others"]).as_py() or 0 for images in splits.values()):
         remarks.append(f"not used: {count(more, 'more image')} of the same samples (0.jpg is preferred to 0.depth.png)")
@@ -160,17 +175,24 @@ def divide_by_folders(name: str, images: TarImages, config: ImageSettings, remar
     Args:
         name: name of the tars.
         images: all images of the tars.
-        config: names the dataset.
+        config: names the dataset, and may name the splits.
         remarks: list to which this adds the folders that are not used.
+
+    Raises:
+        ConfigurationError: a flag names no folder.
     """
+    flags = [flag for flag in (config.train_split, config.validation_split) if flag is not None]
     folders = images.table["folder"].unique().to_pylist()
     levels = zip(*(folder.split("/") for folder in folders), strict=False)
     depth = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, levels))
     tops = {folder: "/".join(folder.split("/")[: depth + 1]) for folder in folders}
     names = {posixpath.basename(top) for top in tops.values()}
-    split_of_top = {top: split_of_folder(posixpath.basename(top), names) for top in sorted(set(tops.values()))}
+    split_of_top = {}
+    for top in sorted(set(tops.values())):
+        split = split_of_folder(posixpath.basename(top), names)
+        split_of_top[top] = next((flag for flag in flags if flag in (posixpath.basename(top), top, split)), split)
     is_train = {split == TRAIN for split in split_of_top.values() if split != UNNAMED}
-    if len(is_train) < 2 or config.train_split or config.validation_split:  # the flags name tars
+    if len(is_train) < 2 and not flags:
         return {name: images}
     choice = choose_splits(list(dict.fromkeys(split_of_top.values())), config)
     splits = {}
@@ -238,8 +260,10 @@ def find_labels(
         source = str(members or CLS)
     elif folders_are_classes(train):
         read, source = labels_of_folders, "the folders in the tars"
-    elif tars_are_classes(train):
-        read, source = labels_of_tars, "the names of the tars"
+    elif tars_are_classes(train.used_files()):
+        read, source = functools.partial(labels_of_files, class_of=class_of_tar), "the names of the tars"
+    elif folders_of_tars_are_classes(train.used_files()):
+        read, source = functools.partial(labels_of_files, class_of=class_of_folder), "the folders of the tars"
     else:
         remarks += why_no_labels(train, contents) if config.evaluates else []
         return {}
@@ -285,8 +309,8 @@ def labels_of_folders(images: TarImages) -> pyarrow.ChunkedArray:
     return names.take(compute.index_in(folders, distinct))
 
 
-def labels_of_tars(images: TarImages) -> pyarrow.ChunkedArray:
-    return pyarrow.array(map(class_of_tar, images.files), pyarrow.string()).take(images.table["file"])
+def labels_of_files(images: TarImages, class_of: Callable[[str], str | None]) -> pyarrow.ChunkedArray:
+    return pyarrow.array(map(class_of, images.files), pyarrow.string()).take(images.table["file"])
 
 
 def folders_are_classes(images: TarImages) -> bool:
@@ -306,19 +330,35 @@ def folders_are_classes(images: TarImages) -> bool:
     )
 
 
-def tars_are_classes(images: TarImages) -> bool:
-    """Return whether each tar is a class: at least two tars, and each name is that of a class (see class_of_tar)."""
-    classes = [class_of_tar(file) for file in images.used_files()]
-    return len(classes) > 1 and None not in classes and len(set(classes)) == len(classes)
+def tars_are_classes(files: Sequence[str]) -> bool:
+    """Return whether each tar is a class: at least two tars, and each name is that of a class (see class_of)."""
+    classes = {class_of_tar(file) for file in files}
+    return len(files) > 1 and None not in classes and len(classes) == len(files)
+
+
+def folders_of_tars_are_classes(files: Sequence[str]) -> bool:
+    """Return whether the folders of tars are classes: at least two beside each other, with names of classes."""
+    classes = {class_of_folder(file) for file in files}
+    return len(classes) > 1 and None not in classes and len({Path(file).parents[1] for file in files}) == 1
 
 
 def class_of_tar(file: str) -> str | None:
-    """Return the class that the name of a tar stands for; None if it may be the name of a shard.
+    return class_of(Path(file).stem)
+
+
+def class_of_folder(file: str) -> str | None:
+    return class_of(Path(file).parent.name)
+
+
+def class_of(name: str) -> str | None:
+    """Return the class that the name of a tar, or of a folder of tars, stands for; None if it may be a shard's name.
 
     The words of splits do not count: train-cat.tar and val-cat.tar are of the class cat. The name of a class is an id
     of WordNet (n01440764), or has at least two letters and no digits, except a number before it (001.Albatross).
     """
-    name = SPLIT_WORD.sub("", Path(file).stem).strip(SEPARATORS)
+    if all(word in (*SPLIT_OF_WORD, *FILLERS) for word in words_of(name)):
+        return None
+    name = SPLIT_WORD.sub("", name).strip(SEPARATORS)
     is_class = WORDNET_ID.fullmatch(name) or re.fullmatch(r"(\d+[-_. ]+)?[^\d]*[^\W\d_]{2}[^\d]*", name)
     return name if is_class else None
 

@@ -193,6 +193,28 @@ LABELS = {
         "4 images of 2 classes in x/train/ in a.tar; evaluation on 1 other (x/val/ in a.tar, its own validation split)"
         "; not used: 1 image in x/y/ in a.tar",
     ),
+    "splits in a tar by flag": (
+        {
+            "a.tar": "train/cat/1.png test/cat/2.png test/dog/2.png "
+            + " ".join(f"extra/{m}" for m in f"{CATS} {DOGS}".split())
+        },
+        {"train_split": "extra", "validation_split": "test"},
+        "cat dog",
+        2,
+        "4 images of 2 classes in extra/ in a.tar; evaluation on 2 others (test/ in a.tar, its own validation split)",
+    ),
+    "a folder of tars for each class": (
+        {
+            "train/cat/0.tar": samples(),
+            "train/dog/0.tar": samples(),
+            "train/dog/1.tar": samples(),
+            "val/dog/0.tar": "1.png",
+        },
+        {},
+        "cat dog",
+        1,
+        "labels from the folders of the tars",
+    ),
     "a tar for each class": (
         {"train/cat.tar": samples(), "train/dog.tar": samples(), "val/dog.tar": samples()},
         {},
@@ -300,9 +322,35 @@ CLASS_OF_TAR = {
 }
 
 
+FOLDERS_OF_TARS = {  # tars, whether their folders are classes
+    ("cat/0.tar", "dog/0.tar"): True,
+    ("x/cat/train-0.tar", "x/dog/train-0.tar"): True,
+    ("0.tar", "dog/0.tar"): False,
+    ("cat/0.tar", "cat/1.tar"): False,
+    ("part-0/0.tar", "part-1/0.tar"): False,
+    ("images/0.tar", "more_photos/0.tar"): False,
+    ("a/cat/0.tar", "b/dog/0.tar"): False,
+}
+
+
+@pytest.mark.parametrize("files", FOLDERS_OF_TARS)
+def test_the_folders_of_tars_that_are_classes(files):
+    assert tars.folders_of_tars_are_classes([f"/set/{file}" for file in files]) == FOLDERS_OF_TARS[files]
+
+
 def test_the_class_that_the_name_of_a_tar_stands_for():
     for name, files in CLASS_OF_TAR.items():
         assert {file: tars.class_of_tar(file) for file in files} == dict.fromkeys(files, name)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_flag_names_a_folder_in_tars(tmp_path, streaming):
+    write_tars(tmp_path, {"a.tar": "train/1.png train/2.png test/3.png"})
+    images = load(tmp_path, train_split="train", batch_size=2, streaming=streaming)
+    assert (len(images.train), images.class_names) == (2, None)
+    assert "2 images in train/ in a.tar" in images.note
+    with pytest.raises(ConfigurationError, match=r"--train_split trian: .* did you mean train\?; it has test, train"):
+        load(tmp_path, train_split="trian", streaming=streaming)
 
 
 REFUSED = {  # members of train.tar beside labelled validation images, flags, text of the error
