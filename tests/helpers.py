@@ -48,6 +48,12 @@ def load(dataset, **others):
     return load_images(settings(dataset, **others))
 
 
+def documented(header):
+    """Return the first cells of the table in docs/data.md whose first column has this header."""
+    _, _, table = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").partition(f"| {header} |")
+    return [line.split("|")[1].strip() for line in table.partition("\n\n")[0].splitlines()[2:]]
+
+
 def natural_image(height, width, seed=0):
     """Return smooth colours, edges and noise in place of a photograph: (H, W, 3) uint8."""
     rng = np.random.default_rng(seed)
