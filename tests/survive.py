@@ -161,25 +161,33 @@ def largest_difference(one: list[dict[str, float]], other: list[dict[str, float]
     return max(abs(a[name] - b[name]) for a, b in zip(one, other, strict=True) for name in a)
 
 
-def write_digits(folder: Path) -> Path:
-    """Write digits as parquet files with row groups of 48."""
+def streamed_digits(folder: Path, as_pixels: bool = False) -> list[object]:
+    """Write digits, as PNG or as pixels, to parquet files with row groups of 48. Return flags to stream them."""
+    from datasets import Array2D, Dataset, Features
+
+    from m2t_accel.data.decode import decode_image
     from m2t_accel.data.sources import load_digits
 
     folder.mkdir()
-    train, validation = load_digits().values()
-    train.to_parquet(folder / "train-0.parquet", batch_size=48)
-    validation.to_parquet(folder / "validation-0.parquet", batch_size=48)
-    return folder
+    for name, split in zip(("train", "validation"), load_digits().values(), strict=True):
+        if as_pixels:
+            pixels = [decode_image(image)[:, :, 0] for image in split["image"]]
+            features = Features({"pixels": Array2D((8, 8), "uint8"), "label": split.features["label"]})
+            split = Dataset.from_dict({"pixels": pixels, "label": split["label"]}, features)
+        split.to_parquet(folder / f"{name}-0.parquet", batch_size=48)
+    return ["--dataset", folder, "--streaming"]
 
 
-def kills(work: Path, num_processes: Sequence[int], streamed: bool, epochs: int, seed: int = 0) -> dict[str, object]:
+def kills(
+    work: Path, num_processes: Sequence[int], source: Sequence[object], epochs: int, seed: int = 0
+) -> dict[str, object]:
     """Compare a run that is killed at random moments with one that is not.
 
     Args:
         num_processes: of each start of the run; the last start is not killed. If they differ, the other run has one
             process, and tensors of single processes are not compared.
+        source: flags of the images; none for the digits that scikit-learn has.
     """
-    source = ["--dataset", write_digits(work / "set"), "--streaming"] if streamed else []
     arguments = [*DIGITS, *source, "--epochs", epochs, "--checkpoint_every", "7steps", "--log_every", 5]
     reference, victim = work / "reference", work / "victim"
     all_equal = len(set(num_processes)) == 1
@@ -373,7 +381,8 @@ def main() -> None:
             for streamed in (False, True):
                 number, began = options.kills if num_processes == 1 else 6, time.monotonic()
                 with folder() as work:
-                    found = kills(Path(work), [num_processes] * (number + 1), streamed, epochs=60)
+                    source = streamed_digits(Path(work, "set")) if streamed else []
+                    found = kills(Path(work), [num_processes] * (number + 1), source, epochs=60)
                 print(
                     f"{num_processes} processes, {'streamed' if streamed else 'local'}: {found['kills']} kills, "
                     f"{found['in saves']} of them in saves (killed: {', '.join(found['who'])}); "
