@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -147,6 +149,18 @@ def is_archive(name: str) -> bool:
     return last in ARCHIVE_EXTENSIONS or any(extension in (*ARCHIVE_EXTENSIONS, ".tar") for extension in outer)
 
 
+def how_to_unpack(archive: Path) -> str:
+    """Return what to type to unpack an archive into a folder of its name beside it."""
+    name = archive.name.lower()
+    stem = re.fullmatch(r"(.+?)(\.zip|\.tgz|\.tar(\.(gz|bz2|xz|zst))?)", name)
+    if stem is None:  # another format, or a part of an archive
+        return "unpack it"
+    source, target = (shlex.quote(str(path)) for path in (archive, archive.with_name(archive.name[: stem.end(1)])))
+    if name.endswith(".zip"):
+        return f"unpack it with `python -m zipfile -e {source} {target}`"
+    return f"unpack it with `mkdir -p {target} && tar -xf {source} -C {target}`"
+
+
 def unique_names(paths: Sequence[str]) -> set[str]:
     """Return the paths of shards, and the folders of images, because these have too many paths to look at each."""
     return {path if path.lower().endswith(SHARD_EXTENSIONS) else os.path.dirname(path) for path in paths}
@@ -186,7 +200,7 @@ def check_train(
         elif is_list:
             reason = "may only list images: put them into a folder train"
         elif path.is_file():
-            reason = "is not read: unpack it"
+            reason = f"is not read: {how_to_unpack(path)}"
         elif kinds:
             (kind, number), *_ = kinds.most_common(1)
             advice = "put the images beside" if kind in LIST_EXTENSIONS else "convert or unpack them"

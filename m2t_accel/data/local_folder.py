@@ -20,6 +20,8 @@ from m2t_accel.data.folders import (
     advice_on,
     check_train,
     find_files,
+    how_to_unpack,
+    is_archive,
     list_files,
     unique_names,
     unused_files,
@@ -45,7 +47,8 @@ def load_folder(
     """
     if folder.is_file():
         known = folder.suffix.lower() in (*IMAGE_EXTENSIONS, *SHARD_EXTENSIONS)
-        advice = "give the folder that it is in" if known else "unpack it if it is an archive, and give the folder"
+        unpack = how_to_unpack(folder) if is_archive(folder.name) else "unpack it if it is an archive"
+        advice = "give the folder that it is in" if known else f"{unpack}, and give the folder"
         raise ConfigurationError(f"--dataset {folder} is a file: {advice}")
     found = find_files(folder)
     files_by_kind: dict[str, list[str]] = {}

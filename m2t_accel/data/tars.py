@@ -7,7 +7,6 @@ import itertools
 import os
 import posixpath
 import re
-import shlex
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from pyarrow import compute
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError, count, did_you_mean
 from m2t_accel.data.columns import LABEL_COLUMNS, listed
-from m2t_accel.data.folders import advice_on, list_files, unused_files
+from m2t_accel.data.folders import advice_on, how_to_unpack, list_files, unused_files
 from m2t_accel.data.image_files import image_column
 from m2t_accel.data.shards import MAX_HELD_BYTES, Reader, to_dataset, unreadable_shard
 from m2t_accel.data.splits import (
@@ -164,9 +163,7 @@ def no_image(folder: Path, files: Sequence[str], contents: Contents) -> str:
     text += f" but {list_files(contents.alone)}"
     if contents.alone.most_common(1)[0][0] != ".tar":
         return f"{text}: {advice_on(contents.alone)}"
-    source = shlex.quote(str(folder / files[0]))
-    target = shlex.quote(str((folder / files[0]).with_suffix("")))
-    return f"{text}: unpack it with `mkdir -p {target} && tar -xf {source} -C {target}` and type the same command again"
+    return f"{text}: {how_to_unpack(folder / files[0])} and type the same command again"
 
 
 def divide_by_folders(name: str, images: TarImages, config: ImageSettings, remarks: list[str]) -> dict[str, TarImages]:

@@ -191,9 +191,12 @@ def test_every_row_of_the_documentation_is_tested():
 REFUSED = {
     "train/ val/a/1.png val/b/2.png": "train is called train but is empty: fill it, remove it, or .*--train_split",
     "train/a/1.heic train/b/2.heic val/a/1.png": r"holds no image that can be read, but 2 files like \*\.heic: convert",
-    "train.zip val/a/1.png val/b/2.png": "train.zip is called train but is not read: unpack it",
-    "train.tar.aa train.tar.ab val/a/1.png": r"train\.tar\.aa is called train but is not read: unpack it",
-    "train.zip.part val/a/1.png": r"train\.zip\.part is called train but is not read: unpack it",
+    "train.zip val/a/1.png val/b/2.png": r"train.zip is called train but is not read: unpack it with `python -m "
+    r"zipfile -e \S*/train.zip \S*/train`, remove it, or",
+    "train.tar.gz val/a/1.png": r"unpack it with `mkdir -p (\S*/train) && tar -xf \1.tar.gz -C \1`, remove it, or",
+    "train.7z val/a/1.png": "is not read: unpack it, remove it, or",
+    "train.tar.aa train.tar.ab val/a/1.png": r"train\.tar\.aa is called train but is not read: unpack it, remove",
+    "train.zip.part val/a/1.png": r"train\.zip\.part is called train but is not read: unpack it, remove",
     "state.json dataset_info.json data.arrow": "found 2 .*json, 1 .*arrow: write them as parquet",
     "data/train/ data/val/1.png": "data/train is called train but is empty",
     "train.csv val/a/1.png val/b/2.png": "train.csv is called train but may only list images: put them into a folder",

@@ -82,6 +82,11 @@ def test_streaming_changes_nothing_for_image_files(image_net):
     [
         ({"notes.txt": b"no image"}, ".", r"searched at any depth for \*\.parquet, \*\.tar and .*\.jpg .*1 \*\.txt"),
         ({"notes.txt": b"no image"}, "notes.txt", "is a file: unpack it .* give the folder"),
+        (
+            {"a.zip": b""},
+            "a.zip",
+            r"is a file: unpack it with `python -m zipfile -e \S*a.zip \S*a`, and give the folder",
+        ),
         ({"a.parquet": b"PAR1 but not really"}, ".", r"shard .*a\.parquet cannot be read .*download it again"),
         ({"a.parquet": b"PAR1 but not really"}, "a.parquet", "is a file: give the folder that it is in"),
         ({"a.tar": b"", "b/1.png": b""}, ".", r"holds 1 like a\.tar and 1 like b/1\.png: give a folder"),
