@@ -288,6 +288,8 @@ def refuse_unknown(
         advice = find_advice(plain[name], settings)
         if advice is None:
             continue
+        if value.lower() in ("false", "none"):  # fp16: false, max_grad_norm: null
+            advice = NO_NEED
         try:
             text = advice if isinstance(advice, str) else advice(Flag(value, others, config, num_processes))
         except ValueError as error:

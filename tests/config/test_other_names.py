@@ -161,6 +161,7 @@ DIFFERENT = [  # environment, what others type, what the message says
     ({}, "--save_steps 0.1", "--save_steps 0.1: a positive whole number is needed"),
     ({}, "--checkpointing_steps epoch", "type --checkpoint_every 1epoch"),
     ({}, "--warmup_ratio 0.1 --epochs 50", "type --warmup_epochs 5$"),
+    ({}, "--fp16 false --max_grad_norm None", "^--fp16 false, --max_grad_norm None: leave it out$"),
     ({}, "--fp16", "type accelerate launch --mixed_precision fp16 scripts/pretrain.py"),
     ({}, "--bf16 true", "type accelerate launch --mixed_precision bf16 scripts/pretrain.py"),
     ({}, "--mixed_precision bf16", "type accelerate launch --mixed_precision bf16 scripts/pretrain.py"),
