@@ -354,5 +354,9 @@ def describe_type(feature: object) -> str:
 
 def explain_type(feature: object) -> str:
     """Return the type of a column that cannot hold images in words, and what to do."""
-    flat = ", which are no images: store files as binary, and pixels as lists of lists"
-    return describe_type(feature) + (flat if list_depth(feature) == 1 else "")
+    advice = ""
+    if list_depth(feature) == 1:
+        advice = ", which are no images: store files as binary, and pixels as lists of lists"
+    elif isinstance(feature, List | LargeList) and image_rank(feature.feature) in (0, 1, 2):
+        advice = ", several images in a row: store each in a row of its own"
+    return describe_type(feature) + advice

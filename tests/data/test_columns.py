@@ -126,7 +126,11 @@ FAULTS = {
         {},
         "no column of images: image has structs of bytes",
     ),
-    "several in a row": ({"images": [[row] for row in BARE]}, {}, "images has lists of structs of bytes, path"),
+    "several in a row": (
+        {"images": [[row] for row in BARE]},
+        {},
+        "images has lists of structs of bytes, path, several images in a row: store each in a row of its own",
+    ),
     "Audio": (SOUND, {}, "no column of images: audio has Audio"),
     "flat lists": ({"image": [[1, 2]] * NUMBER}, {}, "image has lists of int64, which are no images: .*lists of lists"),
     "floats": ({"image": nested([p / 255 for p in GRAY])}, {}, ROW + "pixels with type float64: store whole numbers"),
