@@ -39,7 +39,9 @@ LIST_EXTENSIONS = (".csv", ".json", ".jsonl", ".tsv", ".txt")  # of files that m
 NOTES_EXTENSIONS = frozenset(
     (".cls", ".csv", ".html", ".json", ".jsonl", ".log", ".md", ".npy", ".pkl", ".pt", ".tsv", ".txt", ".xml", ".yaml")
 )
-IGNORED_FOLDERS = ("@eaDir", "__MACOSX")  # thumbnails and metadata of network storage and of macOS
+VIDEO_EXTENSIONS = (".avi", ".mkv", ".mov", ".mp4", ".mpg", ".webm")
+# Thumbnails, metadata and deleted files of network storage, macOS and Windows.
+IGNORED_FOLDERS = ("@eaDir", "#recycle", "@Recycle", "@__thumb", "__MACOSX", "$RECYCLE.BIN", "lost+found")
 PROGRESS_INTERVAL = 10_000  # entries of a folder between two updates of the progress bar
 SETTLED = 2.0  # seconds; a folder that changed this recently may change again without a new time stamp
 
@@ -233,6 +235,10 @@ def list_files(others: Counter[str]) -> str:
 def advice_on(others: Counter[str]) -> str:
     kinds = [name for name, _ in others.most_common()]
     name = next((name for name in kinds if name in ARCHIVE_EXTENSIONS or name not in NOTES_EXTENSIONS), kinds[0])
+    if name in VIDEO_EXTENSIONS:
+        return "extract their frames, for example by ffmpeg"
+    if name in LIST_EXTENSIONS:
+        return "give the folder of the images"
     if name == ".arrow":
         return "write them as parquet (Dataset.to_parquet)"
     return "unpack them" if name in (*ARCHIVE_EXTENSIONS, ".tar") else "convert them to JPEG or PNG"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import json
@@ -275,10 +274,9 @@ def errors_in_one_line(config: ImageSettings) -> Iterator[None]:
         for cause in causes(error):
             if isinstance(cause, OSError) and (cache := failed_cache(cause)) is not None:
                 variable = cache.variable if cache.variable in os.environ else "HF_HOME"
-                can_stream = "streaming" in [item.name for item in dataclasses.fields(config)]  # no evaluation can
                 raise ConfigurationError(
                     f"--dataset {config.dataset} cannot be copied into the cache {cache.folder} ({cause.strerror}): "
-                    f"set {variable} to another folder{', or read in place with --streaming' * can_stream}"
+                    f"set {variable} to another folder, or read in place with --streaming"
                 ) from error
         advice = "give a folder that exists, or a Hub id that you can reach (`hf auth login` for a gated one)"
         if os.path.exists(config.dataset):

@@ -38,7 +38,7 @@ def load_image_files(
         remarks: list to which this adds notes for the user.
 
     Raises:
-        ConfigurationError: no split is a training split, or validation images have a class that training lacks.
+        ConfigurationError: no split is a training split, or some validation images have a class that training lacks.
     """
     groups = group_by_split(images, called_train, config)
     check_train(folder, groups, called_train, images, config)
@@ -54,18 +54,26 @@ def load_image_files(
         class_names = None
         remarks.append("no labels, because the folders are shards of img2dataset")
     else:
-        class_names = class_folders(names, remarks)
+        class_names = class_folders(names, list(itertools.chain(*train.values())), remarks)
     splits = {describe(train): images_to_dataset(folder, train, names, class_names)}
     unused = dict.fromkeys(choice.unused, "")
     if choice.validation is not None:
         validation = groups[choice.validation]
         names = class_paths(validation)
+        found = {name.split("/")[0] for name in names}
+        unknown = sorted(found.difference(class_names or ()))
         if class_names is None:
             unused[choice.validation] = ""
-        elif any(name.count("/") != 1 for name in names) or {name.split("/")[0] for name in names}.isdisjoint(
-            class_names
-        ):
+        elif any(name.count("/") != 1 for name in names) or len(unknown) == len(found) == 1:
             unused[choice.validation] = ", which has no class folders"
+        elif unknown:
+            if config.evaluates and len(unknown) < len(found):
+                raise ConfigurationError(
+                    f"--dataset {config.dataset}: {describe(validation)} has the class folder {unknown[0]}, which the "
+                    "training split does not have: rename it or move it away"
+                    + (", or type --evaluate_every 0" if hasattr(config, "evaluate_every") else "")
+                )
+            unused[choice.validation] = f", because the training split has no class folder {unknown[0]}"
         else:
             splits[describe(validation)] = images_to_dataset(folder, validation, names, class_names)
     for split, reason in unused.items():
@@ -132,10 +140,12 @@ def depth_of(folder: str) -> int:
 
 
 def describe(places: Places, with_top: bool = False) -> str:
-    """Return the folders of a split in words. If `with_top`, those in the top folder stand for it."""
+    """Return the folders of a split in words. If `with_top`, those below the top folder stand for it."""
     if with_top and "" in places:
-        names = {path.split("/")[0] + "/" if "/" in path else "the top folder" for path in places[""]}
-        names = sorted(names, key=lambda name: (name.endswith("/"), name))
+        below: dict[str, set[str]] = {}
+        for folder in sorted({posixpath.dirname(path) for path in places[""]}):
+            below.setdefault(folder.split("/")[0], set()).add(folder)
+        names = [f"{posixpath.commonpath(folders)}/" if top else "the top folder" for top, folders in below.items()]
     else:
         names = [f"{place}/" for place in places if place]
     return list_places(names)
@@ -160,13 +170,15 @@ def evaluation_folders(places: Places) -> list[str]:
 def class_paths(places: Places) -> list[str]:
     """Return the paths of a split's images, relative to the folder that holds the class folders, if there are any.
 
-    This is the folder of the split, or the only folder in it. If several folders are the split, as in `cat/train` and
-    `dog/train`, the folders around them may be the classes. A folder of the same name in all class folders is left out.
+    This is the folder of the split, or the only folder in it. If several folders without class folders are the split,
+    as `cat/train` and `dog/train`, the folders around them may be the classes. A folder of the same name in all class
+    folders is left out.
     """
-    names = []
-    for place, paths in places.items():
-        outer = posixpath.dirname(place) if len(places) > 1 else ""
-        names += [posixpath.join(outer, path[len(place) + 1 :]) if place else path for path in paths]
+    names = [path[len(place) + 1 :] if place else path for place, paths in places.items() for path in paths]
+    inner = {name.split("/")[0] if "/" in name else "" for name in names}
+    if len(places) > 1 and (len(inner) == 1 or "" in inner):
+        outer = itertools.chain.from_iterable([posixpath.dirname(place)] * len(places[place]) for place in places)
+        names = [posixpath.join(folder, name) for folder, name in zip(outer, names, strict=True)]
     folders = {posixpath.dirname(name) for name in names}
     wrapper = posixpath.commonpath(folders)
     if wrapper and wrapper not in folders:
@@ -178,19 +190,27 @@ def class_paths(places: Places) -> list[str]:
     return [f"{name.split('/')[0]}/{posixpath.basename(name)}" for name in names]
 
 
-def class_folders(paths: Sequence[str], remarks: list[str]) -> list[str] | None:
-    """Return the class names if every file is directly in one of several folders, else None with a remark."""
-    parts = [path.split("/") for path in paths]
-    names = sorted({part[0] for part in parts if len(part) > 1})
-    if len(names) < 2:
-        reason = f"all images are in one folder, {names[0]}" if names else "there are no class folders"
+def class_folders(names: Sequence[str], paths: Sequence[str], remarks: list[str]) -> list[str] | None:
+    """Return the class names if every file is directly in one of several folders, else None; remark on both.
+
+    Args:
+        names: paths relative to the folder of the class folders.
+        paths: paths relative to the top folder.
+        remarks: list to which this adds the reason, or the names of a few classes.
+    """
+    parts = [name.split("/") for name in names]
+    classes = sorted({part[0] for part in parts if len(part) > 1})
+    if len(classes) < 2:
+        reason = f"all images are in one folder, {classes[0]}" if classes else "there are no class folders"
         remarks.append(f"no labels, because {reason}")
         return None
-    stray = next(("/".join(part) for part in parts if len(part) != 2), None)
+    stray = next((path for path, part in zip(paths, parts, strict=True) if len(part) != 2), None)
     if stray is not None:
         remarks.append(f"no labels, because {stray} is not directly in a class folder")
         return None
-    return names
+    if len(classes) <= MAX_LISTED:  # so that folders of masks or patients are not mistaken for classes
+        remarks.append(f"classes: {', '.join(classes)}")
+    return classes
 
 
 def images_to_dataset(folder: Path, places: Places, names: Sequence[str], class_names: list[str] | None) -> Dataset:
@@ -200,23 +220,13 @@ def images_to_dataset(folder: Path, places: Places, names: Sequence[str], class_
         folder: top folder.
         places: the images of the split.
         names: their paths, relative to the folder of the class folders.
-        class_names: the classes of the training split.
-
-    Raises:
-        ConfigurationError: a folder is not among the class names.
+        class_names: the classes of the training split, which include all folders.
     """
     paths = itertools.chain.from_iterable(places.values())
     columns, features = [image_column(f"{folder}/{path}" for path in paths)], Features({"image": Image(decode=False)})
     if class_names is not None:
         class_numbers = {name: i for i, name in enumerate(class_names)}
-        folders = [name.split("/")[0] for name in names]
-        unknown = sorted(set(folders) - class_numbers.keys())
-        if unknown:
-            raise ConfigurationError(
-                f"--dataset: {folder}/{describe(places)} has the class folder {unknown[0]}, which the training split "
-                "does not have; both need the same names"
-            )
-        columns.append(pyarrow.array([class_numbers[name] for name in folders], pyarrow.int64()))
+        columns.append(pyarrow.array([class_numbers[name.split("/")[0]] for name in names], pyarrow.int64()))
         features["label"] = ClassLabel(names=class_names)
     return to_dataset(pyarrow.Table.from_arrays(columns, schema=features.arrow_schema))
 

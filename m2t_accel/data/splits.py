@@ -53,13 +53,21 @@ def split_of_folder(name: str, siblings: Iterable[str]) -> str:
     """Return the split that a folder of images is; UNNAMED if it may be a class.
 
     A class can have such a word in its name (freight_train). So the folder must have no other word, or a sibling of
-    the other kind with the same other words: ILSVRC2012_img_train beside ILSVRC2012_img_val.
+    the other kind with the same other words: ILSVRC2012_img_train beside ILSVRC2012_img_val. Other words may also
+    differ if no sibling can be a class, and none is plainly of the same kind: train_mini beside public_test.
+
+    Args:
+        name: name of the folder.
+        siblings: names of the folders beside it; they may include its own.
     """
     split = split_of(name)
     if split == UNNAMED or not (others := other_words(name)):
         return split
-    matches = (split_of(sibling) for sibling in siblings if other_words(sibling) == others)
-    return split if any(match != UNNAMED and (match == TRAIN) != (split == TRAIN) for match in matches) else UNNAMED
+    found = [(split_of(sibling), other_words(sibling)) for sibling in siblings]
+    opposite = [words for other, words in found if other != UNNAMED and (other == TRAIN) != (split == TRAIN)]
+    plain = any(not words and (other == TRAIN) == (split == TRAIN) for other, words in found)
+    is_split = others in opposite or (opposite and not plain and all(other != UNNAMED for other, _ in found))
+    return split if is_split else UNNAMED
 
 
 def other_words(name: str) -> list[str]:

@@ -186,7 +186,7 @@ def test_splits_that_are_deeper_are_found(tmp_path):
         write_image(tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / name)
     found, named = load(tmp_path, validation_fraction=0), load(tmp_path / "ILSVRC/Data/CLS-LOC", validation_fraction=0)
     assert found.class_names == named.class_names == ["n01", "n02"]
-    assert "2 images of 2 classes in ILSVRC/Data/CLS-LOC/train/; not used: 1 image in ILSVRC/" in found.note
+    assert "2 images of 2 classes in ILSVRC/Data/CLS-LOC/train/; classes: n01, n02; not used: 1 image in " in found.note
 
 
 def test_the_note_counts_images_outside_the_splits(tmp_path, image_net):

@@ -9,7 +9,6 @@ from helpers import encoded, load, pixel, settings, write_image, write_parquet, 
 from huggingface_hub import constants
 from loopback_hub import loopback_hub
 
-from m2t_accel.config.evaluation import build_knn
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.data import benchmark, hub_datasets
 from m2t_accel.data.decode import decode_image
@@ -241,8 +240,6 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, home, va
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
     with pytest.raises(ConfigurationError, match=rf"into the cache {cache} .*set {variable} .*--streaming"):
         load(tmp_path / "set")
-    with pytest.raises(ConfigurationError, match=rf"into the cache {cache} .*set {variable} to another folder$"):
-        load_images(build_knn({"encoder": "any", "dataset": str(tmp_path / "set")}))
 
 
 def test_a_shard_that_cannot_be_read_is_not_taken_for_the_cache(tmp_path):

@@ -74,7 +74,7 @@ LAYOUTS = {
         3,
         2,
         0,
-        "of 2 classes in train/; not used: 1 image in val/, which has no class folders",
+        "of 2 classes in train/; classes: a, b; not used: 1 image in val/, which has no class folders",
     ),
     "a list of images": (
         "train.csv test.csv photos/1.png photos/2.png",
@@ -83,6 +83,24 @@ LAYOUTS = {
         0,
         0,
         "2 images; not used: 2 *.csv",
+    ),
+    "parts of Google Drive": (
+        "train-2024Z-001/train/a/1.png train-2024Z-002/train/a/2.png train-2024Z-002/train/b/3.png "
+        "val-2024Z-001/val/a/4.png val-2024Z-001/val/b/5.png",
+        {},
+        3,
+        2,
+        2,
+        "of 2 classes in train-2024Z-001/train/, train-2024Z-002/train/; evaluation on 2 others (val-2024Z-001/, "
+        "its own validation split); classes: a, b",
+    ),
+    "words beside splits": (
+        "train_mini/a/1.png train_mini/b/2.png train_mini/b/3.png public_test/4.png public_test/5.png",
+        {"validation_fraction": 0},
+        3,
+        2,
+        0,
+        "of 2 classes in train_mini/; classes: a, b; not used: 2 images in public_test/, which has no class folders",
     ),
     "several training folders": (
         "train.X1/a/1.png train.X2/b/2.png train.X2/a/3.png val.X/a/4.png",
@@ -189,6 +207,9 @@ def test_every_row_of_the_documentation_is_tested():
 
 # Files, and what the error says.
 REFUSED = {
+    "train/a/1.png train/b/2.png val/a/3.png val/c/4.png": "val/ has the class folder c, .*or type --evaluate_every 0",
+    "1.mp4 2.mp4 3.csv": r"found 2 \*\.mp4, 1 \*\.csv: extract their frames",
+    "train.csv test.csv": r"found 2 \*\.csv: give the folder of the images",
     "train/ val/a/1.png val/b/2.png": "train is called train but is empty: fill it, remove it, or .*--train_split",
     "train/a/1.heic train/b/2.heic val/a/1.png": r"holds no image that can be read, but 2 files like \*\.heic: convert",
     "train.zip val/a/1.png val/b/2.png": r"train.zip is called train but is not read: unpack it with `python -m "
@@ -342,6 +363,28 @@ def test_a_configuration_is_refused_where_there_is_none(tmp_path):
     make(tmp_path, "0.parquet")
     with pytest.raises(ConfigurationError, match=r"--dataset_config small: .* has no such configuration"):
         load(tmp_path, dataset_config="small")
+
+
+# Files, and a part of the note about folders of images.
+NOTES = {
+    "train/a/1.png train/b/2.png val/A/3.png val/B/4.png": "val/, because the training split has no class folder A",
+    "top/train/1.png top/val/2.png top/more/deep/3.png": "not used: 1 image in top/more/deep/",
+    "top/train/a/1.png top/train/b/b/2.png": "no labels, because top/train/b/b/2.png is not directly in a class folder",
+    "a/1.png b/2.png #recycle/a/3.png $RECYCLE.BIN/4.png lost+found/5.png": "2 images of 2 classes; classes: a, b",
+    "VOC/JPEGImages/1.png VOC/SegmentationClass/1.png": "classes: JPEGImages, SegmentationClass",
+}
+
+
+@pytest.mark.parametrize("files", NOTES)
+def test_notes_about_folders(tmp_path, files):
+    make(tmp_path, files)
+    assert NOTES[files] in load(tmp_path, validation_fraction=0).note
+
+
+def test_a_class_that_training_lacks_does_not_matter_without_evaluation(tmp_path):
+    make(tmp_path, "train/a/1.png train/b/2.png val/a/3.png val/c/4.png")
+    note = load(tmp_path, evaluate_every=0).note
+    assert "not used: 2 images in val/, because the training split has no class folder c" in note
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,11 @@ def test_the_innermost_name_decides_the_split(path, split):
         ("test_tube", ["beaker"], ""),
         ("ILSVRC2012_img_train", ["ILSVRC2012_img_val"], "train"),
         ("ILSVRC2012_img_val", ["ILSVRC2012_img_train"], "validation"),
-        ("freight_train", ["ICE_val"], ""),
+        ("freight_train", ["ICE_val", "bus"], ""),
+        ("train_mini", ["public_test"], "train"),
+        ("public_test", ["train_mini"], "test"),
+        ("train_mini", ["train", "public_test"], ""),
+        ("public_test", ["private_test"], ""),
     ],
 )
 def test_a_folder_with_another_word_may_be_a_class(name, siblings, split):
