@@ -25,7 +25,7 @@ from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError, did_you_mean, one_line
 from m2t_accel.data.cache import file_fingerprint
 from m2t_accel.data.folders import MAX_LISTED
-from m2t_accel.data.hub_files import download_files, list_files
+from m2t_accel.data.hub_files import list_files
 from m2t_accel.data.parquet import ParquetShards, parquet_splits
 from m2t_accel.data.splits import TRAIN, choose_splits
 from m2t_accel.data.streams import HubStream
@@ -92,12 +92,12 @@ def copy_splits(
             paths = [path for part in files.values() for path in part]
             if not is_damaged or not paths:
                 raise
+            local = {name: datasets.DownloadManager().download(list(part)) for name, part in files.items()}
             if builder.name == "imagefolder" and "Invalid string class label" in str(error.__cause__):
-                listed = list_splits(builder, list(files), config, remarks)
-                return {name: download_files(images) for name, images in listed.items()}
+                together.config.data_files = DataFilesDict({k: DataFilesList(part, []) for k, part in local.items()})
+                return list_splits(together, list(files), config, remarks)
             if len(files) > 1 and all(path.endswith(".parquet") for path in paths):
-                manager = datasets.DownloadManager()
-                return copy_parquet({name: manager.download(list(part)) for name, part in files.items()}, config)
+                return copy_parquet(local, config)
             raise
         return {name: together.as_dataset(name) for name in files}
 
@@ -106,7 +106,6 @@ def list_splits(
     builder: DatasetBuilder, names: Sequence[str], config: ImageSettings, remarks: list[str]
 ) -> dict[str, Dataset]:
     """Return the addresses of the images of some splits, the training split first, with labels if there are some."""
-    builder = with_splits(builder, names)
     builder.config.decode_num_threads = 0  # the images are not decoded
     return {
         name: list_files(builder.as_streaming_dataset(name), config, [] if i else remarks)
@@ -133,7 +132,7 @@ def stream_splits(
     train, *_ = files
     if builder.name == "imagefolder":
         with errors_in_one_line(config):
-            return list_splits(builder, list(files), config, remarks)
+            return list_splits(with_splits(builder, list(files)), list(files), config, remarks)
     known = {name: split.num_examples for name, split in (builder.info.splits or {}).items()}
     if config.images_per_epoch is not None:
         known[train] = config.images_per_epoch

@@ -11,12 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import fsspec
 import numpy as np
 import pyarrow
-from datasets import ClassLabel, Dataset, DownloadManager, Features, Image, IterableDataset
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.data.columns import find_label_column
 from m2t_accel.data.held_out import hold_out_images
-from m2t_accel.data.image_files import image_column
 from m2t_accel.data.shards import MAX_HELD_BYTES, Reader, is_remote, read_file, to_dataset, with_retries
 from m2t_accel.progress import late_progress_bar
 
@@ -49,16 +48,6 @@ def list_files(stream: IterableDataset, config: ImageSettings, remarks: list[str
         numbers = {name: number for number, name in enumerate(kinds["label"].names)} if by_folder else {}
         columns["label"] = [numbers[f] for f in folders] if by_folder else [row[label.name] for row in rows]
     return to_dataset(pyarrow.table(columns, schema=kinds.arrow_schema))
-
-
-def download_files(images: Dataset) -> Dataset:
-    """Download the files that `list_files` returned, zips as a whole. Return the same images with local addresses."""
-    addresses = [image["path"].rpartition("::") for image in images["image"]]
-    remote = list(dict.fromkeys(file for _, _, file in addresses))
-    local = dict(zip(remote, DownloadManager().download(remote), strict=True))
-    columns = {"image": image_column(f"{member}{link}{local[file]}" for member, link, file in addresses)}
-    columns |= {"label": images["label"]} if "label" in images.features else {}
-    return to_dataset(pyarrow.table(columns, schema=images.features.arrow_schema))
 
 
 def is_listed(images: Dataset) -> bool:
