@@ -75,6 +75,9 @@ class ImageSettings:
                 "--dataset is needed: a folder of class folders (in train/ and val/, or not), images, parquet "
                 "files or tars, or a Hub id such as ILSVRC/imagenet-1k"
             )
+        for name in ("train_split", "validation_split"):  # the first line of a run names folders as `val/`
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, os.path.normpath(getattr(self, name)))
         for name, other in (("image_column", "label_column"), ("train_split", "validation_split")):
             value = getattr(self, name)
             if value is not None and value == getattr(self, other):

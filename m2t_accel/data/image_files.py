@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import posixpath
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError, count
 from m2t_accel.data.folders import MAX_LISTED, check_train
 from m2t_accel.data.shards import to_dataset
-from m2t_accel.data.splits import TRAIN, UNNAMED, choose_splits, split_of_folder
+from m2t_accel.data.splits import TRAIN, UNNAMED, choose_splits, says_evaluation, split_of_folder, warn_of_folds
 
 PATHS_PER_CHUNK = 2**18  # a path has at most 4096 bytes, and a chunk must stay below 2 GB
+# A part of a dataset that is no class: images_001, HAM10000_images_part_1. GTSRB has classes such as 00012.
+PART = re.compile(r"(.*[\W_])?(batch|chunk|images?|part|shard)[-_ ]?\d+", re.IGNORECASE)
 
 # Paths of images relative to the top folder, by the folder that is their split. It is empty for the top folder.
 Places = dict[str, list[str]]
@@ -75,6 +78,7 @@ def load_image_files(
                 )
             unused[choice.validation] = f", because the training split has no class folder {unknown[0]}"
         else:
+            remarks += warn_of_folds(train, validation)
             splits[describe(validation)] = images_to_dataset(folder, validation, names, class_names)
     for split, reason in unused.items():
         number = sum(map(len, groups[split].values()))
@@ -162,7 +166,7 @@ def evaluation_folders(places: Places) -> list[str]:
         for folder in {posixpath.dirname(path) for path in paths}:
             names = folder.split("/")
             for depth in range(depth_of(place), len(names)):
-                if split_of_folder(names[depth], []) not in (UNNAMED, TRAIN):
+                if says_evaluation(names[depth]):
                     found.add("/".join(names[: depth + 1]) + "/")
     return sorted(found)
 
@@ -207,6 +211,9 @@ def class_folders(names: Sequence[str], paths: Sequence[str], remarks: list[str]
     stray = next((path for path, part in zip(paths, parts, strict=True) if len(part) != 2), None)
     if stray is not None:
         remarks.append(f"no labels, because {stray} is not directly in a class folder")
+        return None
+    if all(map(PART.fullmatch, classes)):
+        remarks.append(f"no labels, because {classes[0]} and the folders beside it are parts, not classes")
         return None
     if len(classes) <= MAX_LISTED:  # so that folders of masks or patients are not mistaken for classes
         remarks.append(f"classes: {', '.join(classes)}")

@@ -29,7 +29,15 @@ from m2t_accel.data.folders import (
 from m2t_accel.data.hub_datasets import copy_parquet
 from m2t_accel.data.image_files import load_image_files
 from m2t_accel.data.parquet import ParquetShards, parquet_splits
-from m2t_accel.data.splits import TRAIN, UNNAMED, choose_splits, describe_files, group_files, split_of_path
+from m2t_accel.data.splits import (
+    TRAIN,
+    UNNAMED,
+    choose_splits,
+    describe_files,
+    group_files,
+    split_of_path,
+    warn_of_folds,
+)
 from m2t_accel.data.tars import tar_splits
 
 CLEAR_SHARE = 0.9  # share of the bytes of a folder that makes a kind of files the one that is meant
@@ -81,6 +89,7 @@ def load_folder(
     choice = choose_splits(list(groups), flags)
     remarks += [f"not used: {describe_files(groups[name])}, not part of the training split" for name in choice.unused]
     chosen = {describe_files(groups[name]): groups[name] for name in choice[:2] if name is not None}
+    remarks += warn_of_folds(*chosen.values()) if len(chosen) == 2 else []
     if kind == ".tar":
         return tar_splits(folder, chosen, config, remarks, in_tars)
     shards = parquet_splits({place: [str(folder / path) for path in paths] for place, paths in chosen.items()}, config)

@@ -26,6 +26,8 @@ SPLIT_OF_WORD = {word: TRAIN for word in TRAIN_WORDS} | {
 }
 # Words beside the name of a split that say nothing more, also when they are glued to it: train_images, testset.
 FILLERS = ("set", "sets", "data", "dataset", "split", "splits", "image", "images", "img", "imgs", "photos", "pictures")
+# A folder or file that is a fold of a cross validation: fold_1, cv3, train-fold2.parquet.
+FOLD = re.compile(r"(.*[\W_])?(cv|fold|split)[-_ ]?\d+(\.\w+)?", re.IGNORECASE)
 GLUED = re.compile(f"({'|'.join(SPLIT_OF_WORD)})({'|'.join(FILLERS)})")
 
 
@@ -68,6 +70,12 @@ def split_of_folder(name: str, siblings: Iterable[str]) -> str:
     plain = any(not words and (other == TRAIN) == (split == TRAIN) for other, words in found)
     is_split = others in opposite or (opposite and not plain and all(other != UNNAMED for other, _ in found))
     return split if is_split else UNNAMED
+
+
+def says_evaluation(name: str) -> bool:
+    """Return whether a folder is called like an evaluation split, and not like a class (test_tube)."""
+    words = words_of(name)
+    return split_of(name) not in (UNNAMED, TRAIN) and (not other_words(name) or any(word in FILLERS for word in words))
 
 
 def other_words(name: str) -> list[str]:
@@ -158,3 +166,21 @@ def group_files(files: Iterable[str], config: ImageSettings) -> dict[str, list[s
 def describe_files(files: Sequence[str]) -> str:
     """Return the first and the last file in words, and their number."""
     return files[0] if len(files) == 1 else f"{files[0]} … {files[-1]} ({len(files):,} files)"
+
+
+def warn_of_folds(train: Iterable[str], validation: Iterable[str]) -> list[str]:
+    """Return a warning if both splits lie in several folds of a cross validation: each fold holds the same images.
+
+    Args:
+        train: files or folders of the training split.
+        validation: files or folders of the validation split.
+    """
+    train, validation = (
+        {name for path in paths for name in path.split("/") if FOLD.fullmatch(name)} for paths in (train, validation)
+    )
+    if min(len(train), len(validation)) < 2:
+        return []
+    return [
+        f"warning: {', '.join(sorted(train))} are folds that may hold the same images, so held-out images may be "
+        "trained on; give one of them"
+    ]

@@ -270,6 +270,13 @@ def test_a_word_of_a_flag_does_not_make_a_split_of_one_kind_the_other(tmp_path, 
     assert f"({validation}" in note
 
 
+def test_a_split_may_be_given_with_slashes(tmp_path):
+    make(tmp_path, "first/a/1.png first/b/2.png second/a/3.png second/b/4.png")
+    assert "in first/; evaluation on 2 others (second/, its own" in (
+        load(tmp_path, batch_size=2, train_split="./first", validation_split="second/").note
+    )
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_training_shard_without_rows_is_not_replaced_by_the_validation_split(tmp_path, streaming):
     write_parquet(tmp_path / "train.parquet", 0, 0, row_group_size=4)
@@ -371,6 +378,7 @@ NOTES = {
     "top/train/1.png top/val/2.png top/more/deep/3.png": "not used: 1 image in top/more/deep/",
     "top/train/a/1.png top/train/b/b/2.png": "no labels, because top/train/b/b/2.png is not directly in a class folder",
     "a/1.png b/2.png #recycle/a/3.png $RECYCLE.BIN/4.png lost+found/5.png": "2 images of 2 classes; classes: a, b",
+    "images_001/images/1.png images_002/images/2.png": "because images_001 and the folders beside it are parts",
     "VOC/JPEGImages/1.png VOC/SegmentationClass/1.png": "classes: JPEGImages, SegmentationClass",
 }
 
@@ -379,6 +387,16 @@ NOTES = {
 def test_notes_about_folders(tmp_path, files):
     make(tmp_path, files)
     assert NOTES[files] in load(tmp_path, validation_fraction=0).note
+
+
+@pytest.mark.parametrize("extension", ["parquet", "tar", "png"])
+def test_folds_of_a_cross_validation_are_a_warning(tmp_path, extension):
+    folds = [f"fold_{number}/{split}" for number in (1, 2) for split in ("train", "val")]
+    if extension == "png":
+        folds = [f"{fold}/{name}/{name}" for fold in folds for name in "ab"]
+    make(tmp_path, " ".join(f"{fold}.{extension}" for fold in folds))
+    assert "fold_1, fold_2 are folds that may hold the same images" in load(tmp_path).introduction
+    assert "are folds" not in load(tmp_path / "fold_1", batch_size=2).introduction
 
 
 def test_a_class_that_training_lacks_does_not_matter_without_evaluation(tmp_path):
@@ -392,6 +410,8 @@ def test_a_class_that_training_lacks_does_not_matter_without_evaluation(tmp_path
     [
         ("cats/1.png cats/test/2.png dogs/1.png dogs/test/3.png", "cats/test/, dogs/test/"),
         ("train/a/1.png train/b/2.png train/val/3.png", "train/val/"),
+        ("images/1.png test_images_v2/2.png", "test_images_v2/"),
+        ("beaker/1.png test_tube/2.png", None),
         ("test/a/1.png test/b/2.png", None),
         ("a/1.png b/2.png", None),
     ],
