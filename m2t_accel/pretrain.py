@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Mapping
-from datetime import timedelta
 from itertools import chain, islice
 
 import torch
@@ -33,7 +32,7 @@ from m2t_accel.distributed.interruption import (
     end_with_launcher,
     report_lost_processes,
 )
-from m2t_accel.distributed.launch import command, hardware, start_accelerator
+from m2t_accel.distributed.launch import collective_timeout, command, hardware, start_accelerator
 from m2t_accel.distributed.processes import broadcast_object, check_same_images, on_all_processes
 from m2t_accel.hub.warm_start import load_warm_start
 from m2t_accel.model import Teacher, create_encoder, create_student
@@ -73,7 +72,7 @@ def pretrain(
             nothing has been written; or a loss is not finite; or too many images cannot be decoded.
         Interrupted: the run was stopped, or has lost a process; the same command resumes it.
     """
-    timeout = timedelta(minutes=config.collective_timeout)
+    timeout = collective_timeout(config)
     accelerator = start_accelerator(config, timeout)
     is_main = accelerator.is_main_process
     if encoder is not None:

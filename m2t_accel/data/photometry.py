@@ -1,14 +1,16 @@
 """Photometric operations on a batch of views: colour jitter, blur, grayscale, flip, solarize and normalisation.
 
 They are a pure function of the crops and of the parameters that m2t_accel.data.crops drew for them. This module has two
-implementations: one in torch over the whole batch, for GPUs (`torch.compile` fuses it), and one in OpenCV image by
-image, which is 25 times faster on a CPU. Unlike PIL, neither rounds between two operations.
+implementations: one in torch over the whole batch, compiled for GPUs, and one in OpenCV image by image, which is 25
+times faster on a CPU. Unlike PIL, neither rounds between two operations.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import warnings
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from m2t_accel.config.data import ImageSettings
+from m2t_accel.config.fields import one_line
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.data.crops import BRIGHTNESS, CONTRAST, HUE, SATURATION, Photometry
 
@@ -29,8 +32,15 @@ def photometry(crops: Tensor, parameters: Photometry, config: PretrainConfig) ->
     Apply colour jitter (in each view's own order), blur, grayscale, flip, solarize and normalisation. An operation that
     the configuration never uses costs nothing.
     """
-    implementation = photometry_one_by_one if crops.device.type == "cpu" else photometry_batched
+    if crops.device.type == "cpu":
+        return photometry_one_by_one(crops, parameters, config)
+    implementation = photometry_compiled() if is_compiled(crops.device) else photometry_batched
     return implementation(crops, parameters, config)
+
+
+def is_compiled(device: torch.device) -> bool:
+    """Return whether `photometry` compiles itself for this device; not if a run must repeat to the last bit."""
+    return device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
 
 
 def evaluation_view(crops: Tensor, config: ImageSettings) -> Tensor:
@@ -64,6 +74,23 @@ def photometry_batched(crops: Tensor, parameters: Photometry, config: PretrainCo
         # Invert values of at least 128 of 255. Folding at 127.5 needs no threshold that rounding could cross.
         images = torch.where(per_image(parameters.solarize), 0.5 - (images - 0.5).abs(), images)
     return normalise(images, config)
+
+
+@functools.cache
+def photometry_compiled() -> Callable[[Tensor, Photometry, PretrainConfig], Tensor]:
+    """Return `photometry_batched`, compiled to a sixth of the kernels if this machine can compile for its GPU.
+
+    Its first call takes up to a minute. The compiler chooses kernels by their speed on this machine, so the last bits
+    may differ between two runs.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # its import takes seconds
+
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device="cuda"))
+    except TorchDynamoException as error:  # no C compiler, or a GPU that is too old
+        warnings.warn(f"colours are computed without torch.compile, which is slower: {one_line(error)}", stacklevel=3)
+        return photometry_batched
+    return torch.compile(photometry_batched, dynamic=False)  # all batches of a run have one size
 
 
 def normalise(images: Tensor, config: ImageSettings) -> Tensor:

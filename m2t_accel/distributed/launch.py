@@ -28,6 +28,7 @@ from accelerate.utils import (
 
 from m2t_accel.config.data import TrainingSettings, check_num_processes
 from m2t_accel.config.fields import ConfigurationError, count, one_line
+from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.distributed.processes import DOWNLOAD_TIMEOUT, create_groups
 
 CONFIG_FILES = (
@@ -45,6 +46,7 @@ SHARDING = {
 
 # NCCL aborts a process at its timeout, before any message can be printed. With this margin, gloo times out first.
 NCCL_GRACE = timedelta(minutes=1)
+COMPILE_TIMEOUT = timedelta(minutes=30)
 
 
 def start_accelerator(
@@ -78,7 +80,8 @@ def start_accelerator(
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=num_steps, sync_with_dataloader=False),
             kwargs_handlers=[
                 # Nothing reads the student's running statistics; the teacher averages its own when it commits them.
-                DistributedDataParallelKwargs(broadcast_buffers=False),
+                # Gradients that are views of the buckets are not copied back, and need no memory of their own.
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
                 InitProcessGroupKwargs(timeout=timeout if wants_cpu(os.environ) else timeout + NCCL_GRACE),
             ],
         )
@@ -210,6 +213,20 @@ def wants_cpu(environment: Mapping[str, str]) -> bool:
     """Return whether the launch asks for CPUs: by `use_cpu`, or by hiding all GPUs as cpu2.yaml does."""
     hidden = set(environment.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")) == {"-1"}
     return hidden or environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def compiles_networks() -> bool:
+    """Return whether the launch asks for torch.compile: `accelerate launch --dynamo_backend inductor`."""
+    return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
+
+
+def collective_timeout(config: PretrainConfig) -> timedelta:
+    """Return how long a process waits for the others in a step: at least COMPILE_TIMEOUT where networks are compiled.
+
+    A process that is still compiling in the first step is not lost. A process that has ended is reported at once.
+    """
+    timeout = timedelta(minutes=config.collective_timeout)
+    return max(timeout, COMPILE_TIMEOUT) if compiles_networks() else timeout
 
 
 def route_gloo(environment: MutableMapping[str, str]) -> None:

@@ -20,6 +20,7 @@ from m2t_accel.data.shards import Shards
 from m2t_accel.data.streams import HubStream
 from m2t_accel.data.views import describe_image, read_rows
 from m2t_accel.distributed.interruption import StopRequestedError, StopSignals, Trouble, reach_agreement
+from m2t_accel.distributed.launch import collective_timeout
 from m2t_accel.distributed.processes import gather_to_all
 from m2t_accel.files import write_text
 from m2t_accel.run.folder import RunFolder
@@ -54,7 +55,7 @@ class Guard:
 
     @property
     def timeout(self) -> timedelta:
-        return timedelta(minutes=self.config.collective_timeout)
+        return collective_timeout(self.config)
 
     def is_stopping(self) -> bool:
         """Return whether this process has received a signal to end the run."""

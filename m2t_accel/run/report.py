@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from m2t_accel.config.fields import ConfigurationError, count
 from m2t_accel.config.pretrain import PretrainConfig
+from m2t_accel.data import photometry
 from m2t_accel.data.order import num_steps_per_epoch
 from m2t_accel.data.sources import ImageData
 from m2t_accel.data.views import BadImage
-from m2t_accel.distributed.launch import hardware
+from m2t_accel.distributed.launch import compiles_networks, hardware
 from m2t_accel.distributed.processes import broadcast_object, gather_to_all
 from m2t_accel.evaluation.knn import few_neighbours, measure_knn
 from m2t_accel.files import JsonLines
@@ -304,6 +305,10 @@ def introduction(
             f"Note: recipe digits is for 8-pixel digits (views of {config.image_size} pixels, no flip, no colour); "
             "for photographs give --recipe 8x2080Ti-b256-100ep or another of --recipe list"
         )
+    compiled = ["the colours"] if photometry.is_compiled(accelerator.device) else []
+    compiled += ["the networks"] if compiles_networks() else []
+    if compiled:
+        lines.append(f"The first step compiles {' and '.join(compiled)}, which may take minutes.")
     return "\n".join(lines)
 
 

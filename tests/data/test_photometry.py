@@ -178,3 +178,52 @@ def test_views_are_channels_last_and_disabled_operations_change_nothing(function
     views = function(images(), parameters, config)
     assert views.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(views, photometry.evaluation_view(images(), config), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow  # a minute of compiling
+def test_photometry_by_the_compiler_has_the_same_values_in_few_kernels():
+    pytest.importorskip("torch._inductor")
+    from torch._inductor import metrics
+
+    config = imagenet(image_size=32)
+    crops, parameters = images(8), random_parameters(8, config)
+    metrics.reset()
+    torch._dynamo.reset()
+    compiled = torch.compile(photometry.photometry_batched, dynamic=False)
+    expected = photometry.photometry_batched(crops, parameters, config)
+    views = compiled(crops, parameters, config)
+    torch.testing.assert_close(views, expected, rtol=0, atol=1e-4)
+    assert views.stride() == expected.stride()
+    assert metrics.generated_kernel_count <= 40
+
+
+@pytest.fixture
+def fresh_photometry():
+    photometry.photometry_compiled.cache_clear()
+    yield
+    photometry.photometry_compiled.cache_clear()
+
+
+def test_a_machine_that_cannot_compile_is_warned_once_and_continues(monkeypatch, fresh_photometry):
+    def compile(function, **options):
+        def fail(*arguments):
+            raise torch._dynamo.exc.InternalTorchDynamoError("Failed to find C compiler")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: None)
+    with pytest.warns(UserWarning, match="slower: InternalTorchDynamoError: Failed to find C compiler"):
+        assert photometry.photometry_compiled() is photometry.photometry_batched
+    assert photometry.photometry_compiled() is photometry.photometry_batched
+
+
+def test_photometry_is_compiled_on_gpus_unless_a_run_must_repeat():
+    assert photometry.is_compiled(torch.device("cuda"))
+    assert not photometry.is_compiled(torch.device("cpu"))
+    assert not photometry.is_compiled(torch.device("mps"))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not photometry.is_compiled(torch.device("cuda"))
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,6 +1,7 @@
 """The accelerate configurations and the checks of a launch, in this process and by real launches."""
 
 import json
+from datetime import timedelta
 
 import pytest
 import torch
@@ -155,6 +156,17 @@ def test_an_option_that_accelerate_refuses_is_one_line(monkeypatch):
     monkeypatch.setattr(launch_module, "Accelerator", refuse)
     with pytest.raises(ConfigurationError, match=r"^accelerate cannot start .*ImportError: it is not installed.*cpu"):
         start_accelerator()
+
+
+@pytest.mark.parametrize(
+    ("backend", "minutes", "expected"), [(None, 2, 2), ("no", 2, 2), ("INDUCTOR", 2, 30), ("inductor", 45, 45)]
+)
+def test_a_process_that_compiles_is_not_lost(monkeypatch, backend, minutes, expected):
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
+    if backend is not None:
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+    config = build_config({"recipe": "digits", "collective_timeout": minutes})
+    assert launch_module.collective_timeout(config) == timedelta(minutes=expected)
 
 
 def test_gloo_uses_the_interface_that_leads_to_the_first_machine():

@@ -1,5 +1,7 @@
 """Tests of the report of a run: bad images, collapse."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -10,6 +12,7 @@ from m2t_accel.config.recipes import build_config
 from m2t_accel.data.sources import load_images
 from m2t_accel.data.views import BadImage
 from m2t_accel.model import create_encoder, embedding_std
+from m2t_accel.run import report
 from m2t_accel.run.report import COLLAPSED, BadImages, KnnMonitor, TooManyBadImagesError
 
 
@@ -27,6 +30,23 @@ def test_a_bank_of_fewer_than_20_images_is_a_line(image_net, capsys):
     assert "only 12 images to search for neighbours, so these 12 vote instead of k = 20" in capsys.readouterr().out
     encoder = create_encoder("resnet10-quarter")
     assert 0 <= monitor.measure(encoder, lambda: None) <= 1
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "expected"),
+    [
+        ("cpu", "no", []),
+        ("cuda", "no", ["The first step compiles the colours, which may take minutes."]),
+        ("cpu", "INDUCTOR", ["The first step compiles the networks, which may take minutes."]),
+        ("cuda", "INDUCTOR", ["The first step compiles the colours and the networks, which may take minutes."]),
+    ],
+)
+def test_a_long_first_step_is_announced(image_net, monkeypatch, device, backend, expected):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+    monkeypatch.setattr(report, "hardware", lambda accelerator: device)
+    config, accelerator = settings(image_net), SimpleNamespace(device=torch.device(device))
+    lines = report.introduction(config, load_images(config), torch.nn.Linear(1, 1), 10, accelerator).splitlines()
+    assert [line for line in lines if "compiles" in line] == expected
 
 
 @pytest.mark.parametrize(
