@@ -8,7 +8,7 @@ The views are those of recipe 8x2080Ti-b256-100ep unless you give another one. R
 import argparse
 from pathlib import Path
 
-from m2t_accel.config.command_line import errors_in_one_line, parse_command_line
+from m2t_accel.config.command_line import errors_in_one_line, parse_command_line, view_settings
 from m2t_accel.config.pretrain import check_inputs
 
 
@@ -16,7 +16,8 @@ def main() -> None:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--output", metavar="FILE", default="preview.png", help="picture (default: preview.png)")
     with errors_in_one_line():
-        config, given = parse_command_line(__doc__, options=options, recipe="8x2080Ti-b256-100ep")
+        shown = view_settings() - {"num_workers"}
+        config, given = parse_command_line(__doc__, options=options, recipe="8x2080Ti-b256-100ep", shown=shown)
         check_inputs(config)
         from m2t_accel.data.preview import draw_preview
 

@@ -14,7 +14,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -57,6 +57,9 @@ def parse_command_line(
     arguments: Sequence[str] | None = None,
     options: argparse.ArgumentParser | None = None,
     recipe: str = "digits",
+    shown: Collection[str] | None = None,
+    build: Callable[[Mapping[str, object]], PretrainConfig] = build_config,
+    **defaults: object,
 ) -> tuple[PretrainConfig, argparse.Namespace]:
     """Parse the settings of a pretraining run and the script's own options. Return both.
 
@@ -65,6 +68,9 @@ def parse_command_line(
         arguments: words of the command line (default: those of the process).
         options: the script's own options.
         recipe: the default recipe.
+        shown: names of the settings that `--help` shows (default: all); the others are accepted, too.
+        build: function that makes the configuration from the given settings.
+        defaults: the script's other defaults.
 
     Raises:
         ConfigurationError: a flag, key or recipe is unknown, or a value is not allowed.
@@ -75,15 +81,24 @@ def parse_command_line(
     ]
     return parse_settings(
         description,
-        " ".join([*usage, "[--recipe NAME] [--dataset SOURCE] [--output_dir DIR]"]),
+        " ".join([*usage, "[--recipe NAME] [--dataset SOURCE]", *(["[--output_dir DIR]"] if shown is None else [])]),
         PretrainConfig,
-        build_config,
+        build,
         preset="recipe",
-        defaults={"recipe": recipe},
+        defaults={"recipe": recipe, **defaults},
         table=recipe_table,
         options=options,
         arguments=arguments,
+        shown=shown,
     )
+
+
+def view_settings() -> set[str]:
+    """Return the names of the settings that decide which images are read, and what their views look like."""
+    groups = fields_by_heading(PretrainConfig)
+    names = {item.name for heading in ("views", "data") for item in groups[heading]}
+    of_evaluation = {"evaluation_crop", "validation_split", "validation_fraction", "label_column", "max_bad_fraction"}
+    return names - of_evaluation | {"recipe", "dataset", "seed"}
 
 
 def parse_settings(
@@ -96,6 +111,7 @@ def parse_settings(
     options: argparse.ArgumentParser | None = None,
     arguments: Sequence[str] | None = None,
     defaults: Mapping[str, object] = types.MappingProxyType({}),
+    shown: Collection[str] | None = None,
 ) -> tuple[Settings, argparse.Namespace]:
     """Parse the settings of a script and its own options. Return both.
 
@@ -111,6 +127,7 @@ def parse_settings(
         options: the script's own options.
         arguments: words of the command line (default: those of the process).
         defaults: the script's own defaults of settings.
+        shown: names of the settings that `--help` shows (default: all); the others are accepted, too.
 
     Raises:
         ConfigurationError: a flag, key or preset is unknown, or a value is not allowed.
@@ -123,14 +140,16 @@ def parse_settings(
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
         epilog="The --config file may hold any setting, as `name: value`; flags override it.\n"
         "The names of transformers and timm for these settings are accepted, too: see docs/recipes.md."
-        + (f"\nThe defaults shown are those for ImageNet; a {preset} has its own." if preset else ""),
+        + (f"\nThe defaults shown are those for ImageNet; a {preset} has its own." if preset else "")
+        + ("\nOther settings of a run are accepted, too, and change nothing here." if shown is not None else ""),
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="file with settings, such as the config.yaml of a run")
     hints = typing.get_type_hints(kind)
     for heading, fields in fields_by_heading(kind).items():
         group = parser.add_argument_group(heading)
         for item in fields:
-            add_flag(group, item, hints[item.name], defaults.get(item.name, item.default))
+            is_shown = shown is None or item.name in shown
+            add_flag(group, item, hints[item.name], defaults.get(item.name, item.default), is_shown)
     if "push_to_hub" in hints:
         parser.add_argument("--hub_model_id", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     known, unknown = parser.parse_known_args(arguments)
@@ -177,7 +196,9 @@ def join_push_to_hub(given: Mapping[str, object]) -> dict[str, object]:
     return settings
 
 
-def add_flag(group: argparse._ArgumentGroup, item: dataclasses.Field, hint: object, default: object) -> None:
+def add_flag(
+    group: argparse._ArgumentGroup, item: dataclasses.Field, hint: object, default: object, is_shown: bool = True
+) -> None:
     """Add the flag of one setting; the value stays text, which `convert` reads like a YAML value."""
     if typing.get_origin(hint) is types.UnionType:  # `something | None`
         hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
@@ -193,9 +214,8 @@ def add_flag(group: argparse._ArgumentGroup, item: dataclasses.Field, hint: obje
         count = {"nargs": "+", "metavar": letter}
     if hint is bool or item.name in ("push_to_hub", "resume"):
         count |= {"nargs": "?", "const": True}  # the flag without a value
-    group.add_argument(
-        f"--{item.name}", default=argparse.SUPPRESS, help=(item.metadata["help"] + shown).replace("%", "%%"), **count
-    )
+    text = (item.metadata["help"] + shown).replace("%", "%%") if is_shown else argparse.SUPPRESS
+    group.add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=text, **count)
 
 
 class OneLineParser(argparse.ArgumentParser):

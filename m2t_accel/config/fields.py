@@ -18,6 +18,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field
+from pathlib import Path
 
 STATUS_RESUMABLE = 75  # the run was stopped, and the same command resumes it; EX_TEMPFAIL of sysexits.h
 STATUS_CTRL_C = 130
@@ -103,6 +104,19 @@ def all_faults() -> Iterator[Callable[..., object]]:
     yield check
     if faults:
         raise ConfigurationError("; ".join(faults))
+
+
+def check_writable(name: str, path: str | None) -> None:
+    """Check that the file of an option can be written, before minutes of work; None always passes.
+
+    Raises:
+        ConfigurationError: it cannot be written.
+    """
+    if path is None:
+        return
+    file = Path(path)
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ConfigurationError(f"--{name} {path} cannot be written: give a file in a folder that exists and is yours")
 
 
 def convert(name: str, kind: object, value: object) -> object:

@@ -7,6 +7,7 @@ import pytest
 from m2t_accel.config.fields import (
     ConfigurationError,
     check_all_limits,
+    check_writable,
     convert_all,
     count,
     did_you_mean,
@@ -146,3 +147,12 @@ def test_the_form_of_a_hub_id():
 def test_a_noun_agrees_with_its_number():
     assert [count(number, "image") for number in (0, 1, 2000)] == ["0 images", "1 image", "2,000 images"]
     assert count(2, "class") == "2 classes"
+
+
+@pytest.mark.parametrize("path", [".", "nowhere/figures.json"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    check_writable("json", None)
+    check_writable("json", "figures.json")
+    with pytest.raises(ConfigurationError, match=f"--json {path}"):
+        check_writable("json", path)

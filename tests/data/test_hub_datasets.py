@@ -9,8 +9,9 @@ from helpers import encoded, load, pixel, settings, write_image, write_parquet, 
 from huggingface_hub import constants
 from loopback_hub import loopback_hub
 
+from m2t_accel.benchmark import data as benchmark
 from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.data import benchmark, hub_datasets
+from m2t_accel.data import hub_datasets
 from m2t_accel.data.decode import decode_image
 from m2t_accel.data.preview import draw_preview
 from m2t_accel.data.requests import DeviceBatches

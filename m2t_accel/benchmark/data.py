@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
-import os
 import random
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -276,19 +273,3 @@ def table(result: dict[str, object]) -> str:
     each = max(rate / n for n, rate in by_workers.items())
     needs = ", ".join(f"{-(-target // each):.0f} for {target:,} images/s" for target in TARGETS)
     return "\n".join([*lines, "", f"workers needed, each on its own core: {needs}"])
-
-
-def check_json(path: str) -> None:
-    """Check that the figures can be written, before minutes of measuring.
-
-    Raises:
-        ConfigurationError: the file cannot be written.
-    """
-    file = Path(path)
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise ConfigurationError(f"--json {path} cannot be written: give a file in a folder that exists and is yours")
-
-
-def write_json(result: dict[str, object], path: str) -> None:
-    """Write the result to a JSON file."""
-    Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

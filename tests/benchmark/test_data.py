@@ -4,9 +4,8 @@ import pytest
 from helpers import natural_image, write_parquet
 from PIL import Image
 
-from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.benchmark import data as benchmark
 from m2t_accel.config.recipes import build_config
-from m2t_accel.data import benchmark
 
 
 @pytest.mark.parametrize("kind", ["files", "streamed parquet"])
@@ -62,11 +61,3 @@ def test_the_usual_pipeline_makes_two_views_of_each_image():
     )
     assert (tuple(blurs), tuple(solarizes)) == (config.blur_probability, config.solarize_probability)
     assert blurs != blurs[::-1]
-
-
-@pytest.mark.parametrize("path", [".", "nowhere/figures.json"])
-def test_a_file_that_cannot_be_written_is_refused_before_measuring(tmp_path, monkeypatch, path):
-    monkeypatch.chdir(tmp_path)
-    benchmark.check_json("figures.json")
-    with pytest.raises(ConfigurationError, match=f"--json {path}"):
-        benchmark.check_json(path)
