@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import hashlib
 import json
@@ -33,7 +34,7 @@ from m2t_accel.config.fields import ConfigurationError, count, did_you_mean, one
 from m2t_accel.hub.tensor_names import first_names, from_torchvision, resnet_config
 from m2t_accel.model import embed, quiet_transformers
 
-WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 # The encoder that a method evaluates, if its checkpoint holds several: MoCo, MoCo v3, most others.
 MAIN_NETWORKS = ("encoder_q.", "base_encoder.", "backbone.")
 # Classifiers and projectors: modules after the encoder, which may stay unused.
@@ -236,10 +237,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # The checkpoints of timm, DINO and MAE hold the arguments of their command lines.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # errors of pickle, zipfile, torch and safetensors have no common base class
         if re.search("Unsupported (global|class)", str(error), re.IGNORECASE):
-            reason = "it holds more than tensors, and would have to be executed"
+            reason = "it holds more than tensors, and would have to be executed; save model.state_dict() alone"
         elif isinstance(error, pickle.UnpicklingError):
             reason = "it holds no tensors, or is damaged"  # torch's own message suggests to execute the file
         else:
@@ -249,7 +252,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ConfigurationError("the file holds no dictionary of tensors")
+        entries = list(map(str, content)) if isinstance(content, Mapping) else []
+        found = f" but the entries {first_names(entries)}: save the weights among them alone" if entries else ""
+        raise ConfigurationError(f"the file holds no dictionary of tensors{found}")
     return dict(content)
 
 

@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import pickle
@@ -70,13 +71,14 @@ def test_a_classifier_of_transformers_loads_without_its_last_layer(tmp_path):
     assert "are assumed" in load_encoder(str(tmp_path)).note, "sizes that are none"
 
 
-@pytest.mark.parametrize("file", ["weights.pth", "weights.safetensors"])
+@pytest.mark.parametrize("file", ["weights.pth", "weights.safetensors", "lightning.ckpt"])
 def test_a_file_of_weights_loads(tmp_path, file):
     state = torchvision_state()
-    if file.endswith("pth"):
-        torch.save({"state_dict": state, "epoch": 3}, tmp_path / file)
-    else:
+    if file.endswith("safetensors"):
         save_file(state, tmp_path / file)
+    else:
+        arguments = argparse.Namespace(epochs=3)  # in the checkpoints of timm, DINO and MAE
+        torch.save({"state_dict": state, "epoch": 3, "args": arguments}, tmp_path / file)
     loaded = load_encoder(str(tmp_path / file))
     assert "not used: fc (2)" in loaded.note
     assert torch.equal(loaded.model.state_dict()["embedder.embedder.convolution.weight"], state["conv1.weight"])
@@ -160,6 +162,10 @@ def test_missing_and_damaged_weights_are_refused(run, tmp_path):
     assert "cannot be loaded" in refused(run)
     torch.save([1, 2], tmp_path / "list.pth")
     assert "holds no dictionary of tensors" in refused(tmp_path / "list.pth")
+    torch.save({"teacher": state, "student": state}, tmp_path / "two.pth")
+    assert "dictionary of tensors but the entries teacher, student: save the weights" in refused(tmp_path / "two.pth")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pth")
+    assert "have to be executed; save model.state_dict() alone" in refused(tmp_path / "whole.pth")
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 cut")
     assert "cannot be loaded" in refused(tmp_path / "cut.pth")
 
