@@ -353,16 +353,16 @@ def cost_of_a_save(work: Path, repeats: int) -> dict[str, float]:
 def scaling(work: Path, repeats: int) -> dict[str, object]:
     """Measure the seconds of a step on one process, and on two with twice the batch, each with one thread."""
     found: dict[int, list[float]] = {1: [], 2: []}
-    traffic = ""
+    step = ["scripts/benchmark.py", "step", "--variants", "eager", "--device_batch_size", "4", "--json"]
     for i in range(repeats):
         for number in (1, 2) if i % 2 else (2, 1):
             config = ["--config_file", f"accelerate_configs/cpu{'' if number == 1 else 2}.yaml"]
-            launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *config]
-            printed = run([*launch, "tests/step_time.py"])
-            found[number].append(float(re.search(r"median ([\d.]+) s", printed)[1]))
-            traffic = printed.strip().splitlines()[-1] if number == 2 else traffic
+            file = work / f"{number}.json"
+            run([sys.executable, "-m", "accelerate.commands.launch", "--quiet", *config, *step, str(file)])
+            found[number].append(json.loads(file.read_text())["variants"]["eager"]["ms"] / 1000)
     one, two = (statistics.median(found[number]) for number in (1, 2))
-    return {"one": one, "two": two, "efficiency": one / two, "traffic of two": traffic}
+    sent = json.loads((work / "2.json").read_text())["megabytes_sent"]
+    return {"one": one, "two": two, "efficiency": one / two, "megabytes sent by each of two": sent}
 
 
 def main() -> None:

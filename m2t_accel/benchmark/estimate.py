@@ -89,7 +89,7 @@ def estimate_step(config: PretrainConfig) -> dict[str, object]:
             "images_per_second_of_computation": num_images / computation,
         }
     gradients = sum(each.numel() * each.element_size() for each in training.student.parameters() if each.requires_grad)
-    history = sum(layer.running_mean.nbytes + layer.running_var.nbytes for layer in momentum_layers(training.teacher))
+    statistics = sum(layer.collected.nbytes for layer in momentum_layers(training.teacher))
     return {
         "encoder": config.encoder,
         "image_size": config.image_size,
@@ -101,7 +101,7 @@ def estimate_step(config: PretrainConfig) -> dict[str, object]:
             for name, calls in counter.costs.items()
         },
         "least": least,
-        "bytes_to_average": {"gradients": gradients, "statistics": history, "agreement": AGREEMENT},
+        "bytes_to_average": {"gradients": gradients, "statistics": statistics, "agreement": AGREEMENT},
     }
 
 

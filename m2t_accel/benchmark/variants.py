@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
-from datetime import timedelta
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from m2t_accel.data.crops import draw_uniforms
 from m2t_accel.data.photometry import photometry
 from m2t_accel.data.views import TwoViews, ViewBatch
 from m2t_accel.distributed.interruption import reach_agreement
+from m2t_accel.distributed.launch import collective_timeout
 from m2t_accel.model import Student, create_encoder, create_student, embed, momentum_teacher_loss
 from m2t_accel.optim import create_optimizer, set_learning_rate
 from m2t_accel.pretrain import create_step
@@ -98,7 +98,7 @@ def create_ours(work: Work, backend: str) -> Step:
             views = photometry(batch.crops, batch.photometry, work.config).to(work.views.dtype)
         result = training.forward_backward(*views.chunk(2))
         result.loss_on_host.item()
-        reach_agreement(timedelta(minutes=work.config.collective_timeout))
+        reach_agreement(collective_timeout(work.config))
         training.update(now)
         return training
 

@@ -57,6 +57,22 @@ def test_the_benchmark_measures_the_variants_in_one_run(ask, tmp_path, monkeypat
     assert {"variant plain", "variant eager", "variant floor", "photometry", "teacher's weights"} <= names
 
 
+@pytest.mark.slow
+def test_two_processes_share_a_step(run_script, tmp_path):
+    """Their images count together, the bytes that each sends are measured, and what is for one process is left out."""
+    figures = tmp_path / "figures.json"
+    launch = ("-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu2.yaml")
+    script = ("scripts/benchmark.py", "step", *SMALL, "--variants", "plain,eager", "--repeats", 2, "--json", figures)
+    done = run_script(*launch, *script, environment={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    result = json.loads(figures.read_text())
+    assert done.stdout.count("plain is left out: it is for one process") == 1
+    values = result["variants"]["eager"]
+    assert values["images_per_second"] == pytest.approx(8000 / values["ms"])
+    # A ring all-reduce among two sends the gradients once; networks add their headers.
+    assert 1 < result["megabytes_sent"] < 2
+
+
 def test_the_plain_step_is_the_step_of_pretraining(float64, work):
     """Three steps of both, from the same weights, end with the same student."""
     plain, eager = VARIANTS["plain"](work), VARIANTS["eager"](work)
