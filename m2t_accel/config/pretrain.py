@@ -185,6 +185,11 @@ def check_inputs(config: PretrainConfig, check_images: bool = True, check_encode
     """
     if check_images:
         check_dataset(config.dataset)
+        if os.path.realpath(config.dataset) == os.path.realpath(config.output_dir):
+            raise ConfigurationError(
+                f"--output_dir {config.output_dir} is the folder of --dataset, whose images the run would mix with its "
+                "own files: give another folder"
+            )
     is_known = config.encoder in ENCODERS or os.path.exists(config.encoder) or is_hub_id(config.encoder)
     if check_encoder and not is_known and config.encoder != config.init_from:
         raise ConfigurationError(

@@ -43,6 +43,7 @@ VIDEO_EXTENSIONS = (".avi", ".mkv", ".mov", ".mp4", ".mpg", ".webm")
 # Thumbnails, metadata and deleted files of network storage, macOS and Windows.
 IGNORED_FOLDERS = ("@eaDir", "#recycle", "@Recycle", "@__thumb", "__MACOSX", "$RECYCLE.BIN", "lost+found")
 PROGRESS_INTERVAL = 10_000  # entries of a folder between two updates of the progress bar
+RUN_FILE = "metrics.jsonl"  # in the folder of every run
 SETTLED = 2.0  # seconds; a folder that changed this recently may change again without a new time stamp
 
 
@@ -91,6 +92,7 @@ def scan(folder: Path) -> tuple[FoundFiles, dict[str, list[int] | None]]:
     """Return the files below a folder, and the times of change of each subfolder.
 
     A broken link counts as a file. Its time is None, because a folder may appear in its place when a disk is mounted.
+    The folders of runs are skipped: their pictures are no images to train on.
     """
     paths, others, called_train, times = [], Counter(), [], {}
     lists: dict[str, str] = {}  # by folder, the first one, because there may be one for each image
@@ -102,6 +104,8 @@ def scan(folder: Path) -> tuple[FoundFiles, dict[str, list[int] | None]]:
             bar.update(len(paths) - bar.n)
             status = os.stat(os.path.join(folder, below))
             if (status.st_dev, status.st_ino) in parents:  # a link to a folder that contains it
+                continue
+            if below and os.path.exists(os.path.join(folder, below, RUN_FILE)):
                 continue
             parents |= {(status.st_dev, status.st_ino)}
             times[below] = times_of_change(status)

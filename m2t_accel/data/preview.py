@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -37,8 +38,12 @@ def draw_preview(config: PretrainConfig, picture: Path) -> list[str]:
     """Draw a dozen images of the first epoch, their crops and their two views. Return lines to print.
 
     Raises:
-        ConfigurationError: none of the images can be decoded, or the picture cannot be written.
+        ConfigurationError: no image can be decoded, or the picture cannot be written or would be one of the images.
     """
+    if os.path.exists(config.dataset) and picture.resolve().is_relative_to(Path(config.dataset).resolve()):
+        raise ConfigurationError(
+            f"--output {picture} is in --dataset {config.dataset}, and would be trained on: give a file elsewhere"
+        )
     # Two images are enough for a batch, and none are held out for evaluation.
     config = dataclasses.replace(config, batch_size=2, device_batch_size=2, evaluate_every=0)
     data = load_images(config)

@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from m2t_accel.config.recipes import build_config
         ({"dataset": "/no/such/folder"}, "--dataset /no/such/folder: no such file"),
         ({"dataset": "imagenet"}, "--dataset imagenet: no such file"),
         ({"dataset": "x" * 300}, "--dataset x.*: no such file"),
+        ({"dataset": ".", "output_dir": "../" + Path.cwd().name}, "--output_dir .* is the folder of --dataset"),
         ({"encoder": "resnet51"}, "--encoder resnet51: unknown, did you mean resnet50"),
         ({"encoder": "x" * 300}, "--encoder x.*: unknown"),
         ({"push_to_hub": "digits"}, "--push_to_hub digits: .*USER/NAME"),

@@ -41,8 +41,8 @@ def test_large_images_are_drawn_small_with_their_crops_in_the_right_places(tmp_p
 
     monkeypatch.setattr(Axes, "imshow", imshow)
     for i in range(2):
-        write_image(tmp_path / f"{i} $\\frac$.jpg", size=(700, 1400))
-    draw_preview(settings(tmp_path), tmp_path / "new" / "preview.png")
+        write_image(tmp_path / "images" / f"{i} $\\frac$.jpg", size=(700, 1400))
+    draw_preview(settings(tmp_path / "images"), tmp_path / "new" / "preview.png")
     originals = [(axes, pixels, options) for axes, pixels, options in drawn if options]
     assert len(originals) == 2
     for axes, pixels, options in originals:
@@ -64,4 +64,6 @@ def test_a_preview_of_few_images_and_of_none(tmp_path):
         draw_preview(settings(tmp_path / "none"), tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
     with pytest.raises(ConfigurationError, match=r"--output .*0\.png"):
-        draw_preview(settings(tmp_path / "few"), tmp_path / "few" / "0.png" / "below.png")
+        draw_preview(settings(tmp_path / "few"), tmp_path / "none" / "0.png" / "below.png")
+    with pytest.raises(ConfigurationError, match=r"--output .* is in --dataset .*few, and would be trained on"):
+        draw_preview(settings(tmp_path / "few"), tmp_path / "few" / "preview.png")
