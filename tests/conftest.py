@@ -22,7 +22,7 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # After the variables above: datasets reads them when it is imported.
 import datasets  # noqa: E402
-from helpers import ROOT, tiny, write_image  # noqa: E402
+from helpers import ROOT, run_in_root, tiny, write_image  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 from loopback_hub import loopback_hub  # noqa: E402
 
@@ -49,24 +49,8 @@ def image_net(tmp_path):
 
 @pytest.fixture
 def run_script():
-    """Run a command in the repository's root; its completed process, with text output."""
-
-    def run(*command, environment=None, timeout=240):
-        # Of the environment, nothing that a launcher around pytest may have set.
-        clean = {
-            k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_", "LOCAL_", "WORLD_"))
-        }
-        return subprocess.run(
-            [sys.executable, *map(str, command)],
-            cwd=ROOT,
-            env={**clean, **(environment or {})},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-
-    return run
+    """Run a command of Python in the repository's root: `run_script("scripts/knn.py", "--help")`."""
+    return run_in_root
 
 
 class Answer(NamedTuple):

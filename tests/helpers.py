@@ -1,6 +1,9 @@
 """Images, shards and settings for the tests."""
 
 import io
+import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -19,15 +22,31 @@ from m2t_accel.data.views import read_rows
 ROOT = Path(__file__).parents[1]
 
 
+def run_in_root(*command, environment=None, timeout=240):
+    """Run a command of Python in the repository's root. Return its completed process, with text output."""
+    # Of the environment, nothing that a launcher around pytest may have set.
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_", "LOCAL_", "WORLD_"))}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env={**clean, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
 def tiny(output_dir, **settings):
-    """Return settings of a run of one or two seconds: digits, a quarter-width ResNet-10, few steps."""
+    """Return settings of a run of about half a second: digits, a quarter-width ResNet-10, ten steps of 64 images."""
     return {
         "recipe": "digits",
         "output_dir": str(output_dir),
+        **({} if "dataset" in settings else {"max_images": 320}),
         "epochs": 2,
         "warmup_epochs": 1,
-        "batch_size": 256,
-        "device_batch_size": 128,
+        "batch_size": 64,
+        "device_batch_size": 32,
         "hidden_size": 32,
         "projection_size": 16,
         "num_workers": 0,

@@ -51,7 +51,9 @@ def initial_value(name: str, shape: torch.Size) -> torch.Tensor:
     return 1 + 0.1 * z if name.endswith("weight") else 0.1 * z
 
 
-def replay(spec: dict, statistics_scale: float = 1.0) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+def replay(
+    spec: dict, statistics_scale: float = 1.0, num_steps: int | None = None
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Train by the trainer's own step. Return the trajectory, and sum and norm of each final tensor."""
     encoder = ResNetModel(
         ResNetConfig(depths=spec["depths"], hidden_sizes=WIDTHS[spec["layer_type"]], layer_type=spec["layer_type"])
@@ -70,7 +72,7 @@ def replay(spec: dict, statistics_scale: float = 1.0) -> tuple[dict[str, list[fl
     trajectory = {"loss": [], "learning_rate": [], "teacher_momentum": [], "statistics_momentum": []}
     base_momentum = spec["teacher_momentum"]
     shape = (spec["batch_size"], 3, spec["image_size"], spec["image_size"])
-    for step in range(total_steps):
+    for step in range(num_steps or total_steps):
         now = schedule(step, total_steps, warmup_steps, spec["learning_rate"], base_momentum)
         random = np.random.RandomState(1000 + step)
         view_1, view_2 = (torch.from_numpy(random.standard_normal(shape)) for _ in range(2))
@@ -112,5 +114,5 @@ def test_replay(path):
 def test_a_planted_defect_is_caught():
     """The bounds are tight enough to see a statistics momentum that is wrong by one part in a million."""
     golden = json.loads((Path(__file__).parent / "golden" / "sgd.json").read_text())
-    trajectory, _ = replay(golden["spec"], statistics_scale=1 - 1e-6)
-    assert np.abs(np.subtract(trajectory["loss"], golden["trajectory"]["loss"])).max() > 1e-8
+    trajectory, _ = replay(golden["spec"], statistics_scale=1 - 1e-6, num_steps=4)
+    assert np.abs(np.subtract(trajectory["loss"], golden["trajectory"]["loss"][:4])).max() > 1e-8

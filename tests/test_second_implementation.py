@@ -118,8 +118,9 @@ def test_the_loop_equals_a_second_implementation(tmp_path, float64):
     config = build_config(
         tiny(
             tmp_path / "run",
-            batch_size=128,
-            device_batch_size=64,
+            max_images=352,
+            batch_size=32,
+            device_batch_size=16,
             image_size=16,
             epochs=1,
             warmup_epochs=0.3,

@@ -162,7 +162,6 @@ def test_every_pool_has_its_own_shuffle(monkeypatch):
 
 SIZES = {  # rows of each piece
     "ImageNet in row groups of 100": np.full(12_812, 100, np.int32),
-    "a billion samples, 100 000 shards of 100 row groups": np.full(10_000_000, 100, np.int32),
     "a billion samples, 100 000 shards of one": np.full(100_000, 10_000, np.int32),
     "three billion samples, more than 31 bits": np.full(30_000, 100_000, np.int32),
 }

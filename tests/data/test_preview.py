@@ -14,14 +14,14 @@ def settings(dataset, **others):
     return build_config({"recipe": "8x2080Ti-b256-100ep", "dataset": str(dataset), "image_size": 32, **others})
 
 
-@pytest.mark.parametrize(("kind", "num_pairs"), [("files", 12), ("streamed", 4)])
+@pytest.mark.parametrize(("kind", "num_pairs"), [("files", 5), ("streamed", 4)])
 def test_the_preview_is_a_picture_of_pairs_of_views(tmp_path, monkeypatch, kind, num_pairs):
     monkeypatch.setattr(preview, "NUM_PAIRS", num_pairs)
     folder = tmp_path / "images"
     folder.mkdir()
     if kind == "files":
-        for i in range(15):
-            write_image(folder / f"{i:02}.png", value=10 * i, size=(40, 50))
+        for i in range(6):
+            write_image(folder / f"{i:02}.png", value=30 * i, size=(40, 50))
         (folder / "03.png").write_text("broken")
     else:
         write_parquet(folder / "a.parquet", 0, 20, row_group_size=2)

@@ -41,7 +41,7 @@ def test_a_global_batch_is_a_slice_of_the_permutation_for_any_number_of_processe
 def config(request, tmp_path):
     """About ten steps per epoch, for each way of reading a source."""
     if request.param == "random access":
-        return settings("digits", batch_size=128, device_batch_size=64, epochs=2)
+        return settings("digits", max_images=170, batch_size=16, device_batch_size=8, epochs=2)
     for shard, number in enumerate((30, 20, 35)):
         if request.param == "parquet":
             write_parquet(tmp_path / f"train-{shard}.parquet", 100 * shard, number, row_group_size=7)

@@ -98,7 +98,7 @@ def test_the_card_of_a_run(trained_run):
     rows = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
     accuracies = [row["knn_top1"] for row in rows if "knn_top1" in row]
     assert metric_values(text) == [round(accuracies[-1], 6)]
-    for words in (f"**{100 * accuracies[-1]:.2f} %**", "arXiv 2101.07525", "batch_size: 256", "images seen | 2,560 |"):
+    for words in (f"**{100 * accuracies[-1]:.2f} %**", "arXiv 2101.07525", "batch_size: 64", "images seen | 640 |"):
         assert words in text
 
 

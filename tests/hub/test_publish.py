@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,11 +71,28 @@ def no_clean_process(monkeypatch):
     monkeypatch.setattr(module, "check_in_clean_process", lambda *arguments: None)
 
 
+@pytest.fixture
+def loading_script_in_this_process(monkeypatch):
+    """Run the script of the clean process here, which saves its imports. A slow test publishes from a real one."""
+
+    def run(words, **options):
+        script, *arguments = words[words.index("-c") + 1 :]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["-c", *arguments])
+            patch.setitem(sys.modules, "m2t_accel", sys.modules["m2t_accel"])  # restored: the script blocks its import
+            exec(compile(script, "LOADING_SCRIPT", "exec"), {})
+        return subprocess.CompletedProcess(words, 0, "", "")
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+
+
 def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_published_encoder_computes_the_same_and_nothing_private_is_published(run, hub, trained_run, capfd):
+def test_a_published_encoder_computes_the_same_and_nothing_private_is_published(
+    run, hub, trained_run, loading_script_in_this_process, capfd
+):
     (run / "mine.txt").write_text("not to be published")
     url = publish(run, "me/digits", private=True)
     assert url.startswith(f"{hub.url}/me/digits/commit/")
@@ -161,7 +180,8 @@ def test_training_and_a_linear_probe_end_with_a_push(run_script, tmp_path):
         assert TOKEN not in done.stdout + done.stderr
         assert len(hub.commits) == 1
         assert (hub.folder / "me" / "digits" / "model.safetensors").is_file()
-        flags = ["--encoder", tmp_path / "run", "--dataset", "digits", "--epochs", 1, "--num_workers", 0]
+        flags = ["--encoder", tmp_path / "run", "--dataset", "digits", "--max_images", 320]
+        flags += ["--epochs", 1, "--num_workers", 0]
         done = run_script("scripts/linear_probe.py", *flags, "--push_to_hub", "me/digits", environment=environment)
         assert done.returncode == 0, done.stderr
     assert (hub.folder / "me" / "digits" / "results" / "linear_probe.json").is_file()

@@ -186,4 +186,4 @@ def test_a_stopped_run_and_its_resume_are_one_run_of_the_tracker(run_script, tmp
     answer = run_script("tests/tracked_run.py", name, tmp_path / "mine", environment=environment)
     assert answer.returncode == 0, answer.stderr
     found = json.loads(answer.stdout.splitlines()[-1])
-    assert found == {"runs": 1, "steps": list(range(11)), "batch_size": "256", "curves": True}
+    assert found == {"runs": 1, "steps": list(range(11)), "batch_size": "64", "curves": True}
