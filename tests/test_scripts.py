@@ -23,29 +23,12 @@ def test_a_script_consists_of_a_docstring_with_its_command_and_a_main_function(p
     assert [node.name for node in tree.body if isinstance(node, ast.FunctionDef)] == ["main"]
 
 
-# Runs each command line as if it had been typed, all in one process; prints the answers and the imported modules.
-ANSWERS = """
-import contextlib, io, json, runpy, sys
-
-answers = []
-for words in json.loads(sys.argv[1]):
-    sys.argv, status = words, 0
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        try:
-            runpy.run_path(words[0], run_name="__main__")
-        except SystemExit as exit:
-            status = exit.code or 0
-    answers.append((status, out.getvalue(), err.getvalue()))
-print(json.dumps({"answers": answers, "modules": list(sys.modules)}))
-"""
-
-
 def test_help_recipes_and_wrong_flags_are_answered_without_heavy_imports(run_script):
     """torch alone takes 2.5 s to import; without it these answers take less than a second."""
     wrong = [["--epoch", "3"], ["--epochs", "0"]]
     lines = [["scripts/pretrain.py", *words] for words in (["--recipe", "list"], *wrong)]
     lines += [[f"scripts/{path.name}", "--help"] for path in SCRIPTS]
-    done = run_script("-c", ANSWERS, json.dumps(lines))
+    done = run_script("tests/several_scripts.py", json.dumps(lines))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert {"torch", "transformers", "datasets", "numpy", "accelerate"} & set(found["modules"]) == set()

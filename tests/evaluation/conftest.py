@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from helpers import run_in_root
 
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.hub.folder import image_processor
@@ -51,22 +52,36 @@ def given(small_run, small_images, tmp_path):
     }
 
 
+TWO_PROCESSES = {
+    "knn": {},
+    "linear_probe": {"epochs": 2, "batch_size": 16, "device_batch_size": 4, "learning_rates": (0.1, 1)},
+    "finetune": {"epochs": 2, "batch_size": 16, "device_batch_size": 8, "labels": 1.0},
+}
+
+
+@pytest.fixture(scope="session")
+def folder_of_two_processes(small_run, small_images, tmp_path_factory):
+    """The folder with the results of TWO_PROCESSES; one launch runs all scripts, because a launch takes seconds."""
+    folder, lines = tmp_path_factory.mktemp("two"), []
+    for script, others in TWO_PROCESSES.items():
+        settings = {"encoder": small_run, "dataset": small_images, "num_workers": 0, **others}
+        lines.append([f"scripts/{script}.py", "--output_dir", str(folder / script)])
+        for name, value in settings.items():
+            lines[-1] += [f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    launch = ("-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu2.yaml")
+    done = run_in_root(*launch, "tests/several_scripts.py", json.dumps(lines), environment={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert all((folder / script / "result.json").exists() for script in TWO_PROCESSES), done.stdout
+    return folder
+
+
 @pytest.fixture
-def evaluate_on_two_processes(run_script):
-    """Run a script of an evaluation on two processes and return its result; one thread each, in this process too."""
+def two_processes(folder_of_two_processes):
+    """A function that returns the settings and the folder of a script's run on two processes with one thread each.
+
+    This process has one thread too during the test, because rounding depends on their number.
+    """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-
-    def run(script, settings, folder):
-        words = [word for name, value in settings.items() for word in (f"--{name}", value) if name != "output_dir"]
-        words = [",".join(map(str, word)) if isinstance(word, list) else word for word in words]
-        done = run_script(
-            *("-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu2.yaml"),
-            *(f"scripts/{script}.py", *words, "--output_dir", folder),
-            environment={"OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads((folder / "result.json").read_text())
-
-    yield run
+    yield lambda script: (TWO_PROCESSES[script], folder_of_two_processes / script)
     torch.set_num_threads(num_threads)

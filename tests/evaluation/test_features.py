@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -101,24 +102,32 @@ def test_a_fingerprint_depends_on_files_and_labels_but_not_on_their_order():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["16k", "1m"])
-@pytest.mark.parametrize("script", ["knn", "linear_probe", "finetune", "embed", "pretrain"])
-def test_a_small_dev_shm_is_enough_or_one_line(given, script, size):
+def test_a_small_dev_shm_is_enough_or_one_line(given, tmp_path, size):
     """The batches of the workers take more than any of these sizes, but only their locks are in /dev/shm."""
-    settings = {**given, "num_workers": 2, "image_size": 384}
-    if script in ("linear_probe", "finetune", "pretrain"):
-        settings |= {"epochs": 1, "batch_size": 42, "device_batch_size": 42}
-    if script == "finetune":
-        settings |= {"labels": 1.0}
-    if script == "pretrain":
-        settings |= {"recipe": "digits", "warmup_epochs": 0, "encoder": "resnet10-quarter"}
-    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
     mount = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
     command = ["unshare", "-m", "sh", "-c", mount, "sh"]
     if subprocess.run([*command, "true"], check=False, capture_output=True).returncode:
         pytest.skip("no /dev/shm can be mounted here")
-    command += [sys.executable, f"scripts/{script}.py", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == (2 if size == "16k" else 0), done.stderr
-    if size == "16k":
-        assert "cannot start the workers (No space left on device): give a smaller --num_workers, or" in done.stderr
+    training = {"epochs": 1, "batch_size": 42, "device_batch_size": 42}
+    scripts = {
+        "knn": {},
+        "linear_probe": training,
+        "finetune": {**training, "labels": 1.0},
+        "embed": {},
+        "pretrain": {**training, "recipe": "digits", "warmup_epochs": 0, "encoder": "resnet10-quarter"},
+    }
+    lines = []
+    for script, others in scripts.items():
+        settings = {**given, "num_workers": 2, "image_size": 384, "output_dir": tmp_path / script, **others}
+        words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+        lines.append([f"scripts/{script}.py", *words])
+    command += [sys.executable, "tests/several_scripts.py", json.dumps(lines)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
+    for (script, *_), (status, _, error) in zip(lines, json.loads(done.stdout)["answers"], strict=True):
+        assert status == (2 if size == "16k" else 0), error
+        if size == "16k":
+            line = f"{script.removeprefix('scripts/')}: error: cannot start the workers (No space left on device): "
+            assert error.splitlines()[-1].startswith(f"{line}give a smaller --num_workers, or"), error
+        assert "Traceback" not in error

@@ -155,12 +155,12 @@ def test_a_training_that_is_interrupted_after_its_last_step_only_measures(given,
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_network_up_to_rounding(given, tmp_path, evaluate_on_two_processes):
-    given = {**given, "labels": 1.0, "epochs": 2, "batch_size": 16, "device_batch_size": 8}
-    alone = finetune.evaluate_finetuned(build_finetune(given))
-    two = evaluate_on_two_processes("finetune", given, tmp_path / "two")
+def test_two_processes_train_the_same_network_up_to_rounding(given, tmp_path, two_processes):
+    settings, folder = two_processes("finetune")
+    alone = finetune.evaluate_finetuned(build_finetune({**given, **settings}))
+    two = json.loads((folder / "result.json").read_text())
     assert json.loads(json.dumps(alone["data"])) == two["data"]
-    a, b = (load_file(tmp_path / name / "classifier" / "model.safetensors") for name in ("result", "two"))
+    a, b = (load_file(path / "classifier" / "model.safetensors") for path in (tmp_path / "result", folder))
     for name, tensor in a.items():
         if not name.endswith("num_batches_tracked"):  # counts the sub-batches of the main process
             torch.testing.assert_close(b[name], tensor, rtol=1e-3, atol=1e-5, msg=name)

@@ -107,8 +107,9 @@ def test_images_that_cannot_be_decoded_are_refused():
 
 
 @pytest.mark.slow
-def test_two_processes_measure_the_same_figures(given, tmp_path, evaluate_on_two_processes):
-    alone = knn.evaluate_knn(build_knn(given))
-    two = evaluate_on_two_processes("knn", given, tmp_path / "two")
+def test_two_processes_measure_the_same_figures(given, two_processes):
+    settings, folder = two_processes("knn")
+    alone = knn.evaluate_knn(build_knn({**given, **settings}))
+    two = json.loads((folder / "result.json").read_text())
     for key in ("figures", "data", "protocol", "weights"):
         assert json.loads(json.dumps(alone[key])) == two[key]

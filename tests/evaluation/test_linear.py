@@ -148,11 +148,11 @@ def test_one_training_image_is_refused(given, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_heads(given, tmp_path, evaluate_on_two_processes):
-    settings = {**given, "epochs": 2, "batch_size": 16, "device_batch_size": 4, "learning_rates": [0.1, 1]}
-    alone = linear.evaluate_linear(build_linear_probe(settings))
-    two = evaluate_on_two_processes("linear_probe", settings, tmp_path / "two")
+def test_two_processes_train_the_same_heads(given, tmp_path, two_processes):
+    settings, folder = two_processes("linear_probe")
+    alone = linear.evaluate_linear(build_linear_probe({**given, **settings}))
+    two = json.loads((folder / "result.json").read_text())
     for key in ("figures", "data", "protocol", "weights"):
         assert json.loads(json.dumps(alone[key])) == two[key]
-    a, b = weights_of(tmp_path / "result"), weights_of(tmp_path / "two")
+    a, b = weights_of(tmp_path / "result"), weights_of(folder)
     assert all(torch.equal(a[key], b[key]) for key in a)
