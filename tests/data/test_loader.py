@@ -1,4 +1,5 @@
 import errno
+import json
 import multiprocessing
 import multiprocessing.synchronize
 import os
@@ -209,8 +210,10 @@ def test_a_shard_that_is_truncated_while_it_is_read_ends_the_run(tmp_path):
     assert multiprocessing.active_children() == [], f"the workers live on while {kept} is referenced"
 
 
-PROGRAM = """
-import os, signal, sys, time
+# Imports the libraries once, forks a process for each program, and prints what becomes of it. A program reads two
+# batches or fewer, prints the numbers of its workers, and ends.
+PROGRAMS = """
+import json, os, signal, sys, tempfile, time
 import torch
 from helpers import settings
 from m2t_accel.config.fields import ConfigurationError
@@ -221,9 +224,39 @@ from m2t_accel.data.views import TwoViews
 config = settings("digits", num_workers=2)
 images = load_images(config).train
 requests = list(DeviceBatches(images, config, 1, 0))
+
+class HangingViews(TwoViews):
+    def __getitems__(self, request):
+        if request.samples[0] == requests[1].samples[0]:
+            time.sleep(600)
+        return super().__getitems__(request)
+
+def begin(views):
+    batches = read(create_loader(views(images, config), requests, config))
+    next(batches)
+    print(*(worker.pid for worker in torch.multiprocessing.active_children()), flush=True)
+    return batches
+
+running = []
+for lines in json.loads(sys.argv[1]):
+    files = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+    process = os.fork()
+    if process == 0:
+        for number, file in enumerate(files, 1):
+            os.dup2(file.fileno(), number)
+        exec(lines)
+        sys.exit()
+    running.append((process, *files))
+found = []
+for process, *files in running:
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    for file in files:
+        file.seek(0)
+    found.append([status, *(file.read() for file in files)])
+print(json.dumps(found))
 """
 
-KILLED = """
+KILLED_WORKER = """
 for in_the_loop in (True, False):
     loader = create_loader(TwoViews(images, config), requests, config)
     try:
@@ -236,29 +269,10 @@ for in_the_loop in (True, False):
     except ConfigurationError as error:
         print(error)
 """
-
-HANGING = """
-class Views(TwoViews):
-    def __getitems__(self, request):
-        if request.samples[0] == requests[1].samples[0]:
-            time.sleep(600)
-        return super().__getitems__(request)
-batches = read(create_loader(Views(images, config), requests, config))
-next(batches)
-print(*(worker.pid for worker in torch.multiprocessing.active_children()), flush=True)
-"""
-
-HALF_READ = """
-batches = read(create_loader(TwoViews(images, config), requests, config))
-next(batches)
-print(*(worker.pid for worker in torch.multiprocessing.active_children()), flush=True)
-"""
-
-
-@pytest.fixture
-def run_program(run_script):
-    """Run PROGRAM and more lines as a process."""
-    return lambda lines: run_script("-c", PROGRAM + lines, environment={"PYTHONPATH": "tests"}, timeout=60)
+HALF_READ = "batches = begin(TwoViews)"
+HANGING = "batches = begin(HangingViews)"
+ENDS = [HALF_READ, HANGING, f"{HANGING}; batches.close()", f"{HANGING}; raise SystemExit(0)"]
+KILLED = f"{HANGING}; os.kill(os.getpid(), signal.SIGTERM)"
 
 
 def is_running(process_id):
@@ -269,20 +283,23 @@ def is_running(process_id):
 
 
 @pytest.mark.slow
-def test_a_killed_worker_ends_the_run_with_one_line(run_program):
-    """In its own process, because threads of the broken queues may still write errors afterwards."""
-    lines = run_program(KILLED).stdout.splitlines()
+def test_programs_end_silently_and_leave_no_worker(run_script):
+    """With idle workers, and with one that hangs in a read, as from a lost disk; and if a worker or they are killed."""
+    done = run_script("-c", PROGRAMS, json.dumps([*ENDS, KILLED, KILLED_WORKER]), environment={"PYTHONPATH": "tests"})
+    assert done.stderr == ""
+    *ended, killed, killed_worker = json.loads(done.stdout)
+    assert [(status, errors) for status, _, errors in ended] == [(0, "")] * len(ENDS)
+    assert killed[0] == -signal.SIGTERM
+    time.sleep(0.5)
+    for _, printed, _ in (*ended, killed):
+        workers = [int(word) for word in printed.split()]
+        assert len(workers) == 2
+        assert not any(map(is_running, workers))
+    # Threads of the broken queues may still write errors after the lines.
+    lines = killed_worker[1].splitlines()
     assert len(lines) == 2
     for line in lines:
         assert re.match(r"a worker process has died .*--num_workers", line)
-
-
-@pytest.mark.slow
-def test_a_worker_that_hangs_ends_with_a_killed_program(run_program):
-    done = run_program(HANGING + "os.kill(os.getpid(), signal.SIGTERM)")
-    assert done.returncode == -signal.SIGTERM
-    time.sleep(0.5)
-    assert not any(is_running(int(word)) for word in done.stdout.split())
 
 
 class HangingViews(TwoViews):
@@ -307,17 +324,6 @@ def test_a_signal_ends_the_wait_for_a_worker_that_hangs(monkeypatch):
             next(batches)
     assert 0.4 < time.monotonic() - started < 3
     assert multiprocessing.active_children() == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("lines", [HALF_READ, HANGING, HANGING + "batches.close()", HANGING + "raise SystemExit(0)"])
-def test_a_program_ends_silently_and_leaves_no_worker(run_program, lines):
-    """With idle workers, and with one that hangs in a read, as from a lost disk."""
-    done = run_program(lines)
-    assert (done.returncode, done.stderr) == (0, "")
-    workers = [int(word) for word in done.stdout.split()]
-    assert len(workers) == 2
-    assert not any(map(is_running, workers))
 
 
 def test_workers_take_the_cores_that_training_leaves(monkeypatch):
