@@ -10,7 +10,7 @@ from test_pretrain import assert_same_run, stop_in_step, write_hub_tars
 from m2t_accel.config.evaluation import build_knn
 from m2t_accel.config.fields import Interrupted
 from m2t_accel.config.recipes import build_config
-from m2t_accel.data import order
+from m2t_accel.data import order, preview
 from m2t_accel.data.preview import draw_preview
 from m2t_accel.evaluation.knn import evaluate_knn
 from m2t_accel.pretrain import pretrain
@@ -65,8 +65,8 @@ SOURCES = {
     "pixel arrays, streamed": (write_arrays, {"label_column": "kind", "streaming": True}, True),
     "parquet on the Hub": (write_shards, {}, True),
     "parquet on the Hub, streamed": (write_shards, {"streaming": True}, True),
-    "tars on the Hub": (write_hub_tars, {}, True),
-    "tars on the Hub, streamed": (write_hub_tars, {"streaming": True, "images_per_epoch": 96}, True),
+    "tars on the Hub": (write_hub_tars, {"batch_size": 16}, True),
+    "tars on the Hub, streamed": (write_hub_tars, {"streaming": True, "images_per_epoch": 96, "batch_size": 16}, True),
     "zip on the Hub": (write_zips, {}, False),
     "zip on the Hub, streamed": (write_zips, {"streaming": True}, False),
     "memory": (None, {}, True),
@@ -78,6 +78,7 @@ SOURCES = {
 def test_every_source_is_shown_trained_on_resumed_and_evaluated(tmp_path, monkeypatch, capsys, source, request):
     write, given, has_labels = SOURCES[source]
     monkeypatch.setattr(completion, "draw_curves", lambda *arguments, **options: None)  # takes as long as a small run
+    monkeypatch.setattr(preview, "NUM_PAIRS", 2)
     monkeypatch.setattr(order, "POOL_SIZE", 1)
     monkeypatch.setattr(order, "MIN_POOL_BATCHES", 2)
     dataset, images = "memory", None
@@ -95,6 +96,8 @@ def test_every_source_is_shown_trained_on_resumed_and_evaluated(tmp_path, monkey
 
     def settings(folder, **others):
         given_all = {"dataset": dataset, "batch_size": 8, "device_batch_size": 4, "image_size": 16, **given, **others}
+        if has_labels:
+            given_all["evaluate_every"] = 2
         return tiny(tmp_path / folder, **given_all)
 
     if images is None:

@@ -18,24 +18,28 @@ from m2t_accel.data.requests import DeviceBatches
 from m2t_accel.data.sources import load_images
 
 LOAD = """
-import sys
 from m2t_accel.config import command_line, recipes
 from m2t_accel.data import decode, sources
-with command_line.errors_in_one_line():
-    given = {'recipe': 'digits', 'dataset': sys.argv[1], 'batch_size': 4, 'streaming': len(sys.argv) > 2}
-    images = sources.load_images(recipes.build_config(given))
-    if len(sys.argv) > 2:
-        samples, rows = images.train.open(0)(2, 8)
-        print(samples, images.train.files[0])
-    else:
-        rows = images.train['image']
-    print(images.note, [int(decode.decode_image(row)[0, 0, 0]) for row in rows])
+for name in ('pictures', 'gated-pictures', 'no-pictures'):
+    for streaming in (False, True):
+        try:
+            with command_line.errors_in_one_line():
+                given = {'recipe': 'digits', 'dataset': f'someone/{name}', 'batch_size': 4, 'streaming': streaming}
+                images = sources.load_images(recipes.build_config(given))
+                if streaming:
+                    samples, rows = images.train.open(0)(2, 8)
+                    print(samples, images.train.files[0])
+                else:
+                    rows = images.train['image']
+                print(images.note, [int(decode.decode_image(row)[0, 0, 0]) for row in rows])
+        except SystemExit as error:
+            assert error.code == 2
 """
 
 
 @pytest.mark.slow
 def test_a_data_set_of_the_hub_over_http(tmp_path, run_script):
-    """It runs in processes of its own, because the endpoint must be set before the libraries are imported."""
+    """It runs in a process of its own, because the endpoint must be set before the libraries are imported."""
     folder = tmp_path / "hub" / "someone" / "pictures" / "data"
     folder.mkdir(parents=True)
     (tmp_path / "hub" / "someone" / "gated-pictures").mkdir()
@@ -46,21 +50,19 @@ def test_a_data_set_of_the_hub_over_http(tmp_path, run_script):
     with loopback_hub(tmp_path / "hub") as hub:
         environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         environment |= {"HF_HUB_DISABLE_XET": "1", "XDG_CACHE_HOME": str(tmp_path / "new")}
-        for more, first in (([], 0), (["streaming"], 2)):
-            found = run_script("-c", LOAD, "someone/pictures", *more, environment=environment)
-            assert found.returncode == 0, found.stderr
-            assert (
-                "someone/pictures: 8 images of 2 classes in split train; evaluation on 4 others (split test"
-                in found.stdout
-            )
-            assert str(list(range(first, 8))) in found.stdout
-        assert "[2 3 4 5 6 7] hf://datasets/someone/pictures@0123456789abcdef" in found.stdout
-        for name, reason in (("gated-pictures", "hf auth login"), ("no-pictures", "Repository Not Found")):
-            refused = run_script("-c", LOAD, f"someone/{name}", environment=environment)
-            assert refused.returncode == 2, refused.stderr
-            line = refused.stderr.splitlines()[-1]
-            assert f"error: --dataset someone/{name} cannot be loaded" in line
-            assert reason in line
+        found = run_script("-c", LOAD, environment=environment)
+    assert found.returncode == 0, found.stderr
+    note = "someone/pictures: 8 images of 2 classes in split train; evaluation on 4 others (split test, its own"
+    assert found.stdout.count(note) == 2
+    copied, place, streamed = found.stdout.splitlines()
+    assert copied.endswith(str([*range(8)]))
+    assert place.startswith("[2 3 4 5 6 7] hf://datasets/someone/pictures@0123456789abcdef")
+    assert streamed.endswith(str([*range(2, 8)]))
+    errors = [line for line in found.stderr.splitlines() if "error: " in line]
+    assert len(errors) == 4
+    for line, name in zip(errors, ("gated-pictures", "gated-pictures", "no-pictures", "no-pictures"), strict=True):
+        assert f"error: --dataset someone/{name} cannot be loaded" in line
+        assert {"gated-pictures": "hf auth login", "no-pictures": "Repository Not Found"}[name] in line
 
 
 def write_splits(folder, **splits):
