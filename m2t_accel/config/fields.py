@@ -138,8 +138,10 @@ def convert(name: str, kind: object, value: object) -> object:
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)
         items = value if isinstance(value, list | tuple) else [value]
-        if ... in kinds:  # any number of items, separated by spaces or commas
-            items = [part for item in items for part in (item.split(",") if isinstance(item, str) else [item])]
+        # Text, as in a YAML file, may hold several items, separated by spaces or commas.
+        parts = [re.split("[ ,]+", item.strip()) if isinstance(item, str) else [item] for item in items]
+        items = [item for part in parts for item in part]
+        if ... in kinds:  # any number of items
             if not items:
                 raise ConfigurationError(f"--{name} is empty: leave it out, or give it a value")
             kinds = kinds[:1] * len(items)

@@ -48,9 +48,9 @@ def test_flags_and_yaml_are_read_in_the_same_way():
     assert build(size=["1", 2]).size == (1.0, 2.0)
 
 
-@pytest.mark.parametrize("given", ["0.1,2", ["0.1,2"], ["0.1", 2], [0.1, "2"]])
+@pytest.mark.parametrize("given", ["0.1,2", ["0.1,2"], ["0.1", 2], [0.1, "2"], "0.1 2", " 0.1, 2 "])
 def test_a_setting_may_take_any_number_of_values(given):
-    assert build(rates=given).rates == (0.1, 2.0)
+    assert build(rates=given, pair=given).rates == build(pair=given).pair == (0.1, 2.0)
     assert build(rates=3).rates == (3.0,)
 
 
