@@ -1,10 +1,15 @@
 """Self-supervised pretraining of image encoders by Momentum² Teacher (arXiv 2101.07525)."""
 
 import importlib
+import os
 import sys
 import types
 
 __version__ = "0.1.0"
+
+# OpenMP reads this when torch is imported. By default, a thread that waits for the others keeps its core busy, and a
+# core that other programs also use then slows a step many times.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Public names and their modules. They are imported on first use: `import m2t_accel` must not wait for torch.
 _PUBLIC = {

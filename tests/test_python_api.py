@@ -1,4 +1,5 @@
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -33,6 +34,15 @@ def test_importing_the_package_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_waiting_threads_leave_their_core_to_others_unless_the_user_says_otherwise(given, policy):
+    code = "import os, m2t_accel; print(os.environ['OMP_WAIT_POLICY'])"
+    clean = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=ROOT, env={**clean, **given}, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{policy}\n"
 
 
 def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ from m2t_accel.data.crops import Photometry
 from m2t_accel.data.requests import DeviceBatches, Request
 from m2t_accel.data.views import CentralViews, TwoViews, ViewBatch
 from m2t_accel.distributed.interruption import NoBatchError, end_with_parent, waiting_for_a_batch
-from m2t_accel.distributed.launch import num_cores
+from m2t_accel.distributed.launch import num_cores, num_local_processes
 
 # Batches that each worker prepares ahead. With 1, 2, 4 and 8, two workers gave the same images/s within 6 %, with a
 # slower and with a faster loop. Each batch takes memory.
@@ -290,5 +290,4 @@ def set_up_worker(worker: int) -> None:
 
 def default_num_workers() -> int:
     """Return the number of cores that training leaves free per process of this machine, at most 8."""
-    num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-    return max(0, min(8, num_cores() // num_local_processes - 1))
+    return max(0, min(8, num_cores() // num_local_processes() - 1))

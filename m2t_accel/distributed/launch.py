@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import shlex
 import socket
@@ -44,6 +45,8 @@ SHARDING = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
 
+CGROUPS = Path("/sys/fs/cgroup")  # in a container, the files of its limits
+
 # NCCL aborts a process at its timeout, before any message can be printed. With this margin, gloo times out first.
 NCCL_GRACE = timedelta(minutes=1)
 COMPILE_TIMEOUT = timedelta(minutes=30)
@@ -73,6 +76,7 @@ def start_accelerator(
         check_num_processes(config, world_size)
         num_steps = config.num_virtual_devices // world_size
     route_gloo(os.environ)
+    limit_threads()
     try:
         accelerator = Accelerator(
             cpu=wants_cpu(os.environ),
@@ -268,7 +272,37 @@ def command() -> str:
 
 def num_cores() -> int:
     """Return the number of cores that this process may use; on macOS, all cores of the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(cores, container_quota(CGROUPS))))
+
+
+def container_quota(cgroups: Path) -> float:
+    """Return the number of cores whose time a container may use, such as 2.0 after `docker run --cpus 2`."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # of cgroups 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # no such file, or the word `max`
+            quota, period = (int(word) for name in names for word in (cgroups / name).read_text().split())
+            if quota > 0:  # -1 is no limit
+                return quota / period
+    return math.inf
+
+
+def num_local_processes() -> int:
+    """Return the number of processes of this launch on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
+def limit_threads() -> None:
+    """Use no more threads than there are cores for this process, unless the user has chosen their number.
+
+    accelerate launch and torch count the cores of the machine, also those that a container or SLURM withholds.
+    """
+    arguments, environment = launcher_arguments(), os.environ
+    if arguments is not None:  # it sets OMP_NUM_THREADS itself
+        with contextlib.suppress(psutil.Error):
+            environment = psutil.Process().parent().environ()
+    by_flag = any(word.replace("-", "_").startswith("__num_cpu_threads_per_process") for word in arguments or ())
+    if not by_flag and "OMP_NUM_THREADS" not in environment:
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, num_cores() // num_local_processes())))
 
 
 def hardware(accelerator: Accelerator) -> str:

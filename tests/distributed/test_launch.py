@@ -1,8 +1,11 @@
 """The accelerate configurations and the checks of a launch, in this process and by real launches."""
 
 import json
+import math
+import os
 from datetime import timedelta
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -18,6 +21,9 @@ from m2t_accel.distributed.launch import (
     LaunchRequest,
     check_launch,
     check_options,
+    container_quota,
+    limit_threads,
+    num_cores,
     read_request,
     route_gloo,
     start_accelerator,
@@ -179,6 +185,55 @@ def test_gloo_uses_the_interface_that_leads_to_the_first_machine():
         environment = dict(given)
         route_gloo(environment)
         assert environment.get("GLOO_SOCKET_IFNAME") == interface
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({}, math.inf),
+        ({"cpu.max": "max 100000"}, math.inf),
+        ({"cpu.max": "200000 100000"}, 2.0),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 0.5),
+    ],
+)
+def test_the_quota_of_a_container_limits_the_cores(files, quota, tmp_path, monkeypatch):
+    (tmp_path / "cpu").mkdir()
+    for name, content in files.items():
+        (tmp_path / name).write_text(content + "\n")
+    monkeypatch.setattr(launch_module, "CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    assert container_quota(tmp_path) == quota
+    assert num_cores() == {math.inf: 8, 2.0: 2, 0.5: 1}[quota]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "num_processes", "num_threads"),
+    [
+        (None, {}, 1, 6),
+        (None, {}, 4, 1),
+        (None, {"OMP_NUM_THREADS": "16"}, 1, 16),
+        (["train.py"], {}, 2, 3),  # the launcher has set OMP_NUM_THREADS=16
+        (["train.py"], {"OMP_NUM_THREADS": "16"}, 1, 16),
+        (["--num-cpu-threads-per-process", "16", "train.py"], {}, 1, 16),
+    ],
+)
+def test_there_are_no_more_threads_than_cores_unless_the_user_asks(
+    arguments, environment, num_processes, num_threads, monkeypatch
+):
+    """On 6 cores, where torch or the launcher has chosen 16 threads; the environment is that of the launcher."""
+    monkeypatch.setattr(launch_module, "num_cores", lambda: 6)
+    monkeypatch.setattr(launch_module, "launcher_arguments", lambda: arguments)
+    monkeypatch.setattr(psutil.Process, "environ", lambda process: environment)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_processes))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in ({"OMP_NUM_THREADS": "16"} if arguments else environment).items():
+        monkeypatch.setenv(name, value)
+    chosen = [16]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    limit_threads()
+    assert chosen[-1] == num_threads
 
 
 def launch(run_script, name, *arguments):
