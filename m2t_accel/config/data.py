@@ -95,6 +95,11 @@ class ImageSettings:
         """Return whether labelled images will be used for evaluation."""
         return True
 
+    @property
+    def or_no_evaluation(self) -> str:
+        """Return the end of an advice about images for evaluation: pretraining also works without them."""
+        return ", or type --evaluate_every 0" if hasattr(self, "evaluate_every") else ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(ImageSettings):

@@ -97,7 +97,8 @@ def hold_out_pieces(
         elif limit:
             size = count(smallest(train.piece_sizes)[1], "image")
             remarks.append(
-                f"no image is held out, because the smallest row group has {size}, more than the {limit:,.0f} wanted"
+                f"no image is held out, because the smallest row group has {size}, more than the {limit:,.0f} wanted: "
+                "write smaller row groups, or leave out --streaming"
             )
     parts = {"train": (train, MAX_STREAMED_BANK)} | ({"val": (validation, MAX_STREAMED_QUERIES)} if validation else {})
     splits = {}

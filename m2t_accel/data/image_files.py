@@ -73,8 +73,7 @@ def load_image_files(
             if config.evaluates and len(unknown) < len(found):
                 raise ConfigurationError(
                     f"--dataset {config.dataset}: {describe(validation)} has the class folder {unknown[0]}, which the "
-                    "training split does not have: rename it or move it away"
-                    + (", or type --evaluate_every 0" if hasattr(config, "evaluate_every") else "")
+                    f"training split does not have: rename it or move it away{config.or_no_evaluation}"
                 )
             unused[choice.validation] = f", because the training split has no class folder {unknown[0]}"
         else:

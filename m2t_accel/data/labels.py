@@ -213,7 +213,7 @@ class Classes:
         self.by_number = by_number
 
     def cover(self, labels: pyarrow.ChunkedArray, column: LabelColumn, config: ImageSettings) -> bool:
-        """Return whether no label of a validation split is missing.
+        """Return whether a validation split can be used: no label is missing.
 
         Args:
             labels: the labels of all images, or their distinct values.
@@ -221,16 +221,19 @@ class Classes:
             config: names the dataset.
 
         Raises:
-            ConfigurationError: a label is not among the classes.
+            ConfigurationError: a label is not among the classes, and the split would be used.
         """
         labels = distinct(labels)
         if any(map(is_missing, labels)):
             return False
         unknown = sorted(str(label) for label in labels if self.number(label) is None)
+        if unknown and not config.evaluates:
+            return False
         if unknown:
             raise ConfigurationError(
                 f"--dataset {config.dataset}: the label {unknown[0]} of the validation split is not among the "
                 f"training labels of the column {column.name}; choose another with --label_column"
+                f"{config.or_no_evaluation}"
             )
         return True
 

@@ -45,7 +45,7 @@ def test_no_row_group_is_held_out_if_all_are_too_large(tmp_path):
     write_parquet(tmp_path / "train.parquet", 0, 100, row_group_size=50)
     images = load(tmp_path, streaming=True)
     assert (len(images.train), images.validation) == (100, None)
-    assert "smallest row group has 50 images, more than the 10 wanted" in images.note
+    assert "smallest row group has 50 images, more than the 10 wanted: write smaller row groups" in images.note
     assert "every row group is too large" in images.lacks
 
 

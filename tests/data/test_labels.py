@@ -45,8 +45,9 @@ def test_labels_of_both_splits(tmp_path, case, streaming):
         split.to_parquet(tmp_path / f"{name}.parquet", batch_size=4)
     given = {"streaming": streaming, "validation_fraction": 0.2}
     if isinstance(answer, str):
-        with pytest.raises(ConfigurationError, match=answer):
+        with pytest.raises(ConfigurationError, match=f"{answer}, or type --evaluate_every 0"):
             load(tmp_path, **given)
+        assert len(load(tmp_path, **given, evaluate_every=0).train) == 40
         return
     images = load(tmp_path, **given)
     if answer is None:
