@@ -9,6 +9,7 @@ Each has its own --help.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -88,6 +89,7 @@ def measure_step() -> None:
     check_inputs(config, check_images=config.dataset != "random")
     check_writable("json", given.json)
     check_writable("profile", given.profile)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports that a CPU has no GPU
     from m2t_accel.benchmark import step
     from m2t_accel.distributed.processes import destroy_process_group
 

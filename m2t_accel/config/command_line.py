@@ -141,7 +141,7 @@ def parse_settings(
         epilog="The --config file may hold any setting, as `name: value`; flags override it.\n"
         "The names of transformers and timm for these settings are accepted, too: see docs/recipes.md."
         + (f"\nThe defaults shown are those for ImageNet; a {preset} has its own." if preset else "")
-        + ("\nOther settings of a run are accepted, too, and change nothing here." if shown is not None else ""),
+        + ("\nThe other settings of scripts/pretrain.py are accepted, too." if shown is not None else ""),
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="file with settings, such as the config.yaml of a run")
     hints = typing.get_type_hints(kind)
