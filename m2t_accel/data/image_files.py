@@ -6,7 +6,7 @@ import functools
 import itertools
 import posixpath
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow
@@ -21,6 +21,11 @@ from m2t_accel.data.splits import TRAIN, UNNAMED, choose_splits, says_evaluation
 PATHS_PER_CHUNK = 2**18  # a path has at most 4096 bytes, and a chunk must stay below 2 GB
 # A part of a dataset that is no class: images_001, HAM10000_images_part_1. GTSRB has classes such as 00012.
 PART = re.compile(r"(.*[\W_])?(batch|chunk|images?|part|shard)[-_ ]?\d+", re.IGNORECASE)
+# A folder of masks or label images: ADE20K's annotations/, Cityscapes' gtFine/, VOC's SegmentationClass/.
+MASKS = re.compile(
+    r"(.*[\W_])?(annotations?|gt|gtcoarse|gtfine|ground_?truth|labels|masks|segmentation(class|object|s)?|trimaps)",
+    re.IGNORECASE,
+)
 
 # Paths of images relative to the top folder, by the folder that is their split. It is empty for the top folder.
 Places = dict[str, list[str]]
@@ -47,10 +52,16 @@ def load_image_files(
     check_train(folder, groups, called_train, images, config)
     choice = choose_splits(list(groups), config)
     train = groups[choice.train]
-    if doubtful := evaluation_folders(train):
+    folders = {place: set(map(posixpath.dirname, paths)) for place, paths in train.items()}
+    if doubtful := evaluation_folders(folders):
         remarks.append(
             f"warning: {list_places(doubtful)} may be held out, but no folder beside is called train, so its images "
             "are trained on; move them away, or name the folder with --validation_split"
+        )
+    if masks := mask_folders(folders):
+        remarks.append(
+            f"warning: {list_places(masks)} may hold masks instead of photographs, and the images are trained on; move "
+            "them away, or name the folder of photographs with --train_split"
         )
     names = class_paths(train)
     if any((folder / f"{name}_stats.json").exists() for name in {path.split("/")[0] for path in images}):
@@ -158,16 +169,29 @@ def list_places(names: Sequence[str]) -> str:
     return ", ".join(names if len(names) <= MAX_LISTED else [*names[:MAX_LISTED], "…"])
 
 
-def evaluation_folders(places: Places) -> list[str]:
-    """Return the folders below those of a split that are called like evaluation splits."""
+def evaluation_folders(folders_of: Mapping[str, set[str]]) -> list[str]:
+    """Return the folders that are called like evaluation splits, given those of the images below each place."""
     found = set()
-    for place, paths in places.items():
-        for folder in {posixpath.dirname(path) for path in paths}:
+    for place, folders in folders_of.items():
+        for folder in folders:
             names = folder.split("/")
             for depth in range(depth_of(place), len(names)):
                 if says_evaluation(names[depth]):
                     found.add("/".join(names[: depth + 1]) + "/")
     return sorted(found)
+
+
+def mask_folders(folders_of: Mapping[str, set[str]]) -> list[str]:
+    """Return the folders that are called like masks, if others are not, given those of the images below each place."""
+    found, others = set(), False
+    for folder in itertools.chain(*folders_of.values()):
+        names = folder.split("/")
+        depth = next((depth for depth, name in enumerate(names, 1) if MASKS.fullmatch(name)), None)
+        if depth is None:
+            others = True
+        else:
+            found.add("/".join(names[:depth]) + "/")
+    return sorted(found) if others else []
 
 
 def class_paths(places: Places) -> list[str]:

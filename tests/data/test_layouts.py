@@ -400,6 +400,25 @@ def test_folds_of_a_cross_validation_are_a_warning(tmp_path, extension):
     assert "are folds" not in load(tmp_path / "fold_1", batch_size=2).introduction
 
 
+@pytest.mark.parametrize(
+    ("files", "folders"),
+    [
+        ("ADE/images/training/1.png ADE/images/validation/2.png ADE/annotations/training/1.png", "ADE/annotations/"),
+        (
+            "JPEGImages/1.png SegmentationClass/1.png SegmentationObject/1.png",
+            "SegmentationClass/, SegmentationObject/",
+        ),
+        ("images/train/1.png images/val/2.png labels/train/1.txt", None),
+        ("with_mask/1.png without_mask/2.png", None),
+        ("masks/1.png masks/2.png", None),
+    ],
+)
+def test_folders_of_masks_are_a_warning(tmp_path, files, folders):
+    make(tmp_path, files)
+    warnings = [line for line in load(tmp_path).warnings if "may hold masks" in line]
+    assert [line.partition(" may hold")[0] for line in warnings] == ([f"warning: {folders}"] if folders else [])
+
+
 def test_a_class_that_training_lacks_does_not_matter_without_evaluation(tmp_path):
     make(tmp_path, "train/a/1.png train/b/2.png val/a/3.png val/c/4.png")
     note = load(tmp_path, evaluate_every=0).note
