@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from m2t_accel.momentum_norm import (
     MomentumBatchNorm,
@@ -98,6 +99,75 @@ def test_a_layer_that_no_forward_used_keeps_its_history():
     used(torch.randn(6, 5, dtype=torch.float64))
     commit_statistics([used, unused])
     assert all(torch.equal(unused.state_dict()[k], v) for k, v in before.items())
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that compute, each of which is at least one kernel on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_number_of_operators_of_a_commit_does_not_grow_with_the_layers():
+    numbers = []
+    for depth in (2, 20):
+        layers = [random_layer() for _ in range(depth)]
+        for _ in range(2):
+            for layer in layers:
+                layer(torch.randn(6, 5, dtype=torch.float64))
+        with Operators() as operators:
+            commit_statistics(layers)
+        numbers.append(operators.number)
+    assert numbers[0] == numbers[1] < 35
+
+
+def test_a_forward_takes_one_operator_for_its_statistics():
+    layer = random_layer()
+    batch = torch.randn(6, 5, dtype=torch.float64)
+    with Operators() as operators:
+        layer(batch)
+    # A copy of the history, the statistics mixed with it, the normalisation (and two buffers of the latter).
+    assert operators.number <= 5
+
+
+def test_layers_that_were_used_differently_are_averaged_each_by_its_own_number():
+    once, twice, never = (random_layer() for _ in range(3))
+    before = never.running_mean.clone()
+    batches = torch.randn(3, 6, 5, dtype=torch.float64)
+    once(batches[0])
+    twice(batches[1])
+    twice(batches[2])
+    commit_statistics([once, twice, never])
+    torch.testing.assert_close(once.running_mean, batches[0].mean(dim=0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(twice.running_mean, batches[1:].mean(dim=(0, 1)), rtol=0, atol=1e-12)
+    assert never.running_mean.equal(before)
+
+
+def test_a_copy_of_a_layer_has_its_own_statistics():
+    layer = random_layer()
+    set_statistics_momentum([layer], 0.5)
+    layer(torch.randn(6, 5, dtype=torch.float64))
+    other = copy.deepcopy(layer)
+    before = layer.running_mean.clone()
+    commit_statistics([other])
+    assert layer.running_mean.equal(before)
+    commit_statistics([layer])
+    assert layer.running_mean.equal(other.running_mean)
+
+
+def test_the_buffers_move_with_the_layer():
+    layer = MomentumBatchNorm(5)
+    set_statistics_momentum([layer], 0.5)
+    layer = layer.double()
+    layer(torch.randn(6, 5, dtype=torch.float64))
+    commit_statistics([layer])
+    assert {buffer.dtype for name, buffer in layer.named_buffers() if name != "num_batches_tracked"} == {torch.float64}
+    assert {buffer.device.type for buffer in copy.deepcopy(layer).to("meta").buffers()} == {"meta"}
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
