@@ -1,9 +1,12 @@
-"""Train in float64 and save the teacher: `accelerate launch … tests/train_in_float64.py CONFIG.json …`.
+"""Train on two processes in float64 and save the teachers: `python tests/train_in_float64.py CONFIG.json …`.
 
-One launch trains all configurations one after the other, because a start takes seconds.
+All configurations are trained one after the other. The second process is a fork, because a launch imports torch three
+times, which takes longer than the training.
 """
 
 import json
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -14,8 +17,15 @@ from safetensors.torch import save_file
 from m2t_accel.config.recipes import build_config
 from m2t_accel.distributed.processes import destroy_process_group
 from m2t_accel.pretrain import pretrain
+from m2t_accel.run import completion
 
+with socket.create_server(("127.0.0.1", 0)) as server:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+second = os.fork()
+os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), "0" if second else "1")
 torch.set_default_dtype(torch.float64)
+completion.draw_curves = lambda *arguments, **options: None
 for path in sys.argv[1:]:
     config = build_config(json.loads(Path(path).read_text()))
     teacher = pretrain(config)
@@ -24,3 +34,5 @@ for path in sys.argv[1:]:
     save_file({name: tensor.contiguous() for name, tensor in teacher.state_dict().items()}, file)
     state.wait_for_everyone()
 destroy_process_group()
+if second:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]))
