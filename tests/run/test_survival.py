@@ -100,6 +100,8 @@ def test_a_signal_to_one_of_two_processes_ends_both_and_the_same_command_resumes
     process.send_signal(signal.SIGTERM)  # to the launcher, as a scheduler does
     printed, _ = process.communicate(timeout=60)
     assert "SIGTERM, after step" in printed
+    header = (tmp_path / "run" / "config.yaml").read_text()
+    assert "# accelerate launch --quiet --config_file accelerate_configs/cpu2.yaml scripts/pretrain.py" in header
 
 
 def test_a_run_whose_launcher_is_killed_saves_itself(tmp_path):
