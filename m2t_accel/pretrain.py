@@ -25,6 +25,7 @@ from m2t_accel.data.photometry import photometry
 from m2t_accel.data.requests import DeviceBatches
 from m2t_accel.data.sources import ImageData, load_images
 from m2t_accel.data.views import TwoViews
+from m2t_accel.distributed.device import device_errors_in_one_line
 from m2t_accel.distributed.interruption import (
     NoBatchError,
     StopRequestedError,
@@ -49,6 +50,7 @@ from m2t_accel.run.trackers import Trackers
 from m2t_accel.step import TrainingStep
 
 
+@device_errors_in_one_line
 def pretrain(
     config: PretrainConfig, dataset: Dataset | None = None, encoder: nn.Module | None = None
 ) -> Teacher | None:

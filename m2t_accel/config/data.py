@@ -112,6 +112,9 @@ class TrainingSettings(ImageSettings):
     seed: int = setting(
         0, "seed of the weights, the order and the views", at_least=0, at_most=2**32 - 1, heading="the run"
     )
+    deterministic: bool = setting(
+        False, "compute the same to the last bit in each run on the same GPUs, which is slower; CPUs always do"
+    )
 
     epochs: int = setting(100, "passes over the images", at_least=1, heading="training")
     max_steps: int | None = setting(

@@ -30,6 +30,7 @@ from accelerate.utils import (
 from m2t_accel.config.data import TrainingSettings, check_num_processes
 from m2t_accel.config.fields import ConfigurationError, count, one_line
 from m2t_accel.config.pretrain import PretrainConfig
+from m2t_accel.distributed.device import check_gpu, set_up_computation
 from m2t_accel.distributed.processes import DOWNLOAD_TIMEOUT, create_groups
 
 CONFIG_FILES = (
@@ -64,12 +65,16 @@ def start_accelerator(
         timeout: how long a process waits for the others in a collective call of tensors.
 
     Raises:
-        ConfigurationError: the launch did not start the requested processes, or they cannot share the batch.
+        ConfigurationError: the launch did not start the requested processes, or they cannot share the batch, or torch
+            cannot use the GPU.
     """
     num_devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     request = read_request(launcher_arguments())
     check_launch(os.environ, num_devices, request)
     check_options(os.environ, num_devices, request, config)
+    set_up_computation(config is not None and config.deterministic)
+    if torch.cuda.is_available() and not wants_cpu(os.environ):
+        check_gpu(int(os.environ.get("LOCAL_RANK", "0")), os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower())
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     num_steps = 1
     if config is not None:

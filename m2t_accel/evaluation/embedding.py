@@ -18,6 +18,7 @@ from m2t_accel.config.fields import ConfigurationError, count
 from m2t_accel.data.decode import decode_image
 from m2t_accel.data.loader import dead_workers_in_one_line
 from m2t_accel.data.views import read_rows
+from m2t_accel.distributed.device import device_errors_in_one_line
 from m2t_accel.evaluation.features import (
     Features,
     embed_images,
@@ -33,6 +34,7 @@ from m2t_accel.pictures import plain_words, thumbnail
 THUMBNAIL_SIZE = 96  # pixels
 
 
+@device_errors_in_one_line
 def embed_dataset(config: EmbedConfig) -> list[str]:
     """Write the features of a split, map.png and neighbours.png. Return lines for the user. A collective call.
 

@@ -22,6 +22,7 @@ from m2t_accel.config.evaluation import EvaluationSettings, check_encoder
 from m2t_accel.config.fields import ConfigurationError, count
 from m2t_accel.data.loader import dead_workers_in_one_line
 from m2t_accel.data.sources import ImageData, load_images
+from m2t_accel.distributed.device import kernel_search
 from m2t_accel.distributed.interruption import end_with_launcher
 from m2t_accel.distributed.launch import command, hardware, start_accelerator
 from m2t_accel.distributed.processes import broadcast_object, check_same_images, on_all_processes
@@ -35,7 +36,7 @@ PACKAGES = ("m2t_accel", "torch", "torchvision", "transformers", "accelerate", "
 RESULT_FILES = ("classifier/*", "subset.json", "features.*", "map.png", "neighbours.png")
 
 # Settings that may differ between two runs of the same evaluation.
-IGNORED_SETTINGS = ("output_dir", "num_workers", "push_to_hub", "hub_private_repo")
+IGNORED_SETTINGS = ("output_dir", "num_workers", "deterministic", "push_to_hub", "hub_private_repo")
 
 
 class Evaluation(NamedTuple):
@@ -72,7 +73,7 @@ def start_evaluation(config: EvaluationSettings) -> Evaluation:
     set_seed(getattr(config, "seed", 0))
     encoder = random_weights(loaded.model) if config.random_weights else loaded.model
     encoder.requires_grad_(False).eval().to(accelerator.device, memory_format=torch.channels_last)
-    with torch.no_grad():
+    with torch.no_grad(), kernel_search(False):
         blank = torch.zeros(1, 3, config.image_size, config.image_size, device=accelerator.device)
         num_features = embed(encoder, blank).shape[1]
     return Evaluation(config, accelerator, encoder, loaded, weights_fingerprint(encoder), num_features, images)

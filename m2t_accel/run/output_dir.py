@@ -14,12 +14,12 @@ import yaml
 from m2t_accel.config.fields import ConfigurationError, plain_text
 from m2t_accel.config.pretrain import PretrainConfig
 
-# Settings that may change when a run resumes, because the result does not depend on them, or only through images that
-# are not decoded. The images themselves are compared by their fingerprint.
+# Settings that may change when a run resumes, because the result does not depend on them, or only through rounding or
+# images that are not decoded. The images themselves are compared by their fingerprint.
 MAY_CHANGE = (
     *("output_dir", "resume", "dataset", "num_workers", "log_every", "push_to_hub", "hub_private_repo", "report_to"),
     *("checkpoint_every", "keep", "stop_on_collapse", "collective_timeout", "max_bad_fraction"),
-    "max_image_pixels",
+    *("max_image_pixels", "deterministic"),
 )
 RUN_FILES = ("config.yaml", "metrics.jsonl", "training.json", "encoder", "checkpoints")
 COMPLETE = "training.json"  # written last; a run that has it is complete unless `missing_files` finds something

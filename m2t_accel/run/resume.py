@@ -96,6 +96,8 @@ def describe_changes(
     lines = []
     if manifest["mixed_precision"] != accelerator.mixed_precision:
         lines.append(f"note: mixed_precision is {accelerator.mixed_precision}, was {manifest['mixed_precision']}")
+    if manifest["config"].get("deterministic", False) != config.deterministic:
+        lines.append(f"note: deterministic is {str(config.deterministic).lower()} from this step on")
     if manifest["num_processes"] != accelerator.num_processes:
         lines.append(
             f"note: on {accelerator.num_processes} processes, was on {manifest['num_processes']}: the same images in "

@@ -34,7 +34,7 @@ def run_folder(tmp_path):
 
 def test_the_same_run_may_go_on(run_folder):
     check_output_dir(config_in(run_folder))
-    free = {"num_workers": 0, "log_every": 3, "keep": (9, 2), "checkpoint_every": ("1epoch",)}
+    free = {"num_workers": 0, "log_every": 3, "deterministic": True, "keep": (9, 2), "checkpoint_every": ("1epoch",)}
     check_output_dir(config_in(run_folder, **free))
     check_output_dir(config_in(run_folder, epochs=90, resume=str(run_folder / "checkpoints" / "step-3")))
 
