@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.data.decode import DecodeError, read_bytes
-from m2t_accel.data.loader import create_loader, read
+from m2t_accel.data.loader import create_loader, read, upload
 from m2t_accel.data.photometry import evaluation_view
 from m2t_accel.data.requests import Request
 from m2t_accel.data.views import CentralViews, file_digest, read_rows
+from m2t_accel.distributed.device import kernel_search
 from m2t_accel.distributed.launch import num_cores
 from m2t_accel.model import embed
 
@@ -60,17 +61,19 @@ def embed_images(
     encoder.eval()
     try:
         requests = [Request(0, np.array(samples), None) for samples in batches]
-        for samples, batch in zip(
-            batches, read(create_loader(CentralViews(images, config), requests, config)), strict=True
-        ):
-            inputs = evaluation_view(batch.crops.to(accelerator.device), config).to(dtype)
-            with accelerator.autocast():
+        loader = create_loader(CentralViews(images, config), requests, config, accelerator.device)
+        for samples, batch in zip(batches, read(loader, accelerator.device), strict=True):
+            inputs = evaluation_view(batch.crops, config).to(dtype)
+            with accelerator.autocast(), kernel_search(len(samples) == BATCH_SIZE):
                 features = embed(encoder, inputs).float()
-            broken = {image.sample for image in batch.bad}
-            good = torch.tensor([i for i, sample in enumerate(samples) if sample not in broken], dtype=torch.int64)
+            found = Features(torch.tensor(samples), features, batch.digests)
+            if batch.bad:
+                broken = {image.sample for image in batch.bad}
+                good = torch.tensor([i for i, sample in enumerate(samples) if sample not in broken], dtype=torch.int64)
+                found = Features(*(rows[upload(good, rows.device)] for rows in found))
             if after_batch is not None:
                 after_batch()
-            yield Features(torch.tensor(samples)[good], features[good.to(features.device)], batch.digests[good])
+            yield found
         if after_batch is not None:
             for _ in range(most_batches - len(batches)):
                 after_batch()

@@ -20,11 +20,12 @@ from torch.optim import SGD
 
 from m2t_accel.config.evaluation import FinetuneConfig
 from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.data.loader import create_loader, read
+from m2t_accel.data.loader import create_loader, read, upload
 from m2t_accel.data.order import num_steps_per_epoch
 from m2t_accel.data.photometry import flipped_view
 from m2t_accel.data.requests import DeviceBatches
 from m2t_accel.data.views import FlippedCrops
+from m2t_accel.distributed.device import device_errors_in_one_line
 from m2t_accel.evaluation.features import read_labels
 from m2t_accel.evaluation.heads import build_classifier, encoder_of, last_linear
 from m2t_accel.evaluation.setup import Evaluation, start_evaluation
@@ -37,6 +38,7 @@ from m2t_accel.schedules import cosine
 STATISTICS_MOMENTUM = 0.1  # of BatchNorm's running statistics, torch's default
 
 
+@device_errors_in_one_line
 def evaluate_finetuned(config: FinetuneConfig) -> dict[str, object]:
     """Train the whole network with labels, and measure it on the validation split. A collective call.
 
@@ -131,7 +133,7 @@ def train_model(model: nn.Module, train: Dataset, evaluation: Evaluation) -> tup
         for batch in read(loader, accelerator.device):
             broken |= {image.sample for image in batch.bad}
             set_learning_rate(optimizer, learning_rate * cosine(step, total_steps))
-            targets = labels[batch.samples].to(accelerator.device)
+            targets = upload(labels[batch.samples], accelerator.device)
             with accelerator.accumulate(prepared):
                 logits = prepared(pixel_values=flipped_view(batch.crops, batch.photometry, config)).logits
                 loss = functional.cross_entropy(logits.float(), targets)

@@ -15,6 +15,7 @@ from torch.nn import functional
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.evaluation import KnnConfig
 from m2t_accel.config.fields import count
+from m2t_accel.distributed.device import device_errors_in_one_line
 from m2t_accel.evaluation.features import (
     BATCH_SIZE,
     Features,
@@ -100,17 +101,20 @@ def block_size(num_images: int) -> int:
 
 
 def join_blocks(batches: Iterable[Features], size: int) -> Iterator[Features]:
-    """Join the features of batches into blocks of `size` images, in main memory."""
+    """Join the features of batches into blocks of `size` images, in main memory.
+
+    A whole block is copied at once, because each copy waits for the device.
+    """
     block: list[Features] = []
     for batch in batches:
         if not len(batch.samples):
             continue
         if block and batch.samples[0] // size != block[0].samples[0] // size:
-            yield Features(*(torch.cat(rows) for rows in zip(*block, strict=True)))
+            yield Features(*(torch.cat(rows).cpu() for rows in zip(*block, strict=True)))
             block = []
-        block.append(Features(*(rows.cpu() for rows in batch)))
+        block.append(batch)
     if block:
-        yield Features(*(torch.cat(rows) for rows in zip(*block, strict=True)))
+        yield Features(*(torch.cat(rows).cpu() for rows in zip(*block, strict=True)))
 
 
 def find_nearest(blocks: Iterable[Features], queries: Tensor, k: int, chunk: int = 2048) -> tuple[Tensor, Tensor]:
@@ -177,16 +181,17 @@ def knn_accuracy(
         neighbour_labels: (N, K).
         labels: (N,).
     """
-    num_correct = 0
+    num_correct = torch.zeros((), dtype=torch.int64, device=labels.device)
     for start in range(0, len(labels), MAX_BLOCK):
         rows = slice(start, start + MAX_BLOCK)
         weights = (similarities[rows, :k] / temperature).exp()
         votes = weights.new_zeros(len(weights), num_classes)
         votes.scatter_add_(1, neighbour_labels[rows, :k], weights)
-        num_correct += (votes.argmax(dim=1) == labels[rows]).sum().item()
-    return num_correct / len(labels)
+        num_correct += (votes.argmax(dim=1) == labels[rows]).sum()
+    return num_correct.item() / len(labels)
 
 
+@device_errors_in_one_line
 def evaluate_knn(config: KnnConfig) -> dict[str, object]:
     """Measure the kNN accuracy of an encoder on the validation split. A collective call.
 

@@ -1,6 +1,8 @@
+import contextlib
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +13,12 @@ from torch import nn
 
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.data.buffers import Buffers
+from m2t_accel.data.sources import load_images
+from m2t_accel.distributed.device import set_up_computation
 from m2t_accel.evaluation import features
 from m2t_accel.evaluation.features import BATCH_SIZE, fingerprint, process_batches
-from m2t_accel.evaluation.knn import measure_knn
+from m2t_accel.evaluation.knn import join_blocks, measure_knn
+from m2t_accel.model import create_encoder
 
 
 class MeanColour(nn.Module):
@@ -44,6 +49,52 @@ def test_features_are_in_the_order_of_the_images_and_broken_images_are_left_out(
     result = measure_knn(encoder, images, images, 2, config, accelerator, ks=(1, 4))
     assert (result.num_bank, result.num_queries, result.num_broken) == (7, 7, 2)
     assert result.accuracies[1] == 1.0, "each image is its own nearest neighbour"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_features_on_a_gpu_are_float32_and_their_batches_do_not_wait_for_it():
+    """TF32 would differ by 1e-3. torch raises where a batch would wait for the device."""
+    config = ImageSettings(dataset="digits", image_size=32)
+    images = load_images(config).validation
+    encoder = create_encoder("resnet18").eval()
+    expected = list(features.embed_images(encoder, images, config, Accelerator()))
+    set_up_computation(deterministic=False)
+    device = torch.device("cuda", 0)
+    gpu = SimpleNamespace(process_index=0, num_processes=1, device=device, autocast=contextlib.nullcontext)
+    encoder.to(device, memory_format=torch.channels_last)
+    batches = features.embed_images(encoder, images, config, gpu)
+    found = [next(batches)]  # the first one starts cuDNN
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found += batches
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a.samples, b.samples)
+        torch.testing.assert_close(b.features.cpu(), a.features, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_searches_kernels_only_if_it_is_whole(monkeypatch):
+    """And a block of features leaves the device in one copy, because each copy waits for it."""
+    images = Dataset.from_list([{"image": row, "label": 0} for row in encoded(0, 8)])
+    config = ImageSettings(dataset="digits", image_size=8, num_workers=0)
+    searched, copied = [], []
+
+    class Encoder(MeanColour):
+        def forward(self, images):
+            searched.append((len(images), torch.backends.cudnn.benchmark))
+            return super().forward(images)
+
+    monkeypatch.setattr(features, "BATCH_SIZE", 3)
+    set_up_computation(deterministic=False)
+    batches = features.embed_images(Encoder(), images, config, Accelerator())
+    to_host = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: (copied.append(len(tensor)), to_host(tensor))[1])
+    assert [len(block.samples) for block in join_blocks(batches, 6)] == [6, 2]
+    assert searched == [(3, True), (3, True), (2, False)]
+    assert copied == 3 * [6] + 3 * [2]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
