@@ -12,7 +12,7 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.fields import ConfigurationError, one_line
 
 # The first process of a machine downloads a dataset while the others wait.
 DOWNLOAD_TIMEOUT = timedelta(hours=2)
@@ -26,19 +26,25 @@ def on_all_processes(accelerator: Accelerator, action: Callable[[], Result]) -> 
     A collective call. If the action fails on one process, the call fails on all, so that none is left waiting.
 
     Raises:
-        ConfigurationError: the action raised it on some process. Every process raises the error of the first of these.
+        ConfigurationError: the action raised an error on some process. Every process raises the error of the first of
+            these, but a process keeps its own error if that is of another type.
     """
-    result, message = None, None
+    result, message, failure = None, None, None
     if not accelerator.is_local_main_process:
         wait_for_all()
     try:
         result = action()
     except ConfigurationError as error:
         message = str(error)
+    except Exception as error:  # the others must hear of it, too
+        message, failure = f"another process has failed: {one_line(error)}", error
     if accelerator.is_local_main_process:
         wait_for_all()
     wait_for_all()
-    for other in gather_to_all(message):
+    messages = gather_to_all(message)
+    if failure is not None:
+        raise failure
+    for other in messages:
         if other is not None:
             raise ConfigurationError(other)
     return result

@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 from m2t_accel.config.data import check_enough_images
 from m2t_accel.config.evaluation import LinearProbeConfig
 from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.data.loader import create_loader, read
+from m2t_accel.data.loader import create_loader, read, upload
 from m2t_accel.data.order import ShuffledOrder, num_steps_per_epoch
 from m2t_accel.data.photometry import flipped_view
 from m2t_accel.data.requests import DeviceBatches
 from m2t_accel.data.views import FlippedCrops
+from m2t_accel.distributed.device import device_errors_in_one_line, kernel_search
+from m2t_accel.distributed.processes import on_all_processes
 from m2t_accel.evaluation.features import embed_images, gather_features, read_labels, sample_labels
 from m2t_accel.evaluation.heads import Heads, build_classifier, fold_batch_norm, last_linear, rate_factor
 from m2t_accel.evaluation.setup import Evaluation, start_evaluation
@@ -32,6 +34,7 @@ from m2t_accel.progress import progress_bar
 HELD_OUT_SHARE = 0.1  # of the training images, to choose a learning rate; always the same images
 
 
+@device_errors_in_one_line
 def evaluate_linear(config: LinearProbeConfig) -> dict[str, object]:
     """Train linear classifiers on the frozen encoder, and measure the best on the validation split.
 
@@ -77,7 +80,7 @@ def train_probe(evaluation: Evaluation, train: Dataset, held_out: Dataset | None
         }
     head = heads.heads[chosen]
     if model is not None:
-        insert_head(model, head, evaluation)
+        on_all_processes(accelerator, lambda: insert_head(model, head, evaluation))
     return Trained(evaluation.encoder, head, model, broken, seconds, protocol)
 
 
@@ -101,17 +104,21 @@ def insert_head(model: PreTrainedModel, head: nn.Sequential, evaluation: Evaluat
     """Copy a trained head into a classifier with the same encoder.
 
     Raises:
-        ValueError: the logits of the classifier differ from those of encoder and head.
+        ConfigurationError: the logits of the classifier differ from those of encoder and head.
     """
     size, device = evaluation.config.image_size, evaluation.accelerator.device
     last_linear(model).load_state_dict(fold_batch_norm(head).state_dict())
     model.to(device)
     images = torch.rand(4, 3, size, size, device=device)
-    with torch.no_grad():
+    with torch.no_grad(), kernel_search(False):
         expected = head(embed(evaluation.encoder, images))
         difference = (model(pixel_values=images).logits - expected).abs().max().item()
     if not difference <= 1e-4 * max(1.0, expected.abs().max().item()):
-        raise ValueError(f"the logits of the folded classifier differ by {difference:.2g}")
+        raise ConfigurationError(
+            f"the classifier made of encoder and head gives logits that differ by {difference:.2g}: no result was "
+            f"written, and the training is saved in {evaluation.config.output_dir}. The same script and flags after "
+            "`accelerate launch --config_file accelerate_configs/cpu.yaml` only measure again"
+        )
 
 
 def train_heads(evaluation: Evaluation, train: Dataset) -> tuple[Heads, set[int], float]:
@@ -180,7 +187,7 @@ class AugmentedFeatures:
             views = flipped_view(batch.crops, batch.photometry, config)
             with accelerator.autocast():
                 features = embed(self.evaluation.encoder, views).float()
-            parts.append((features, labels[batch.samples].to(accelerator.device)))
+            parts.append((features, upload(labels[batch.samples], accelerator.device)))
             if len(parts) == len(requests.devices):
                 yield tuple(gather_batch(torch.stack(rows), accelerator) for rows in zip(*parts, strict=True))
                 parts = []
@@ -213,5 +220,5 @@ class CachedFeatures:
             epoch, place = divmod(step, steps_per_epoch)
             devices = range(place * self.config.num_virtual_devices, (place + 1) * self.config.num_virtual_devices)
             samples = np.concatenate([order.sub_batch(epoch, device) for device in devices])
-            rows = torch.from_numpy(samples).to(self.features.device)
+            rows = upload(torch.from_numpy(samples), self.features.device)
             yield self.features[rows], self.labels[rows]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import yaml
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -83,9 +84,15 @@ def train_and_measure(evaluation: Evaluation, train: Dataset, fit: Callable[[], 
             if not accelerator.is_main_process:
                 return None
             figures = accuracy(test.classes[:, 0], test.labels, len(images.class_names))
-            if trained.model is not None:
-                save_classifier(trained.model, config, Path(config.output_dir) / "classifier")
-            return write_result(evaluation, figures, data, seconds, **trained.protocol)
+            try:
+                if trained.model is not None:
+                    save_classifier(trained.model, config, Path(config.output_dir) / "classifier")
+                return write_result(evaluation, figures, data, seconds, **trained.protocol)
+            except (OSError, SafetensorError) as error:
+                raise ConfigurationError(
+                    f"{config.output_dir} cannot be written ({getattr(error, 'strerror', None) or error}); it has the "
+                    "saved training: make room, and type the same command again"
+                ) from None
 
         return broadcast_object(on_all_processes(accelerator, finish))
 

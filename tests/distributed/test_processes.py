@@ -12,6 +12,18 @@ def test_the_error_of_another_process_is_raised_on_this_one(monkeypatch):
         on_all_processes(Accelerator(), lambda: 5)
 
 
+def test_an_unexpected_error_reaches_the_other_processes_and_stays_itself_on_its_own(monkeypatch):
+    sent = []
+    monkeypatch.setattr("m2t_accel.distributed.processes.gather_to_all", lambda message: [sent.append(message)])
+
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        on_all_processes(Accelerator(), fail)
+    assert sent == ["another process has failed: OSError: [Errno 28] No space left on device"]
+
+
 def test_machines_with_different_images_are_refused(monkeypatch):
     check_same_images(Accelerator(), "digits: 1,437 images", "abc")
     monkeypatch.setattr("m2t_accel.distributed.processes.gather_to_all", lambda found: [found, "other: 3 images"])

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.data.photometry import evaluation_view
 from m2t_accel.data.requests import DeviceBatches
 from m2t_accel.data.views import FlippedCrops
-from m2t_accel.evaluation import linear
+from m2t_accel.evaluation import linear, supervised
 from m2t_accel.evaluation.features import read_labels
 from m2t_accel.evaluation.heads import Heads, build_classifier
 from m2t_accel.evaluation.setup import start_evaluation
@@ -129,8 +130,32 @@ def test_a_classifier_with_other_logits_is_refused(given, monkeypatch):
     model = build_classifier(evaluation.encoder, head[0], ["a", "b", "c"])
     linear.insert_head(model, head, evaluation)
     monkeypatch.setattr(linear, "fold_batch_norm", lambda head: torch.nn.Linear(evaluation.num_features, 3))
-    with pytest.raises(ValueError, match=r"logits .* differ"):
+    with pytest.raises(ConfigurationError, match=r"logits that differ"):
         linear.insert_head(model, head, evaluation)
+
+
+def test_a_probe_whose_classifier_is_refused_or_not_written_only_measures_again(given, monkeypatch):
+    """A classifier with other logits, then a full disk; every process must hear of both."""
+    config, steps, shared = probe(given), [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(linear, "fold_batch_norm", lambda head: torch.nn.Linear(head[0].in_features, 3))
+        patch.setattr(linear, "on_all_processes", lambda accelerator, action: (shared.append(1), action()))
+        with pytest.raises(ConfigurationError, match=r"logits that differ by .*cpu\.yaml` only measure again$"):
+            linear.evaluate_linear(config)
+    assert shared == [1]
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Heads, "train_step", lambda *_: steps.append(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(supervised, "save_classifier", full_disk)
+        with pytest.raises(ConfigurationError, match=r"cannot be written \(No space left on device\).*same command"):
+            linear.evaluate_linear(config)
+    assert not (Path(config.output_dir) / "result.json").exists()
+    linear.evaluate_linear(config)
+    assert steps == [], "the training was saved before the check"
+    assert not (Path(config.output_dir) / "checkpoint.pt").exists()
 
 
 def test_gathered_batches_are_in_the_order_of_the_virtual_devices():
@@ -145,6 +170,53 @@ def test_one_training_image_is_refused(given, tmp_path):
         write_image(tmp_path / "few" / name / "1.png")
     with pytest.raises(ConfigurationError, match=r"--dataset .* one image to train on"):
         linear.evaluate_linear(probe({**given, "dataset": str(tmp_path / "few"), "validation_fraction": 0.5}))
+
+
+# An error of the last check on process 1 alone.
+PLANTED = """
+import os, runpy, sys
+from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.evaluation import linear
+
+def fail(*_):
+    raise ConfigurationError("logits that differ")
+
+if os.environ["RANK"] == "1":
+    linear.insert_head = fail
+sys.path.insert(0, "scripts")
+runpy.run_path("scripts/linear_probe.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_an_error_of_the_last_check_on_one_process_ends_both_at_once(given, tmp_path, run_script):
+    (tmp_path / "linear_probe.py").write_text(PLANTED)
+    words = [word for item in {**given, "epochs": 1, "batch_size": 16, "device_batch_size": 4}.items() for word in item]
+    words[::2] = [f"--{name}" for name in words[::2]]
+    done = run_script(
+        *("-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu2.yaml"),
+        *(tmp_path / "linear_probe.py", *words),
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "linear_probe.py: error: logits that differ" in done.stderr
+    assert not (Path(given["output_dir"]) / "result.json").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_steps_of_a_probe_do_not_wait_for_the_gpu(given):
+    evaluation, device = start_evaluation(probe(given)), torch.device("cuda", 0)
+    stand_in = SimpleNamespace(
+        process_index=0, num_processes=1, device=device, autocast=contextlib.nullcontext, gather=lambda rows: rows
+    )
+    evaluation.encoder.to(device, memory_format=torch.channels_last)
+    heads = Heads(evaluation.num_features, 3, (0.5, 5.0)).to(device)
+    source = linear.AugmentedFeatures(evaluation._replace(accelerator=stand_in), evaluation.images.train)
+    for step, (features, labels) in enumerate(source.batches(0)):
+        heads.train_step(features, labels, 0.1)
+        torch.cuda.set_sync_debug_mode("error" if step < 4 else "default")  # the first step starts cuDNN and cuBLAS
 
 
 @pytest.mark.slow
