@@ -146,7 +146,7 @@ def main() -> None:
     with errors_in_one_line():
         what = sys.argv[1] if len(sys.argv) > 1 else ""
         if what in ("-h", "--help"):
-            print(__doc__.strip())
+            print(f"usage: benchmark.py {{{','.join(COMMANDS)}}} [FLAGS]\n\n{__doc__.strip()}")
         elif what in COMMANDS:
             COMMANDS[what]()
         else:
