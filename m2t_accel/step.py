@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.optim import Optimizer
 
+from m2t_accel.distributed.processes import order_gradient_buckets
 from m2t_accel.model import Student, Teacher, embedding_std, momentum_teacher_loss
 from m2t_accel.optim import set_learning_rate
 from m2t_accel.schedules import Schedule
@@ -49,6 +50,7 @@ class TrainingStep:
             # The oldest torch that pyproject.toml allows does not know the new name of `broadcast_buffers`.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self.student_forward, self.optimizer = accelerator.prepare(student, optimizer)
+        order_gradient_buckets(self.student_forward)
         # The teacher has no gradient, so there is nothing to synchronise.
         self.teacher_forward = accelerator.prepare_model(teacher, evaluation_mode=True)
         # keep_torch_compile=False: otherwise a compiled student loses its DistributedDataParallel, and `no_sync`.

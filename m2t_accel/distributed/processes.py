@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed
 from accelerate import Accelerator, PartialState
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from m2t_accel.config.fields import ConfigurationError, one_line
@@ -104,6 +104,35 @@ def destroy_process_group() -> bool:
     _groups = None  # otherwise the groups outlive torch's own references
     state.destroy_process_group()
     return state.is_main_process
+
+
+def order_gradient_buckets(model: nn.Module) -> None:
+    """Make DistributedDataParallel order its gradients now, and not after the first backward of the run.
+
+    It packs the gradients into buckets anew after its first backward, in the order in which they arrived. On three or
+    more processes, the bits of a sum depend on the place of a gradient in its bucket. So the first step after a resume
+    would differ from the same step of a run that was not stopped. This is that first backward: of a sum over the
+    parameters, so that it needs no images and changes no buffer and no random generator. The gradients arrive from the
+    last parameter to the first, which is about their order in a backward of the network.
+
+    A collective call.
+
+    Args:
+        model: a network, as `Accelerator.prepare` returns it. Other wrappers than DistributedDataParallel are ignored.
+    """
+    model = getattr(model, "_orig_mod", model)  # of a compiled one
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return
+    module = model.module
+    forward = vars(module).get("forward")  # Accelerate sets one for mixed precision
+    module.forward = lambda total: sum((p.sum() for p in module.parameters() if p.requires_grad), start=total)
+    try:
+        model(torch.zeros((), device=next(module.parameters()).device)).backward()
+    finally:
+        del module.forward
+        if forward is not None:
+            module.forward = forward
+    model.zero_grad(set_to_none=True)
 
 
 def groups() -> Groups | None:

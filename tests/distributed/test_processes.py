@@ -64,3 +64,48 @@ def test_a_process_that_ends_after_a_collective_call_does_not_abort(run_script):
     """With torch's destroy_process_group alone, one of five does."""
     done = run_script("-c", EXITS)
     assert (done.stdout, done.stderr) == ("{0: 12}\n", "")
+
+
+# Three processes, in which the gradient of each parameter differs.
+BUCKETS = """
+import os, sys, tempfile
+from pathlib import Path
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from m2t_accel.distributed.processes import order_gradient_buckets
+
+torch.set_num_threads(1)
+path, children = tempfile.mktemp(), []
+for rank in range(3):
+    children.append(os.fork())
+    if children[-1] == 0:
+        store = torch.distributed.FileStore(path, 3)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=3)
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(70, 70) for _ in range(60)]
+        network = DistributedDataParallel(torch.nn.Sequential(*layers, torch.nn.BatchNorm1d(70)))
+        before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        if sys.argv[1] == "ordered":
+            order_gradient_buckets(network)
+        same = all(tensor.equal(before[name]) for name, tensor in network.state_dict().items())
+        same = same and torch.random.initial_seed() == 0 and all(p.grad is None for p in network.parameters())
+        found = []
+        for _ in range(2):
+            images = torch.randn(8, 70, generator=torch.Generator().manual_seed(rank))
+            network(images).pow(2).sum().backward()
+            found.append([p.grad.clone() for p in network.parameters()])
+            network.zero_grad()
+        if rank == 0:
+            print(same, sum(not a.equal(b) for a, b in zip(*found)) > 0)
+            sys.stdout.flush()
+        torch.distributed.barrier()
+        os._exit(0)
+for child in children:
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["ordered", "as torch does"])
+def test_the_first_backward_sums_gradients_as_later_ones_do(run_script, case):
+    assert run_script("-c", BUCKETS, case).stdout == f"True {case != 'ordered'}\n"
