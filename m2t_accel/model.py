@@ -28,6 +28,7 @@ from m2t_accel.momentum_norm import (
     collect_statistics,
     commit_statistics,
     convert_batch_norm,
+    discard_statistics,
     momentum_layers,
     set_statistics_momentum,
 )
@@ -161,6 +162,10 @@ class Teacher(nn.Module):
     def commit_statistics(self) -> None:
         """Move the history of the statistics; once per optimizer step. A collective call."""
         commit_statistics(momentum_layers(self))
+
+    def discard_statistics(self) -> None:
+        """Forget the statistics of the sub-batches of a step that moves nothing."""
+        discard_statistics(momentum_layers(self))
 
     @torch.no_grad()
     def follow(self, student: Student, weight_momentum: float) -> None:

@@ -160,6 +160,12 @@ def collect_statistics(layers: list[MomentumBatchNorm]) -> None:
 
 
 @torch.no_grad()
+def discard_statistics(layers: list[MomentumBatchNorm]) -> None:
+    """Reset the collected statistics of a step that moves nothing."""
+    torch._foreach_zero_([layer.collected for layer in layers])
+
+
+@torch.no_grad()
 def commit_statistics(layers: list[MomentumBatchNorm]) -> None:
     """Move the history of all layers by the α of this step, and reset the collected statistics.
 
@@ -173,8 +179,7 @@ def commit_statistics(layers: list[MomentumBatchNorm]) -> None:
         torch.distributed.all_reduce(sums)
     average = sums[:2] / sums[2]
     means, variances = [layer.running_mean for layer in layers], [layer.running_var for layer in layers]
-    # A value that is not finite would stay in the history for good. It occurs when float16 overflows in a step that
-    # the gradient scaler skips, and as 0 / 0 in a layer that no forward used.
+    # A value that is not finite would stay in the history for good. It occurs as 0 / 0 in a layer that no forward used.
     history = torch.stack([torch.cat(means), torch.cat(variances)])
     average = torch.where(average.isfinite().all(dim=0), average, history)
     average_means, average_variances = (row.split([len(mean) for mean in means]) for row in average)

@@ -187,27 +187,30 @@ def train(run: Run) -> None:
             except ConfigurationError:
                 if run.requests.failed is None:
                     raise
-            run.guard.check_images(run.requests.failure(progress.step))
-        for number in range(progress.step, run.total_steps):
-            now = config.schedule(number, run.steps_per_epoch)
+            run.guard.check_images(run.requests.failure(progress.num_batches))
+        while progress.step < run.total_steps:
+            now = config.schedule(progress.step, run.steps_per_epoch)
             step.begin(now)
             results, samples = [], []
             for batch in islice(batches, num_sub_batches):
                 views = photometry(batch.crops, batch.photometry, config).to(dtype)
                 results.append(step.forward_backward(*views.chunk(2)))
                 samples.append(batch.samples)
-                run.report.add(results[-1].loss, results[-1].embedding_std, batch.bad)
-            lost = run.requests.failure(number + 1, run.guard.is_stopping)
-            decision = run.guard.agree(number, now, results, samples, lost)
-            step.update(now)
-            progress.step = number + 1
-            run.report.tick()
+                run.report.bad += batch.bad
+            lost = run.requests.failure(progress.num_batches + 1, run.guard.is_stopping)
+            decision = run.guard.agree(progress.step, now, results, samples, lost)
+            if has_moved := step.update(now):
+                progress.step += 1
+                run.report.add(results)
+            else:  # float16 has overflowed: the next batch is tried with a lower gradient scale
+                progress.skipped += 1
+                run.guard.check_scale(progress.step, now, results, samples)
             if decision.stop:
                 raise StopRequestedError(decision.stop)
             if decision.images_lost:
                 run.guard.check_images(lost)
             run.report.write_if_due(encoder, run.guard.stop_if_asked)
-            if decision.save or run.saver.is_due(progress.step):
+            if has_moved and (decision.save or run.saver.is_due(progress.step)):
                 run.saver.begin()
         run.saver.save_now()
     run.report.close()
@@ -271,8 +274,10 @@ class Run:
             config,
             accelerator.num_processes,
             accelerator.process_index,
-            progress.step,
+            progress.num_batches,
             None if positions is None else positions.numpy(),
+            # A step is skipped at most 17 times from the first gradient scale down to 1, and once for each doubling.
+            num_spare_steps=0 if accelerator.scaler is None else 64 + self.total_steps // 1000,
         )
         self.saver = Saver(
             state, folder, config, accelerator, progress, self.report, data, self.requests, self.steps_per_epoch

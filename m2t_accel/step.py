@@ -5,7 +5,8 @@ Source: arXiv 2101.07525, section 3. Step k of K, counted from 0, with the value
 1. `begin` sets the learning rate, and the share α of the batch in the teacher's BatchNorm statistics.
 2. `forward_backward` adds the gradient of one sub-batch. A step has one or more sub-batches; their gradients and their
    BatchNorm statistics are averaged, so 1 GPU with 8 sub-batches computes the step of 8 GPUs with one each.
-3. `update` moves the student by the optimizer, the teacher's statistics by α, and the teacher's weights by m.
+3. `update` moves the student by the optimizer, the teacher's statistics by α, and the teacher's weights by m. If
+   float16 has overflowed, it moves nothing but the gradient scale, which it lowers.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.optim import Optimizer
 
+from m2t_accel.distributed.interruption import HostCopy
 from m2t_accel.distributed.processes import order_gradient_buckets
 from m2t_accel.model import Student, Teacher, embedding_std, momentum_teacher_loss
 from m2t_accel.optim import set_learning_rate
@@ -60,9 +62,13 @@ class TrainingStep:
         self.teacher.follow(self.student, weight_momentum=0.0)
         self.student_forward.train()
         self.teacher_forward.train()
+        # An overflow of float16 would stay in the running statistics of the student.
+        self.kept = None if accelerator.scaler is None else [buffer.clone() for buffer in self.student.buffers()]
 
     def begin(self, now: Schedule) -> None:
         """Set the learning rate and the statistics momentum of this step."""
+        if self.kept is not None:
+            torch._foreach_copy_(self.kept, list(self.student.buffers()))
         set_learning_rate(self.optimizer, now.learning_rate)
         self.teacher.set_statistics_momentum(now.statistics_momentum)
 
@@ -83,31 +89,21 @@ class TrainingStep:
             self.accelerator.backward(loss)
         return SubBatchResult(loss.detach(), loss_on_host, embedding_std(k2))
 
-    def update(self, now: Schedule) -> None:
+    def update(self, now: Schedule) -> bool:
         """Move student, statistics and teacher, after the last sub-batch. A collective call.
+
+        Returns:
+            Whether they have moved: not if a gradient overflows float16. The gradients are those of all processes, so
+            all skip the same steps.
 
         Deviation: the published code moves the teacher's weights at the start of the next step, by the same momentum.
         """
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.optimizer.step_was_skipped:
+            self.teacher.discard_statistics()
+            torch._foreach_copy_(list(self.student.buffers()), self.kept)
+            return False
         self.teacher.commit_statistics()
         self.teacher.follow(self.student, now.weight_momentum)
-
-
-class HostCopy:
-    """A copy of a scalar in main memory, made while a GPU continues to compute."""
-
-    def __init__(self, scalar: Tensor) -> None:
-        scalar = scalar.detach()
-        on_gpu = scalar.device.type == "cuda"
-        self.copy = torch.empty((), dtype=scalar.dtype, pin_memory=on_gpu)
-        self.copy.copy_(scalar, non_blocking=on_gpu)  # on another accelerator, wait for the copy at once
-        self.arrival = torch.cuda.Event() if on_gpu else None
-        if self.arrival is not None:
-            self.arrival.record()
-
-    def item(self) -> float:
-        """Return the value; on a GPU, wait for the copy first."""
-        if self.arrival is not None:
-            self.arrival.synchronize()
-        return self.copy.item()
+        return True

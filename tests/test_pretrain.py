@@ -595,6 +595,48 @@ def test_a_loss_that_is_not_finite_changes_no_weight(whole_run, stopped, tmp_pat
     assert_same_run(whole_run, tmp_path / "run")
 
 
+def overflow_above(patch, scale):
+    """Give runs a gradient scaler, as float16 does on a GPU, and let the loss of a large scale overflow."""
+    start, loss, scalers = pretrain.__globals__["start_accelerator"], training.momentum_teacher_loss, []
+
+    def start_with_scaler(*arguments):
+        accelerator = start(*arguments)
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+        scalers.append(accelerator.scaler)
+        return accelerator
+
+    def overflow(*arguments, **options):
+        is_large = scalers[-1].get_scale() > scale
+        return loss(*arguments, **options) * (float("inf") if is_large else 1.0)
+
+    patch.setitem(pretrain.__globals__, "start_accelerator", start_with_scaler)
+    patch.setattr(training, "momentum_teacher_loss", overflow)
+
+
+def test_steps_that_overflow_float16_are_skipped_and_a_run_resumes_among_them(small, tmp_path, monkeypatch):
+    overflow_above(monkeypatch, 2.0**13)  # the scale begins at 2 ** 16, so three steps are skipped
+    train(small(tmp_path / "whole"), evaluate_every=0)
+    rows = metrics(tmp_path / "whole")
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert all(0 < row["loss"] < 8 and row["skipped_steps"] == 3 for row in rows)
+    for stops_in in (2, 5):  # while steps are skipped, and later
+        with monkeypatch.context() as patch:
+            stop_in_step(patch, stops_in)
+            with pytest.raises(Interrupted, match="before the first step" if stops_in == 2 else "after step 2 of 10"):
+                train(small(tmp_path / "run"), evaluate_every=0)
+    manifest = verify(tmp_path / "run" / "checkpoints" / "step-2").manifest
+    assert (manifest["gradient_scaler"]["scale"], manifest["progress"]["skipped"]) == (2.0**13, 3)
+    train(small(tmp_path / "run"), evaluate_every=0)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_run_that_overflows_float16_at_every_scale_ends(small, tmp_path, monkeypatch):
+    overflow_above(monkeypatch, 0.0)
+    with pytest.raises(ConfigurationError, match=r"loss is inf in step 1 .*scale of 1\).*--mixed_precision bf16"):
+        train(small(tmp_path / "run", epochs=5), evaluate_every=0)
+    assert len(json.loads((tmp_path / "run" / "not_finite.json").read_text())["sub_batches"]) == 2
+
+
 def test_a_weight_that_is_not_finite_reaches_no_checkpoint(stopped, tmp_path, monkeypatch):
     follow, calls = Teacher.follow, []
 

@@ -71,6 +71,61 @@ def test_nothing_moves_before_the_update_and_then_everything_does():
         torch.testing.assert_close(weight, expected, rtol=0, atol=1e-12)
 
 
+def everything(step):
+    """Return all tensors that a step may move: weights, statistics, buffers that no checkpoint holds, momentum."""
+    networks = {"student": step.student, "teacher": step.teacher}
+    found = {
+        f"{owner}.{name}": tensor.detach().clone()
+        for owner, network in networks.items()
+        for name, tensor in (*network.named_parameters(), *network.named_buffers())
+        if "statistics_momentum" not in name  # set at the start of each step
+    }
+    for i, state in enumerate(step.optimizer.state.values()):
+        found[f"momentum.{i}"] = state["momentum_buffer"].clone()
+    return found
+
+
+def scaled_step(scale):
+    """Return a training step in float32 whose gradients are scaled as for float16."""
+    torch.manual_seed(0)
+    student = create_student(create_encoder("resnet10-quarter"), image_size=32, hidden_size=16, projection_size=8)
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    optimizer = create_optimizer(student, "sgd", 0.1, momentum=0.9, weight_decay=1e-4)
+    return TrainingStep(student, Teacher(student), optimizer, accelerator)
+
+
+@pytest.mark.parametrize("overflows", ["forward", "gradient"])
+def test_a_step_that_overflows_moves_nothing_but_the_scale(overflows):
+    step, smooth = scaled_step(scale=64.0), scaled_step(scale=32.0)
+
+    def train(step, number, scale=1.0):
+        now = CONFIG.schedule(number, STEPS_PER_EPOCH)
+        step.begin(now)
+        results = [step.forward_backward(*(scale * views(seed).float())) for seed in (2 * number, 2 * number + 1)]
+        return step.update(now), [result.loss.item() for result in results]
+
+    assert train(step, 0)[0]
+    assert train(smooth, 0)[0]
+    before = everything(step)
+    if overflows == "forward":
+        moved, losses = train(step, 1, scale=float("inf"))
+        assert not any(loss == loss for loss in losses)
+    else:
+        hook = step.student.predictor[0].weight.register_hook(lambda gradient: gradient * float("inf"))
+        moved, losses = train(step, 1)
+        hook.remove()
+        assert all(0 < loss < 8 for loss in losses)
+    assert not moved
+    assert step.accelerator.scaler.get_scale() == 32
+    after = everything(step)
+    assert [name for name, tensor in after.items() if not tensor.equal(before[name])] == []
+    # The next step is that of a run without the overflow.
+    assert train(step, 1) == train(smooth, 1)
+    expected = everything(smooth)
+    assert [name for name, tensor in everything(step).items() if not tensor.equal(expected[name])] == []
+
+
 class OnMps(torch.Tensor):
     """A tensor that says it is on another accelerator than a CUDA GPU, and records the copies made of it."""
 

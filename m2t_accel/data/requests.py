@@ -54,6 +54,7 @@ class DeviceBatches:
         process_index: int,
         first_step: int = 0,
         positions: np.ndarray | None = None,
+        num_spare_steps: int = 0,
     ) -> None:
         """Prepare the requests; nothing is read yet.
 
@@ -62,29 +63,31 @@ class DeviceBatches:
             config: settings of the batches.
             num_processes: processes of the run.
             process_index: this process.
-            first_step: optimizer steps done before.
+            first_step: global batches used before, that is, optimizer steps done.
             positions: result of `positions(first_step)` on all processes, (V, 2) int64; without it, a HubStream is read
                 from the start of the epoch.
+            num_spare_steps: batches after those of the run, for steps that are skipped.
         """
         self.images = images
         self.config = config
         self.devices = range(process_index, config.num_virtual_devices, num_processes)
         self.steps_per_epoch = num_steps_per_epoch(len(images), config.batch_size)
         self.first_step = first_step
+        self.last_step = config.total_steps(self.steps_per_epoch) + num_spare_steps
         self.first_positions = positions
         self.ahead: deque[tuple[int, list[PendingPool]]] = deque()  # pools that are being read, by their first step
         self.failed: tuple[int, str] | None = None  # the first step whose images cannot be read, and why
         self.readers: dict[int, DeviceReader | StreamReader] = {}
 
     def __len__(self) -> int:
-        return (self.config.total_steps(self.steps_per_epoch) - self.first_step) * len(self.devices)
+        return (self.last_step - self.first_step) * len(self.devices)
 
     def __iter__(self) -> Iterator[Request]:
         return self.shuffled() if isinstance(self.images, Dataset) else self.read_ahead()
 
     def remaining_steps(self) -> Iterator[tuple[int, int]]:
         """Yield (epoch, step within the epoch) of each step from `first_step` on."""
-        for step in range(self.first_step, self.config.total_steps(self.steps_per_epoch)):
+        for step in range(self.first_step, self.last_step):
             yield divmod(step, self.steps_per_epoch)
 
     def shuffled(self) -> Iterator[Request]:

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from enum import IntEnum
 from types import FrameType
@@ -18,6 +18,7 @@ from types import FrameType
 import torch
 import torch.distributed
 from accelerate import Accelerator
+from torch import Tensor
 
 from m2t_accel.config.fields import STATUS_CTRL_C, STATUS_RESUMABLE, Interrupted, one_line
 from m2t_accel.distributed.launch import launcher_arguments
@@ -28,6 +29,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PR_SET_PDEATHSIG = 1  # option of Linux's prctl
 BATCH_TIMEOUT = 10  # seconds to wait for a batch of the workers after a signal
 RESPONSE_TIMEOUT = timedelta(seconds=10)  # for each process to respond after a collective call has failed
+QUESTION_INTERVAL = 2.0  # seconds that a process waits for its device before it asks whether the others still live
+POLL_INTERVAL = 0.001  # seconds between two looks at an event of the device
 
 
 _waiting_since: float | None = None  # the start of the wait for the next batch
@@ -123,35 +126,86 @@ class StopRequestedError(Exception):
         self.number = number
 
 
+class HostCopy:
+    """A copy of a small tensor in main memory, made while a GPU continues to compute.
+
+    It arrives when the GPU has done all that was queued before. After a lost process that may be never: see
+    `reach_agreement`.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        tensor = tensor.detach()
+        on_gpu = tensor.device.type == "cuda"
+        self.copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+        self.copy.copy_(tensor, non_blocking=on_gpu)  # on another accelerator, wait for the copy at once
+        self.arrival = torch.cuda.Event() if on_gpu else None
+        if self.arrival is not None:
+            self.arrival.record()
+
+    def has_arrived(self) -> bool:
+        """Return whether the copy is complete, without waiting."""
+        return self.arrival is None or self.arrival.query()
+
+    def item(self) -> float:
+        """Return the value; on a GPU, wait for the copy first."""
+        return self.tolist()
+
+    def tolist(self) -> list | float:
+        """Return the values; on a GPU, wait for the copy first."""
+        if self.arrival is not None:
+            self.arrival.synchronize()
+        return self.copy.tolist()
+
+
 class Trouble(IntEnum):
-    """Reasons for a process to fail; the processes agree on the greatest."""
+    """Reasons for a process to fail, or to ask again; the processes agree on the greatest."""
 
     NONE = 0
     IMAGES_LOST = 1  # the images of the next step cannot be read
     LOSS_NOT_FINITE = 2
     STATE_NOT_FINITE = 3
+    DEVICE_BUSY = 4  # a process still waits for values from its device
 
 
 def reach_agreement(
-    timeout: timedelta, trouble: Trouble = Trouble.NONE, stop_signal: int = 0, save: bool = False
+    timeout: timedelta,
+    find_trouble: Callable[[], Trouble] = lambda: Trouble.NONE,
+    stop_signal: int = 0,
+    save: bool = False,
+    has_arrived: Callable[[], bool] = lambda: True,
 ) -> tuple[Trouble, int, bool]:
     """Return the maximum of each value over all processes, so that all decide the same. A collective call.
 
-    The values stay in main memory and travel over a gloo group, so that no process waits for its device.
+    The values stay in main memory and travel over a gloo group. If a process is lost, the devices of the others wait
+    for it in a collective call, and may wait for ever. So this call does not wait for the device alone: every two
+    seconds it asks the other processes, which fails if one is lost.
 
     Args:
         timeout: limit for the call.
-        trouble: the reason for this process to fail.
+        find_trouble: returns the reason for this process to fail; called once its device has delivered.
         stop_signal: the number of the signal that this process has received, or 0.
         save: whether this process wants a checkpoint.
+        has_arrived: returns whether the device of this process has delivered the values that `find_trouble` needs.
+
+    Raises:
+        RuntimeError: a process is lost, or a device has not delivered within the timeout.
     """
-    group = control_group()
-    if group is not None:
-        values = torch.tensor([trouble, stop_signal, save], dtype=torch.int64)
-        work = torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=group, async_op=True)
-        work.wait(timeout)
-        trouble, stop_signal, save = values.tolist()
-    return Trouble(trouble), stop_signal, bool(save)
+    group, deadline = control_group(), time.monotonic() + timeout.total_seconds()
+    while True:
+        next_question = time.monotonic() + QUESTION_INTERVAL
+        while not (arrived := has_arrived()) and time.monotonic() < next_question:
+            time.sleep(POLL_INTERVAL)
+        trouble = find_trouble() if arrived else Trouble.DEVICE_BUSY
+        values = [trouble, stop_signal, save]
+        if group is not None:
+            tensor = torch.tensor(values, dtype=torch.int64)
+            work = torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, group=group, async_op=True)
+            work.wait(timeout)
+            values = tensor.tolist()
+        if values[0] != Trouble.DEVICE_BUSY:
+            return Trouble(values[0]), values[1], bool(values[2])
+        if group is not None and time.monotonic() > deadline:
+            raise RuntimeError("Timed out: a device has not finished its work")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,8 @@ from m2t_accel.data import photometry
 from m2t_accel.data.order import num_steps_per_epoch
 from m2t_accel.data.sources import ImageData
 from m2t_accel.data.views import BadImage
-from m2t_accel.distributed.launch import compiles_networks, hardware
+from m2t_accel.distributed.interruption import HostCopy, reach_agreement
+from m2t_accel.distributed.launch import collective_timeout, compiles_networks, hardware
 from m2t_accel.distributed.processes import broadcast_object, gather_to_all
 from m2t_accel.evaluation.knn import few_neighbours, measure_knn
 from m2t_accel.files import JsonLines
@@ -25,6 +26,7 @@ from m2t_accel.progress import progress_bar
 from m2t_accel.run.folder import RunFolder
 from m2t_accel.run.resume import Progress
 from m2t_accel.run.trackers import Trackers
+from m2t_accel.step import SubBatchResult
 
 # kNN during training shows whether the run is healthy; for that, an evenly spaced sample of a large dataset is enough.
 KNN_NEIGHBOURS = 20
@@ -122,7 +124,7 @@ class BadImages:
 class Report:
     """Show and record the progress of a run: a progress bar, metrics.jsonl, bad_images.jsonl and trackers.
 
-    `add` and `tick` do not wait for the device; `write_if_due` does, and is a collective call. If a line cannot be
+    `add` does not wait for the device; `write_if_due` does, and is a collective call. If a line cannot be
     written, the run continues, and the line is written with the next one.
 
     Args:
@@ -181,19 +183,17 @@ class Report:
         values: dict[str, float] = {}
         if step > 0:
             values = self.averages() | dataclasses.asdict(config.schedule(step - 1, self.steps_per_epoch))
+            if self.progress.skipped:
+                values["skipped_steps"] = self.progress.skipped
             self.check_collapse(step, values["embedding_std"])
         if evaluates:
             values["knn_top1"] = self.knn.measure(encoder, stop_if_asked)
         self.write(step, step / self.steps_per_epoch, values)
         self.progress.reported = step
 
-    def add(self, loss: Tensor, spread: Tensor, bad: Sequence[BadImage]) -> None:
-        """Record a sub-batch."""
-        self.rows.append(torch.stack([loss, spread]))
-        self.bad += bad
-
-    def tick(self) -> None:
-        """Count an optimizer step."""
+    def add(self, results: Sequence[SubBatchResult]) -> None:
+        """Count an optimizer step, and record its sub-batches."""
+        self.rows += [torch.stack([result.loss, result.embedding_std]) for result in results]
         self.num_steps += 1
         if self.bar is not None:
             self.bar.update()
@@ -206,7 +206,9 @@ class Report:
         """
         mean = torch.stack(self.rows).mean(dim=0)
         share_bad = mean.new_tensor([float(len(self.bad) > 0)])
-        loss, spread, share_bad = self.accelerator.reduce(torch.cat([mean, share_bad]), reduction="mean").tolist()
+        averages = HostCopy(self.accelerator.reduce(torch.cat([mean, share_bad]), reduction="mean"))
+        reach_agreement(collective_timeout(self.config), has_arrived=averages.has_arrived)
+        loss, spread, share_bad = averages.tolist()
         if share_bad > 0:
             self.report_bad_images()
         self.bad_images.check()

@@ -24,10 +24,16 @@ class Progress:
     """The position of a run: steps done, and what has been reported and saved."""
 
     step: int = 0  # optimizer steps done
+    skipped: int = 0  # steps in which float16 overflowed: their images were used, but nothing moved
     reported: int = -1  # the last step that has a line in metrics.jsonl
     seconds: float = 0.0  # of training before this start
     num_saved: int = 0  # checkpoints written so far
     parts: list[dict[str, object]] = field(default_factory=list)  # for each start: step, command, hardware, versions
+
+    @property
+    def num_batches(self) -> int:
+        """Global batches used so far: the position in the order of the images."""
+        return self.step + self.skipped
 
 
 def restore_progress(manifest: Mapping[str, object] | None) -> Progress:
@@ -35,7 +41,14 @@ def restore_progress(manifest: Mapping[str, object] | None) -> Progress:
     if manifest is None:
         return Progress()
     saved = manifest["progress"]
-    return Progress(manifest["step"], saved["reported"], saved["seconds"], manifest["number"], list(saved["parts"]))
+    return Progress(
+        manifest["step"],
+        saved.get("skipped", 0),
+        saved["reported"],
+        saved["seconds"],
+        manifest["number"],
+        list(saved["parts"]),
+    )
 
 
 def with_settled_settings(config: PretrainConfig, manifest: Mapping[str, object]) -> PretrainConfig:

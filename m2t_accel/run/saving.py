@@ -16,6 +16,8 @@ from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.data.requests import DeviceBatches
 from m2t_accel.data.sources import ImageData
+from m2t_accel.distributed.interruption import HostCopy, reach_agreement
+from m2t_accel.distributed.launch import collective_timeout
 from m2t_accel.distributed.processes import broadcast_object
 from m2t_accel.run.checkpoint import CheckpointWriter, NotFiniteError
 from m2t_accel.run.completion import VERSIONS
@@ -70,7 +72,10 @@ class Saver:
         self.report.report_bad_images()  # a run that resumes from this state does not report them again
         self.last_saved = (self.progress.step, self.progress.reported)
         self.collect(wait=True)  # the last write reads the memory that the new copy overwrites
-        positions = self.requests.positions(self.progress.step)
+        # The copy waits for the device, so wait for it now, where a lost process is noticed.
+        marker = HostCopy(torch.zeros((), device=self.accelerator.device))
+        reach_agreement(collective_timeout(self.config), has_arrived=marker.has_arrived)
+        positions = self.requests.positions(self.progress.num_batches)
         files = self.state.copy(self.report.rows, None if positions is None else torch.from_numpy(positions))
         self.saved_at = time.monotonic()
         if files is None:  # not process 0
@@ -114,6 +119,7 @@ class Saver:
             "config": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(config).items()},
             "data": {"note": self.data.note, "images": len(self.data.train), "fingerprint": self.data.fingerprint},
             "progress": {
+                "skipped": self.progress.skipped,
                 "reported": self.progress.reported,
                 "seconds": round(self.report.seconds(), 3),
                 "parts": self.progress.parts,

@@ -89,6 +89,17 @@ def test_a_resumed_run_sees_the_samples_of_an_uninterrupted_one(config, num_work
     assert shown[:steps] != shown[steps : 2 * steps]
 
 
+def test_spare_steps_follow_the_last_step_of_a_run():
+    config = settings("digits", batch_size=512, device_batch_size=512, epochs=2)
+    images = load_images(config).train
+    longer = settings("digits", batch_size=512, device_batch_size=512, epochs=3)
+    spare, later = DeviceBatches(images, config, 1, 0, 3, num_spare_steps=2), DeviceBatches(images, longer, 1, 0, 3)
+    assert len(images) // 512 == 2
+    assert len(spare) == len(later) == 3
+    for one, other in zip(spare, later, strict=True):
+        assert (one.epoch, one.samples.tolist()) == (other.epoch, other.samples.tolist())
+
+
 def test_a_resume_reads_one_pool_again_and_no_other(tmp_path, monkeypatch):
     write_parquet(tmp_path / "train-0.parquet", 0, 160, row_group_size=4)
     config = settings(tmp_path, streaming=True, batch_size=8, device_batch_size=8, validation_fraction=0, epochs=2)

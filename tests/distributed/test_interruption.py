@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import threading
 from datetime import timedelta
@@ -7,6 +8,7 @@ import pytest
 from accelerate import Accelerator
 
 from m2t_accel.config.fields import Interrupted
+from m2t_accel.distributed import interruption
 from m2t_accel.distributed.interruption import (
     StopRequestedError,
     StopSignals,
@@ -61,8 +63,25 @@ def test_the_exit_status_of_a_stopped_run(number, status):
 
 def test_one_process_agrees_with_itself():
     assert reach_agreement(timedelta(seconds=1)) == (Trouble.NONE, 0, False)
-    trouble = reach_agreement(timedelta(seconds=1), Trouble.LOSS_NOT_FINITE, 15, True)
+    trouble = reach_agreement(timedelta(seconds=1), lambda: Trouble.LOSS_NOT_FINITE, 15, True)
     assert trouble == (Trouble.LOSS_NOT_FINITE, 15, True)
+
+
+def test_the_values_of_a_device_are_read_after_they_have_arrived(monkeypatch):
+    monkeypatch.setattr(interruption, "QUESTION_INTERVAL", 0.003)
+    calls = []
+
+    def has_arrived():
+        calls.append("look")
+        return len(calls) > 9
+
+    def find_trouble():
+        calls.append("read")
+        return Trouble.IMAGES_LOST
+
+    # Without other processes there is no limit for the device.
+    assert reach_agreement(timedelta(0), find_trouble, has_arrived=has_arrived)[0] is Trouble.IMAGES_LOST
+    assert calls == ["look"] * 10 + ["read"]
 
 
 class TwoProcesses:
@@ -139,3 +158,49 @@ def test_a_silent_process_is_named(run_script):
     printed = run_script("-c", SILENCE).stdout
     assert "process 0 of 3 has lost the others: process 1 does not respond (" in printed
     assert "process 2 of 3 has lost the others: " in printed
+
+
+# The device of each process waits for ever, as in a collective call that the last process has not joined.
+BUSY = """
+import os, sys, tempfile, time
+from datetime import timedelta
+from types import SimpleNamespace
+import torch
+from m2t_accel.distributed import interruption
+from m2t_accel.distributed.processes import create_groups
+from m2t_accel.config.fields import Interrupted
+
+torch.set_num_threads(1)
+interruption.QUESTION_INTERVAL = 0.1
+interruption.RESPONSE_TIMEOUT = timedelta(seconds=1)
+dies, timeout = sys.argv[1] == "dies", timedelta(minutes=2 if sys.argv[1] == "dies" else 0.01)
+path, children = tempfile.mktemp(), []
+for rank in range(3):
+    children.append(os.fork())
+    if children[-1] == 0:
+        store = torch.distributed.FileStore(path, 3)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=3)
+        create_groups(timedelta(minutes=2))
+        interruption.reach_agreement(timedelta(minutes=2))
+        began = time.monotonic()
+        if rank == 2 and dies:
+            time.sleep(0.5)
+            os._exit(0)
+        try:
+            with interruption.report_lost_processes(SimpleNamespace(num_processes=3, process_index=rank), timeout):
+                interruption.reach_agreement(timeout, has_arrived=lambda: rank == 1 and not dies)
+        except Interrupted as error:
+            print(rank, time.monotonic() - began < 60, error, flush=True)
+        os._exit(0)
+for child in children:
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "ranks", "reason"), [("dies", "01", "peer"), ("hangs", "012", "Timed out|peer")])
+def test_a_process_does_not_wait_for_a_device_that_waits_for_a_lost_process(run_script, case, ranks, reason):
+    """The process that is lost is reported at once; a device that is never done, after the timeout."""
+    lines = sorted(run_script("-c", BUSY, case).stdout.splitlines())
+    assert [line.split()[:2] for line in lines] == [[rank, "True"] for rank in ranks]
+    assert all("has lost the others" in line and re.search(reason, line) for line in lines), lines
