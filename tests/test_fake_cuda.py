@@ -29,10 +29,13 @@ N = 4
 class FakeAccelerator:
     """Does what Accelerate does to a step under mixed precision, but for the backward, which needs a real GPU."""
 
+    scaler = None
+
     def __init__(self, dtype):
         self.dtype = dtype
 
     def prepare(self, student, optimizer):
+        optimizer.step_was_skipped = False
         return self.prepare_model(student), optimizer
 
     def prepare_model(self, network, evaluation_mode=False):

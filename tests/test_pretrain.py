@@ -1,5 +1,6 @@
 """Tests of whole runs in this process: results, interruption and resume, and values that go wrong."""
 
+import inspect
 import json
 import os
 import re
@@ -597,7 +598,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(whole_run, stopped, tmp_pat
 
 def overflow_above(patch, scale):
     """Give runs a gradient scaler, as float16 does on a GPU, and let the loss of a large scale overflow."""
-    start, loss, scalers = pretrain.__globals__["start_accelerator"], training.momentum_teacher_loss, []
+    start, loss, scalers = inspect.unwrap(pretrain).__globals__["start_accelerator"], training.momentum_teacher_loss, []
 
     def start_with_scaler(*arguments):
         accelerator = start(*arguments)
@@ -609,7 +610,7 @@ def overflow_above(patch, scale):
         is_large = scalers[-1].get_scale() > scale
         return loss(*arguments, **options) * (float("inf") if is_large else 1.0)
 
-    patch.setitem(pretrain.__globals__, "start_accelerator", start_with_scaler)
+    patch.setitem(inspect.unwrap(pretrain).__globals__, "start_accelerator", start_with_scaler)
     patch.setattr(training, "momentum_teacher_loss", overflow)
 
 
