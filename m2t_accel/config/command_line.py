@@ -288,7 +288,13 @@ def errors_in_one_line() -> Iterator[None]:
             time.sleep(30 if is_error else 3)
         line = " ".join(str(error).split())  # the given value may contain line breaks
         kind, status = ("error: ", 2) if is_error else ("", error.status)
-        print(f"{name}: {kind}{line}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{name}: {kind}{line}\n")  # in one piece, so that processes do not mix their lines
+        sys.stderr.flush()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # The interpreter would now destroy the process group. It can abort in a thread of gloo, and NCCL warns, or
+            # waits for a lost process. The kernel closes the connections of a process that ends at once.
+            sys.stdout.flush()
+            os._exit(status)
         raise SystemExit(status) from None
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr, flush=True)

@@ -36,8 +36,14 @@ EXITS = """
 import collections, os, sys, tempfile
 from datetime import timedelta
 import torch
+import torch._dynamo  # else each network below would import it
+from torch.nn.parallel import DistributedDataParallel
+from m2t_accel.config.command_line import errors_in_one_line
+from m2t_accel.config.fields import ConfigurationError, Interrupted
 from m2t_accel.distributed.processes import control_group, create_groups, destroy_process_group, groups
 
+ENDS = {"success": None, "error": ConfigurationError("wrong"), "signal": Interrupted("stopped", 75)}
+error = ENDS[sys.argv[1]]
 torch.set_num_threads(1)
 sys.setswitchinterval(1000)  # gloo's threads get the interpreter only when another thread waits
 os.environ.update(ACCELERATE_USE_CPU="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
@@ -52,18 +58,27 @@ for _ in range(6):
             create_groups(timedelta(seconds=60))
             for group in (control_group(), groups().download, None):
                 torch.distributed.all_reduce(torch.ones(1000), group=group)
-            destroy_process_group()
+            with errors_in_one_line():
+                if error is not None:
+                    network = DistributedDataParallel(torch.nn.Linear(9, 9))
+                    network(torch.ones(9)).sum().backward()
+                    raise error
+                destroy_process_group()
             sys.exit()
-    statuses.update(os.waitpid(child, 0)[1] for child in children)
+    statuses.update(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
 print(dict(statuses))
 """
 
 
 @pytest.mark.slow
-def test_a_process_that_ends_after_a_collective_call_does_not_abort(run_script):
-    """With torch's destroy_process_group alone, one of five does."""
-    done = run_script("-c", EXITS)
-    assert (done.stdout, done.stderr) == ("{0: 12}\n", "")
+@pytest.mark.parametrize(
+    ("end", "status", "printed"),
+    [("success", 0, ""), ("error", 2, "-c: error: wrong\n"), ("signal", 75, "-c: stopped\n")],
+)
+def test_a_process_that_ends_after_a_collective_call_does_not_abort(run_script, end, status, printed):
+    """With torch's destroy_process_group alone, or with SystemExit after an error, one of five or ten does."""
+    done = run_script("-c", EXITS, end)
+    assert (done.stdout, done.stderr) == (f"{{{status}: 12}}\n", 12 * printed)
 
 
 # Three processes, in which the gradient of each parameter differs.
