@@ -1,4 +1,4 @@
-"""Measure what a run survives: `python tests/survive.py kills`, `processes`, `truncation`, `cost` or `scaling`.
+"""Measure what a run survives: `python tests/survive.py kills`, `short`, `processes`, `truncation`, `cost`, `scaling`.
 
 Each printed figure was measured by that call. The documentation quotes them.
 """
@@ -9,16 +9,20 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,9 +34,10 @@ TRAINS = r"resumes from step|epoch 0: "  # in the first line that a run prints a
 
 
 def command(record: Path, output_dir: Path, num_processes: int, arguments: Sequence[object]) -> list[str]:
-    """Return the command of a recorded run on one or two processes."""
+    """Return the command of a recorded run."""
     launch = ["-m", "accelerate.commands.launch", "--quiet", "--config_file", "accelerate_configs/cpu2.yaml"]
-    words = [sys.executable, *(launch if num_processes == 2 else [])]
+    launch += ["--num_processes", str(num_processes)]
+    words = [sys.executable, *(launch if num_processes > 1 else [])]
     words += ["tests/pretrain_recorded.py", str(record), *map(str, arguments), "--output_dir", str(output_dir)]
     return words
 
@@ -136,6 +141,11 @@ def samples_of(record: Path) -> dict[tuple[int, int], list[list[int]]]:
     return shown
 
 
+def num_recorded(record: Path) -> int:
+    """Return the number of sub-batches that the processes of a run have recorded so far."""
+    return sum(map(len, samples_of(record).values())) if record.exists() else 0
+
+
 def lost_and_repeated(record: Path, reference: Path) -> tuple[int, int]:
     """Count the samples that a run lacks in a sub-batch of the reference, and those that it has in excess."""
     expected, lost, repeated = samples_of(reference), 0, 0
@@ -217,6 +227,111 @@ def kills(
         "lost": lost,
         "repeated": repeated,
     }
+
+
+def train_in_a_fork(rank: int, num_processes: int, port: int, record: Path, words: Sequence[str]) -> None:
+    """Train as one process of a recorded run. A launch would take seconds to import torch."""
+    import torch
+
+    from m2t_accel.run import completion
+
+    completion.draw_curves = lambda *arguments, **options: None  # takes as long as the training
+    torch.set_num_threads(1)
+    with record.with_suffix(".txt").open("a") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    if num_processes > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.argv = ["pretrain_recorded.py", str(record), *words]
+    runpy.run_path(str(ROOT / "tests" / "pretrain_recorded.py"), run_name="__main__")
+
+
+def fork_run(record: Path, output_dir: Path, num_processes: int) -> list[multiprocessing.Process]:
+    """Start a recorded run of 16 steps as forks of this process. Return its processes."""
+    arguments = ["--recipe", "digits", "--max_images", 480, "--max_steps", 16, "--warmup_epochs", 0.1]
+    arguments += ["--batch_size", 4 * num_processes, "--device_batch_size", 4, "--hidden_size", 32]
+    arguments += ["--projection_size", 16, "--num_workers", 0, "--evaluate_every", 0, "--log_every", 1]
+    arguments += ["--checkpoint_every", "2steps", "--output_dir", output_dir]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    context, processes = multiprocessing.get_context("fork"), []
+    for rank in range(num_processes):
+        given = (rank, num_processes, port, record, list(map(str, arguments)))
+        processes.append(context.Process(target=train_in_a_fork, args=given, daemon=True))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn about a fork beside threads
+            processes[-1].start()
+    return processes
+
+
+def kills_of_short_runs(work: Path, num_processes: int, kills: int, minutes: float, seed: int = 0) -> dict[str, float]:
+    """Kill short runs at random moments until they are complete, and compare each with a run that is not killed.
+
+    A moment is anywhere between the fork of the processes and their end, set-up included. The kill hits all processes,
+    or one of them.
+
+    Args:
+        kills: number of kills after which no run is killed any more.
+        minutes: time after which no run is killed any more.
+    """
+    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="-1", ACCELERATE_USE_CPU="true")
+    # The forks have these modules then.
+    import sklearn.datasets  # noqa: F401
+
+    import m2t_accel.pretrain  # noqa: F401
+    from m2t_accel.run.checkpoint import list_checkpoints
+
+    rng, began = random.Random(seed), time.monotonic()
+    reference, reference_record = work / "reference", work / "reference-record"
+    for process in fork_run(reference_record, reference, num_processes):
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(reference_record.with_suffix(".txt").read_text()[-3000:])
+    duration = time.monotonic() - began
+    expected = last_tensors(reference)
+    found = dict.fromkeys(("runs", "kills", "of one", "after a step", "in saves", "resumes", "lost", "repeated"), 0)
+    found |= {"tensors": 0, "different": 0, "metrics differ by": 0.0}
+
+    def goes_on() -> bool:
+        return found["kills"] < kills and time.monotonic() - began < 60 * minutes
+
+    while goes_on():
+        output_dir, record = work / f"run-{found['runs']}", work / f"record-{found['runs']}"
+        statuses = [None]
+        while set(statuses) != {0}:
+            found["resumes"] += bool(list_checkpoints(output_dir / "checkpoints"))
+            num_before = num_recorded(record)
+            processes = fork_run(record, output_dir, num_processes)
+            victims = []
+            if goes_on():
+                time.sleep(rng.uniform(0, duration))
+                victims = processes if rng.random() < 0.5 else [rng.choice(processes)]
+                for process in victims:
+                    process.kill()
+            for process in processes:
+                process.join(30 if victims else 120)
+                process.kill()  # a process that waits for one that never came; a launcher does the same
+                process.join()
+            statuses = [process.exitcode for process in processes]
+            if any(process.exitcode == -signal.SIGKILL for process in victims):
+                found["kills"] += 1
+                found["of one"] += len(victims) < num_processes
+                found["after a step"] += num_recorded(record) > num_before
+                found["in saves"] += any((output_dir / "checkpoints").glob(".step-*.partial"))
+            elif any(statuses):
+                raise RuntimeError(f"a run ended with {statuses}:\n{record.with_suffix('.txt').read_text()[-3000:]}")
+        lost, repeated = lost_and_repeated(record, reference_record)
+        found["lost"] += lost
+        found["repeated"] += repeated
+        found["tensors"] += len(expected)
+        found["different"] += len(different(expected, last_tensors(output_dir)))
+        difference = largest_difference(metrics(reference), metrics(output_dir))
+        found["metrics differ by"] = max(found["metrics differ by"], difference)
+        found["runs"] += 1
+        shutil.rmtree(output_dir)
+    return found
 
 
 def stopped_and_moved(work: Path, first: int, second: int, float64: bool, epochs: int = 6) -> dict[str, object]:
@@ -367,10 +482,11 @@ def scaling(work: Path, repeats: int) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("kills", "processes", "truncation", "cost", "scaling"))
-    parser.add_argument("--kills", type=int, default=20, help="of a run on one process; a run on two is killed 6 times")
+    parser.add_argument("what", choices=("kills", "short", "processes", "truncation", "cost", "scaling"))
+    parser.add_argument("--kills", type=int, default=20, help="of a run on one process; one on more is killed 6 times")
+    parser.add_argument("--minutes", type=float, default=10, help="`short` kills no run after so many minutes")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--num_processes", type=int, nargs="+", default=(1, 2), choices=(1, 2))
+    parser.add_argument("--num_processes", type=int, nargs="+", default=(1, 2), choices=(1, 2, 3, 4))
     options = parser.parse_args()
 
     def folder() -> tempfile.TemporaryDirectory:
@@ -391,6 +507,19 @@ def main() -> None:
                     f"{found['repeated']} repeated; {time.monotonic() - began:.0f} s",
                     flush=True,
                 )
+    elif options.what == "short":
+        for num_processes in options.num_processes:
+            began = time.monotonic()
+            with folder() as work:
+                found = kills_of_short_runs(Path(work), num_processes, options.kills, options.minutes)
+            print(
+                f"{num_processes} processes, short: {found['kills']} kills of {found['runs']} runs "
+                f"({found['of one']} of one process among others, {found['after a step']} after a step, "
+                f"{found['in saves']} in saves), {found['resumes']} resumes; {found['different']} of "
+                f"{found['tensors']} tensors differ, metrics by at most {found['metrics differ by']}, "
+                f"{found['lost']} samples lost, {found['repeated']} repeated; {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
     elif options.what == "processes":
         for first, second in ((1, 2), (2, 1)):
             for float64 in (False, True):
