@@ -36,7 +36,6 @@ EXITS = """
 import collections, os, sys, tempfile
 from datetime import timedelta
 import torch
-import torch._dynamo  # else each network below would import it
 from torch.nn.parallel import DistributedDataParallel
 from m2t_accel.config.command_line import errors_in_one_line
 from m2t_accel.config.fields import ConfigurationError, Interrupted
@@ -44,6 +43,8 @@ from m2t_accel.distributed.processes import control_group, create_groups, destro
 
 ENDS = {"success": None, "error": ConfigurationError("wrong"), "signal": Interrupted("stopped", 75)}
 error = ENDS[sys.argv[1]]
+if error is not None:
+    import torch._dynamo  # else each network below would import it
 torch.set_num_threads(1)
 sys.setswitchinterval(1000)  # gloo's threads get the interpreter only when another thread waits
 os.environ.update(ACCELERATE_USE_CPU="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
