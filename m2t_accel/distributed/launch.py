@@ -48,6 +48,8 @@ SHARDING = {
 
 CGROUPS = Path("/sys/fs/cgroup")  # in a container, the files of its limits
 
+MIN_SHARED_SIZE = 64  # pixels of an image whose operators several threads share
+
 # NCCL aborts a process at its timeout, before any message can be printed. With this margin, gloo times out first.
 NCCL_GRACE = timedelta(minutes=1)
 COMPILE_TIMEOUT = timedelta(minutes=30)
@@ -81,7 +83,7 @@ def start_accelerator(
         check_num_processes(config, world_size)
         num_steps = config.num_virtual_devices // world_size
     route_gloo(os.environ)
-    limit_threads()
+    limit_threads(None if config is None else config.image_size)
     try:
         accelerator = Accelerator(
             cpu=wants_cpu(os.environ),
@@ -296,10 +298,11 @@ def num_local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 
 
-def limit_threads() -> None:
+def limit_threads(image_size: int | None) -> None:
     """Use no more threads than there are cores for this process, unless the user has chosen their number.
 
-    accelerate launch and torch count the cores of the machine, also those that a container or SLURM withholds.
+    accelerate launch and torch count the cores of the machine, also those that a container or SLURM withholds. For
+    images below MIN_SHARED_SIZE pixels use one thread: the work of an operator is too small to divide.
     """
     arguments, environment = launcher_arguments(), os.environ
     if arguments is not None:  # it sets OMP_NUM_THREADS itself
@@ -307,7 +310,10 @@ def limit_threads() -> None:
             environment = psutil.Process().parent().environ()
     by_flag = any(word.replace("-", "_").startswith("__num_cpu_threads_per_process") for word in arguments or ())
     if not by_flag and "OMP_NUM_THREADS" not in environment:
-        torch.set_num_threads(min(torch.get_num_threads(), max(1, num_cores() // num_local_processes())))
+        most = num_cores() // num_local_processes()
+        if image_size is not None and image_size < MIN_SHARED_SIZE:
+            most = 1
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, most)))
 
 
 def hardware(accelerator: Accelerator) -> str:

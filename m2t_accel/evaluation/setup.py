@@ -24,7 +24,7 @@ from m2t_accel.data.loader import dead_workers_in_one_line
 from m2t_accel.data.sources import ImageData, load_images
 from m2t_accel.distributed.device import kernel_search
 from m2t_accel.distributed.interruption import end_with_launcher
-from m2t_accel.distributed.launch import command, hardware, start_accelerator
+from m2t_accel.distributed.launch import command, hardware, limit_threads, start_accelerator
 from m2t_accel.distributed.processes import broadcast_object, check_same_images, on_all_processes
 from m2t_accel.files import write_text
 from m2t_accel.hub.encoders import LoadedEncoder, load_encoder, random_weights, weights_fingerprint
@@ -64,6 +64,7 @@ def start_evaluation(config: EvaluationSettings) -> Evaluation:
     config = dataclasses.replace(
         config, **{k: v for k, v in loaded.preprocessing.items() if getattr(config, k) is None}
     )
+    limit_threads(config.image_size)
     images = on_all_processes(accelerator, lambda: load_images(config))
     check_same_images(accelerator, images.note, images.fingerprint)
     if images.lacks and config.evaluates:

@@ -214,18 +214,20 @@ def test_the_quota_of_a_container_limits_the_cores(files, quota, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "num_processes", "num_threads"),
+    ("arguments", "environment", "num_processes", "image_size", "num_threads"),
     [
-        (None, {}, 1, 6),
-        (None, {}, 4, 1),
-        (None, {"OMP_NUM_THREADS": "16"}, 1, 16),
-        (["train.py"], {}, 2, 3),  # the launcher has set OMP_NUM_THREADS=16
-        (["train.py"], {"OMP_NUM_THREADS": "16"}, 1, 16),
-        (["--num-cpu-threads-per-process", "16", "train.py"], {}, 1, 16),
+        (None, {}, 1, None, 6),
+        (None, {}, 1, 64, 6),
+        (None, {}, 1, 32, 1),
+        (None, {}, 4, 224, 1),
+        (None, {"OMP_NUM_THREADS": "16"}, 1, 32, 16),
+        (["train.py"], {}, 2, 224, 3),  # the launcher has set OMP_NUM_THREADS=16
+        (["train.py"], {"OMP_NUM_THREADS": "16"}, 1, 224, 16),
+        (["--num-cpu-threads-per-process", "16", "train.py"], {}, 1, 224, 16),
     ],
 )
 def test_there_are_no_more_threads_than_cores_unless_the_user_asks(
-    arguments, environment, num_processes, num_threads, monkeypatch
+    arguments, environment, num_processes, image_size, num_threads, monkeypatch
 ):
     """On 6 cores, where torch or the launcher has chosen 16 threads; the environment is that of the launcher."""
     monkeypatch.setattr(launch_module, "num_cores", lambda: 6)
@@ -238,7 +240,7 @@ def test_there_are_no_more_threads_than_cores_unless_the_user_asks(
     chosen = [16]
     monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    limit_threads()
+    limit_threads(image_size)
     assert chosen[-1] == num_threads
 
 
