@@ -144,6 +144,7 @@ class Teacher(nn.Module):
         self.encoder = convert_batch_norm(copy.deepcopy(student.encoder))
         self.projector = convert_batch_norm(copy.deepcopy(student.projector))
         self.requires_grad_(False)
+        self.layers = momentum_layers(self)  # a plain list: a search in each step would take longer than a small commit
 
     def forward(self, view_1: Tensor, view_2: Tensor) -> tuple[Tensor, Tensor]:
         """Return k1, k2, the targets from views 1 and 2: (N, 3, H, W) in, (N, projection_size) unit-norm out."""
@@ -153,19 +154,19 @@ class Teacher(nn.Module):
 
     def set_statistics_momentum(self, statistics_momentum: float) -> None:
         """Set α, the batch's share in the statistics, for the forwards of a step."""
-        set_statistics_momentum(momentum_layers(self), statistics_momentum)
+        set_statistics_momentum(self.layers, statistics_momentum)
 
     def collect_statistics(self) -> None:
         """Collect the statistics of the sub-batch that has just passed."""
-        collect_statistics(momentum_layers(self))
+        collect_statistics(self.layers)
 
     def commit_statistics(self) -> None:
         """Move the history of the statistics; once per optimizer step. A collective call."""
-        commit_statistics(momentum_layers(self))
+        commit_statistics(self.layers)
 
     def discard_statistics(self) -> None:
         """Forget the statistics of the sub-batches of a step that moves nothing."""
-        discard_statistics(momentum_layers(self))
+        discard_statistics(self.layers)
 
     @torch.no_grad()
     def follow(self, student: Student, weight_momentum: float) -> None:
