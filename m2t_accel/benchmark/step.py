@@ -27,7 +27,7 @@ from m2t_accel.data.loader import create_loader, dead_workers_in_one_line, read
 from m2t_accel.data.requests import DeviceBatches
 from m2t_accel.data.sources import load_images
 from m2t_accel.data.views import TwoViews
-from m2t_accel.distributed.launch import hardware, start_accelerator
+from m2t_accel.distributed.launch import hardware, limit_threads, start_accelerator
 from m2t_accel.distributed.processes import gather_to_all, on_all_processes, wait_for_all
 
 RANDOM = "random"  # the dataset of random pixels, which is not read from anywhere
@@ -74,6 +74,7 @@ def benchmark_step(
         ConfigurationError: the launch, the precision or the images are not usable, or no variant can run.
     """
     accelerator = start_accelerator()
+    limit_threads(config.image_size)  # as pretraining does
     check_precision(accelerator.mixed_precision, accelerator.device)
     num_processes, on_gpu = accelerator.num_processes, accelerator.device.type == "cuda"
     config = dataclasses.replace(config, batch_size=config.device_batch_size * num_processes, evaluate_every=0)

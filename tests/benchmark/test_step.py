@@ -34,10 +34,13 @@ def work():
 def test_the_benchmark_measures_the_variants_in_one_run(ask, tmp_path, monkeypatch):
     """With images it measures the wait for them, too; --device_batch_size need not divide the recipe's batch."""
     monkeypatch.setattr(benchmark, "DATA_STEPS", 2)
+    sizes = []
+    monkeypatch.setattr(benchmark, "limit_threads", sizes.append)
     figures, trace = tmp_path / "figures.json", tmp_path / "trace.json"
     more = ("--variants", "eager,floor", "--dataset", "digits", "--num_workers", 0, "--repeats", 2)
     done = ask("scripts/benchmark.py", "step", *SMALL, *more, "--json", figures, "--profile", trace)
     assert done.status == 0, done.err
+    assert sizes == [32]  # so the threads are those of a run on such images
     result = json.loads(figures.read_text())
     assert list(result["variants"]) == ["eager", "floor"]
     for name, values in result["variants"].items():
