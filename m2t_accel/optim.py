@@ -68,19 +68,23 @@ class LARS(Optimizer):
 
 
 def create_optimizer(
-    module: nn.Module, name: str, learning_rate: float, momentum: float, weight_decay: float
+    module: nn.Module, name: str, learning_rate: float, momentum: float, weight_decay: float, fused: bool = True
 ) -> Optimizer:
     """Return SGD (`sgd`) or LARS (`lars`) over the module's trainable parameters.
 
     Weight decay applies to every parameter, as published. LARS adapts the rate of convolution and linear weights, not
     that of one-dimensional parameters (BatchNorm, biases).
 
+    Args:
+        fused: whether SGD reads and writes each tensor once, by one operator for all. False for a gradient scaler:
+            torch then calls `step` also for a step that is skipped, and Accelerate does not notice the skip.
+
     Raises:
         ValueError: the name is neither of them.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     if name == "sgd":
-        return SGD(parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
+        return SGD(parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=fused)
     if name == "lars":
         groups = [
             {"params": [p for p in parameters if p.dim() > 1], "adapt": True},

@@ -161,7 +161,12 @@ def create_step(
             f"--encoder {config.encoder}: {error}; give a model with plain BatchNorm, such as resnet50"
         ) from None
     optimizer = create_optimizer(
-        student, config.optimizer, config.learning_rate, config.optimizer_momentum, config.weight_decay
+        student,
+        config.optimizer,
+        config.learning_rate,
+        config.optimizer_momentum,
+        config.weight_decay,
+        fused=accelerator.scaler is None,
     )
     return TrainingStep(student, teacher, optimizer, accelerator)
 

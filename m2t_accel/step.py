@@ -42,9 +42,14 @@ class TrainingStep:
         teacher: a `Teacher` made of this student.
         optimizer: an optimizer of the student's parameters.
         accelerator: places the networks, and accumulates gradients over the sub-batches of this process.
+
+    Raises:
+        ValueError: the accelerator scales gradients, and the optimizer is fused, which hides skipped steps.
     """
 
     def __init__(self, student: Student, teacher: Teacher, optimizer: Optimizer, accelerator: Accelerator) -> None:
+        if accelerator.scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise ValueError("a fused optimizer does not report the steps that a gradient scaler skips: fused=False")
         self.accelerator = accelerator
         student.to(memory_format=torch.channels_last)
         teacher.to(memory_format=torch.channels_last)

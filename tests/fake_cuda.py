@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 PACKAGE = Path(__file__).parents[1] / "m2t_accel"
 STATISTICS = torch.ops.aten.batch_norm_update_stats.default
@@ -73,6 +74,9 @@ class Transfers(TorchDispatchMode):
         self.lines = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is torch.ops.aten._fused_sgd_:  # has no kernel for fake tensors
+            assert devices(tree_leaves((args, kwargs))) == {"cuda"}
+            return None
         out = function(*args, **(kwargs or {}))
         if function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
             sources = devices(args[1:2] if function.overloadpacket is torch.ops.aten.copy_ else args[:1])

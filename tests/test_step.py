@@ -85,14 +85,20 @@ def everything(step):
     return found
 
 
-def scaled_step(scale):
+def scaled_step(scale, fused=False):
     """Return a training step in float32 whose gradients are scaled as for float16."""
     torch.manual_seed(0)
     student = create_student(create_encoder("resnet10-quarter"), image_size=32, hidden_size=16, projection_size=8)
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    optimizer = create_optimizer(student, "sgd", 0.1, momentum=0.9, weight_decay=1e-4)
+    optimizer = create_optimizer(student, "sgd", 0.1, momentum=0.9, weight_decay=1e-4, fused=fused)
     return TrainingStep(student, Teacher(student), optimizer, accelerator)
+
+
+def test_a_fused_optimizer_is_refused_where_gradients_are_scaled():
+    """With one, torch reports no skipped step: the teacher would follow a student that has not moved."""
+    with pytest.raises(ValueError, match="fused=False"):
+        scaled_step(scale=64.0, fused=True)
 
 
 @pytest.mark.parametrize("overflows", ["forward", "gradient"])

@@ -63,6 +63,8 @@ class Counter(TorchDispatchMode):
         if func.namespace != "aten" or func.is_view or name.startswith(("empty", "new_empty", "_unsafe_view")):
             return output
         written = args[0] if output is None else output  # an operator on lists in place writes the first of them
+        if name == "_fused_sgd_":
+            written = args[0], args[2]  # weights and momentum
         tensors = [each for each in tree_leaves((args, kwargs, written)) if isinstance(each, Tensor)]
         count = flop_registry.get(func.overloadpacket)
         flops = 0 if count is None else count(*args, **kwargs, out_val=output)

@@ -133,7 +133,7 @@ def create_plain(work: Work) -> Step:
                 setattr(module, name, PaperBatchNorm(child))
     layers = [module for module in teacher.modules() if isinstance(module, PaperBatchNorm)]
     optimizer = create_optimizer(
-        student, config.optimizer, config.learning_rate, config.optimizer_momentum, config.weight_decay
+        student, config.optimizer, config.learning_rate, config.optimizer_momentum, config.weight_decay, fused=False
     )
     view_1, view_2 = work.views.contiguous().chunk(2)
     number = 0
@@ -231,7 +231,7 @@ def create_peer(work: Work) -> Step:
 
     byol = BYOL().to(work.accelerator.device, memory_format=torch.channels_last)
     optimizer = create_optimizer(
-        byol, config.optimizer, config.learning_rate, config.optimizer_momentum, config.weight_decay
+        byol, config.optimizer, config.learning_rate, config.optimizer_momentum, config.weight_decay, fused=False
     )
     forward, optimizer = work.accelerator.prepare(byol, optimizer)
     criterion = NegativeCosineSimilarity()
