@@ -7,9 +7,11 @@ import types
 
 __version__ = "0.1.0"
 
-# OpenMP reads this when torch is imported. By default, a thread that waits for the others keeps its core busy, and a
-# core that other programs also use then slows a step many times.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP reads this when torch is imported. A thread that waits for the others tries so often before it sleeps. The
+# default is 300 times as much, and a step then takes many times as long if other programs use the same cores; a thread
+# that sleeps at once (OMP_WAIT_POLICY=PASSIVE) makes a step 1.5 times as long on idle cores. See docs/recipes.md.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # Public names and their modules. They are imported on first use: `import m2t_accel` must not wait for torch.
 _PUBLIC = {

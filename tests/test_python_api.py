@@ -36,13 +36,15 @@ def test_importing_the_package_imports_no_torch():
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
-def test_waiting_threads_leave_their_core_to_others_unless_the_user_says_otherwise(given, policy):
-    code = "import os, m2t_accel; print(os.environ['OMP_WAIT_POLICY'])"
-    clean = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+@pytest.mark.parametrize(
+    ("given", "count"), [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")]
+)
+def test_waiting_threads_soon_leave_their_core_to_others_unless_the_user_says_otherwise(given, count):
+    code = "import os, m2t_accel; print(os.environ.get('GOMP_SPINCOUNT'))"
+    clean = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, cwd=ROOT, env={**clean, **given}, capture_output=True, text=True, check=True)
-    assert done.stdout == f"{policy}\n"
+    assert done.stdout == f"{count}\n"
 
 
 def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch):
