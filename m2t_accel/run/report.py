@@ -326,7 +326,7 @@ def settle_evaluation(config: PretrainConfig, data: ImageData) -> PretrainConfig
             f"{config.dataset} has {data.lacks}"
         )
     if config.evaluate_every is None:
-        every = max(1, int(num_epochs(config, data) // 10)) if data.validation is not None else 0
+        every = max(1, round(num_epochs(config, data) / 10)) if data.validation is not None else 0
         config = dataclasses.replace(config, evaluate_every=every)
     return config
 

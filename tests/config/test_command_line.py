@@ -154,7 +154,7 @@ WRONG_FLAGS = [
     (["--optimizer", "adam"], "--optimizer adam: .*sgd, lars"),
     (["--report_to", "wandb", "tensorbord"], "--report_to tensorbord: .*did you mean tensorboard.*mlflow"),
     (["--streaming", "maybe"], "--streaming maybe: true or false"),
-    (["--epochs", 2], "--warmup_epochs 8 .*add --warmup_epochs 0.2"),
+    (["--epochs", 2], "--warmup_epochs 13 .*add --warmup_epochs 0.2"),
     (["--batch_size", 100, "--device_batch_size", 32], "--batch_size 96 or 128, or --device_batch_size 25"),
     (["--recipe", "8x2080Ti-b256-100ep"], "--dataset is needed"),
     (["--dataset", ""], "--dataset is empty"),

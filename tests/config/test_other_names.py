@@ -178,7 +178,7 @@ DIFFERENT = [  # environment, what others type, what the message says
     ({}, "--num_train_epochs 3 --epochs 3", "--num_train_epochs and --epochs are the same setting: give one of them"),
     ({}, "--dataset_name imagefolder --data_dir x", "--dataset_name and --data_dir are the same setting"),
     ({}, "--fp16 --nonsense", "^unknown flag --nonsense; --help .*; --fp16: type accelerate"),
-    ({}, "--num_train_epochs 5 --fp16", "^--fp16: type accelerate .*; --warmup_epochs 8 must be less than --epochs 5"),
+    ({}, "--num_train_epochs 5 --fp16", "^--fp16: type accelerate .*; --warmup_epochs 13 must be less than --epochs 5"),
     ({}, "--epochs 5 --warmup_ratio 0.1 --lr 1 --batch_size 128", "type --warmup_epochs 0.5; .* batch of 128 type"),
     ({}, "--epochs x --batch_size y", "--epochs x: a whole number is needed; --batch_size y: a whole number is needed"),
     ({}, "--epochs -1 --weight_decay -3", "--epochs -1 is out of range: .*; --weight_decay -3 is out of range"),

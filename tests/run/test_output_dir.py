@@ -26,7 +26,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """A folder with the config.yaml of a run of 80 epochs, and one checkpoint."""
+    """A folder with the config.yaml of a run of 40 epochs, and one checkpoint."""
     (tmp_path / "config.yaml").write_text("# a header\n" + config_in(tmp_path, evaluate_every=8).to_yaml())
     (tmp_path / "checkpoints" / "step-3").mkdir(parents=True)
     return tmp_path
@@ -47,8 +47,8 @@ def test_the_same_run_may_go_on(run_folder):
             {"encoder": "resnet18", "blur_sigma": (0.1, 1.0)},
             r"\(encoder was resnet10-quarter, now resnet18; blur_sigma was 0\.1 2\.0, now 0\.1 1\.0\)",
         ),
-        ({"epochs": 90}, r"epochs was 80, now 90.*--resume .*/checkpoints/step-N"),
-        ({"epochs": 70, "resume": "checkpoints/step-3"}, "epochs was 80, now 70"),
+        ({"epochs": 90}, r"epochs was 40, now 90.*--resume .*/checkpoints/step-N"),
+        ({"epochs": 30, "resume": "checkpoints/step-3"}, "epochs was 40, now 30"),
         ({"max_steps": 90}, "max_steps was None, now 90"),
         ({"max_steps": 90, "resume": "checkpoints/step-3"}, "max_steps was None, now 90"),
         ({"resume": "checkpoints/step-4"}, r"--resume .*step-4: no such folder"),
@@ -83,7 +83,7 @@ def test_the_settings_of_a_complete_run_are_those_of_training_json(run_folder):
     check_output_dir(config_in(run_folder))
     with pytest.raises(ConfigurationError, match=r"other settings \(seed was 0, now 3\)"):
         check_output_dir(config_in(run_folder, seed=3))
-    with pytest.raises(ConfigurationError, match=r"epochs was 80, now 90.*--resume .*/checkpoints/step-N"):
+    with pytest.raises(ConfigurationError, match=r"epochs was 40, now 90.*--resume .*/checkpoints/step-N"):
         check_output_dir(config_in(run_folder, epochs=90))
 
 

@@ -88,7 +88,7 @@ def test_a_run_that_goes_on_repeats_no_step(server, tmp_path):
     lines = report(tmp_path / "mine", 0, 1, 2, 3, 4, reported=1, resumes=True)
     assert lines == ["wandb: run m2t_accel-mine-0 continues after step 3"]
     assert server.runs == {"m2t_accel-mine-0": [(step, 1.0) for step in range(5)]}
-    assert server.settings["crop_scale"] == "0.4 1.2"
+    assert server.settings["crop_scale"] == "0.5 1.2"
     assert server.settings["epochs"] == 2
 
 
