@@ -25,6 +25,7 @@ from transformers import (
 from m2t_accel.config.fields import ConfigurationError, one_line
 from m2t_accel.config.pretrain import ENCODERS
 from m2t_accel.momentum_norm import (
+    Commit,
     collect_statistics,
     commit_statistics,
     convert_batch_norm,
@@ -160,9 +161,9 @@ class Teacher(nn.Module):
         """Collect the statistics of the sub-batch that has just passed."""
         collect_statistics(self.layers)
 
-    def commit_statistics(self) -> None:
+    def commit_statistics(self) -> Commit:
         """Move the history of the statistics; once per optimizer step. A collective call."""
-        commit_statistics(self.layers)
+        return commit_statistics(self.layers)
 
     def discard_statistics(self) -> None:
         """Forget the statistics of the sub-batches of a step that moves nothing."""

@@ -13,6 +13,8 @@ processes (the published code keeps the history of process 0).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed
 from torch import Tensor, nn
@@ -165,8 +167,15 @@ def discard_statistics(layers: list[MomentumBatchNorm]) -> None:
     torch._foreach_zero_([layer.collected for layer in layers])
 
 
+class Commit(NamedTuple):
+    """The statistics of one commit: means and variances (2, channels of all layers), the same on every process."""
+
+    history: Tensor  # before the commit
+    average: Tensor  # of the forwards
+
+
 @torch.no_grad()
-def commit_statistics(layers: list[MomentumBatchNorm]) -> None:
+def commit_statistics(layers: list[MomentumBatchNorm]) -> Commit:
     """Move the history of all layers by the α of this step, and reset the collected statistics.
 
     A collective call: one all-reduce of 3 C numbers per layer (ResNet-50: 0.3 MB) averages over the forwards of all
@@ -188,3 +197,4 @@ def commit_statistics(layers: list[MomentumBatchNorm]) -> None:
     torch._foreach_lerp_(variances, average_variances, alphas)
     torch._foreach_add_([layer.num_batches_tracked for layer in layers], 1)
     torch._foreach_zero_(collected)
+    return Commit(history, average)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import SGD, Optimizer
 
 
@@ -98,3 +99,26 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
     """Set the learning rate of all parameter groups, before the step that uses it."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+@torch.no_grad()
+def update_norm(optimizer: Optimizer) -> Tensor:
+    """Return the norm of the change of all parameters by the last step, before its gradients are reset.
+
+    It is computed from the optimizer's momentum, so no copy of the weights is needed. With the buffer b, LARS moves
+    each parameter by b, and SGD by learning rate · b.
+
+    Args:
+        optimizer: one of `create_optimizer`, with or without Accelerate's wrapper.
+    """
+    norms = []
+    for group in optimizer.param_groups:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        buffers = [optimizer.state[parameter].get("momentum_buffer") for parameter in parameters]
+        scale = 1.0 if "adapt" in group else group["lr"]
+        if parameters and buffers[0] is None:
+            # SGD without momentum, in terms of the weights after the step: lr / (1 - lr · decay) · (g + decay · w).
+            buffers = torch._foreach_add([p.grad for p in parameters], parameters, alpha=group["weight_decay"])
+            scale = group["lr"] / (1 - group["lr"] * group["weight_decay"])
+        norms.append(scale * get_total_norm(buffers))
+    return torch.linalg.vector_norm(torch.stack(norms))

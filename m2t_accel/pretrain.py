@@ -195,9 +195,9 @@ def train(run: Run) -> None:
             run.guard.check_images(run.requests.failure(progress.num_batches))
         while progress.step < run.total_steps:
             now = config.schedule(progress.step, run.steps_per_epoch)
-            step.begin(now)
+            step.begin(now, measures_health=run.report.monitor.is_due(progress.step + 1))
             results, samples = [], []
-            for batch in islice(batches, num_sub_batches):
+            for batch in run.report.monitor.data_wait.watch(islice(batches, num_sub_batches)):
                 views = photometry(batch.crops, batch.photometry, config).to(dtype)
                 results.append(step.forward_backward(*views.chunk(2)))
                 samples.append(batch.samples)
@@ -273,7 +273,7 @@ class Run:
                 sep="\n",
                 flush=True,
             )
-        self.report = Report(config, accelerator, folder, data, progress, self.steps_per_epoch, trackers, rows)
+        self.report = Report(config, accelerator, folder, data, step, progress, self.steps_per_epoch, trackers, rows)
         self.requests = DeviceBatches(
             data.train,
             config,

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from m2t_accel.distributed.interruption import HostCopy
 from m2t_accel.distributed.processes import order_gradient_buckets
+from m2t_accel.health import StepHealth
 from m2t_accel.model import Student, Teacher, embedding_std, momentum_teacher_loss
 from m2t_accel.optim import set_learning_rate
 from m2t_accel.schedules import Schedule
@@ -69,9 +70,11 @@ class TrainingStep:
         self.teacher_forward.train()
         # An overflow of float16 would stay in the running statistics of the student.
         self.kept = None if accelerator.scaler is None else [buffer.clone() for buffer in self.student.buffers()]
+        self.health: StepHealth | None = None  # of the last step, if it was measured
 
-    def begin(self, now: Schedule) -> None:
-        """Set the learning rate and the statistics momentum of this step."""
+    def begin(self, now: Schedule, measures_health: bool = False) -> None:
+        """Set the learning rate and the statistics momentum of this step, and whether its health is measured."""
+        self.health = StepHealth(self.teacher) if measures_health else None
         if self.kept is not None:
             torch._foreach_copy_(self.kept, list(self.student.buffers()))
         set_learning_rate(self.optimizer, now.learning_rate)
@@ -92,6 +95,8 @@ class TrainingStep:
             # Copied before the backward, so that reading the loss does not wait for the end of the backward.
             loss_on_host = HostCopy(loss)
             self.accelerator.backward(loss)
+        if self.health is not None:
+            self.health.add_sub_batch(view_1, view_2, k2)
         return SubBatchResult(loss.detach(), loss_on_host, embedding_std(k2))
 
     def update(self, now: Schedule) -> bool:
@@ -104,11 +109,15 @@ class TrainingStep:
         Deviation: the published code moves the teacher's weights at the start of the next step, by the same momentum.
         """
         self.optimizer.step()
-        self.optimizer.zero_grad()
         if self.optimizer.step_was_skipped:
+            self.optimizer.zero_grad()
             self.teacher.discard_statistics()
             torch._foreach_copy_(list(self.student.buffers()), self.kept)
+            self.health = None
             return False
-        self.teacher.commit_statistics()
+        commit = self.teacher.commit_statistics()
         self.teacher.follow(self.student, now.weight_momentum)
+        if self.health is not None:
+            self.health.measure(self.student, self.teacher, self.optimizer, commit)
+        self.optimizer.zero_grad()
         return True

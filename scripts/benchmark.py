@@ -21,7 +21,7 @@ from m2t_accel.config.recipes import build_config
 
 RECIPE = "8x2080Ti-b256-100ep"
 OF_STEP = {"recipe", "encoder", "hidden_size", "projection_size", "optimizer", "image_size", "device_batch_size"}
-VARIANTS = ("plain", "peer", "eager", "compiled", "floor")
+VARIANTS = ("plain", "peer", "eager", "compiled", "monitored", "floor")
 
 
 def create_options(what: str) -> argparse.ArgumentParser:
@@ -65,6 +65,7 @@ def measure_step() -> None:
     peer      lightly's BYOL step on torchvision's encoder (pip install lightly)
     eager     the step of pretraining, from the crops to the moved teacher
     compiled  the same, with the networks compiled (on a CPU only if it is named)
+    monitored eager with a measurement of its health, as about 100 steps of a run have it (only if it is named)
     floor     two forwards and backwards of a student, two forwards of a teacher in evaluation mode, nothing else
 
     The precision is that of the launch. With --dataset the wait for its images is measured, too.

@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -53,6 +54,22 @@ def tiny(output_dir, **settings):
         "log_every": 1,
         **settings,
     }
+
+
+def stop_in_step(patch, number, received=signal.SIGTERM):
+    """Send a signal to this process in step `number` of the next run, counted from 1."""
+    from m2t_accel.step import TrainingStep
+
+    begin = TrainingStep.begin
+    steps = []
+
+    def begin_and_signal(self, now, *arguments, **options):
+        steps.append(now)
+        if len(steps) == number:
+            os.kill(os.getpid(), received)
+        begin(self, now, *arguments, **options)
+
+    patch.setattr(TrainingStep, "begin", begin_and_signal)
 
 
 def settings(dataset, **others):

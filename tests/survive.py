@@ -161,11 +161,15 @@ def lost_and_repeated(record: Path, reference: Path) -> tuple[int, int]:
 def metrics(output_dir: Path) -> list[dict[str, float]]:
     """Return the lines of metrics.jsonl without what a clock has measured."""
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+    clock = ("seconds", "images_per_second", "data_wait")
+    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
 
 
 def largest_difference(one: list[dict[str, float]], other: list[dict[str, float]]) -> float:
     """Return the largest difference between the metrics of two runs; infinite if their lines differ in kind."""
+    from m2t_accel.run.trackers import scalars
+
+    one, other = ([scalars(row) for row in rows] for rows in (one, other))
     if [row.keys() for row in one] != [row.keys() for row in other]:
         return float("inf")
     return max(abs(a[name] - b[name]) for a, b in zip(one, other, strict=True) for name in a)

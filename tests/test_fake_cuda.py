@@ -112,7 +112,7 @@ def train_one_step(optimizer="sgd", dtype=torch.bfloat16, fault=lambda step: Non
             fault(step)
             for number in range(2):  # the second step finds the state of the first
                 now = CONFIG.schedule(number, 2)
-                step.begin(now)
+                step.begin(now, measures_health=number == 1)
                 crops = torch.zeros(2 * N, 32, 32, 3, dtype=torch.uint8, device="cuda")
                 views = photometry_batched(crops, parameters(), CONFIG)
                 for _ in range(2):  # two sub-batches
@@ -140,6 +140,10 @@ def check_state(step, result):
         **{f"teacher.{name}": value for name, value in step.teacher.state_dict(keep_vars=True).items()},
         **{f"optimizer.{i}": state["momentum_buffer"] for i, state in enumerate(step.optimizer.state.values())},
         "embedding_std": result.embedding_std,
+        **step.health.figures,
+        "health.layers": step.health.layers,
+        "health.embeddings": step.health.embeddings[0],
+        "health.same_views": step.health.same_views[0],
     }
     assert {name for name, tensor in tensors.items() if tensor.device.type != "cuda"} == set()
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32, torch.int64}
@@ -185,6 +189,20 @@ def value_read(step):
     )
 
 
+def health_read(step):
+    def with_health(begin):
+        def begin_and_wrap(now, measures_health):
+            begin(now, measures_health)
+            if measures_health:
+                wrap(
+                    step.health, "measure", lambda measure: lambda *args: (measure(*args), step.health.layers.tolist())
+                )
+
+        return begin_and_wrap
+
+    wrap(step, "begin", with_health)
+
+
 def value_branched_on(step):
     def branch(collect):
         if step.teacher.projector[1].running_mean.isfinite().all():
@@ -223,6 +241,7 @@ def statistics_in_half_precision(step):
         (contiguous_weights, "weight of Conv2d.* is not channels_last"),
         (contiguous_views, "input of Conv2d.* is not channels_last"),
         (value_read, "_local_scalar_dense"),
+        (health_read, "_local_scalar_dense"),
         (value_branched_on, "_local_scalar_dense"),
         (masked_index, "nonzero"),
         (outputs_in_half_precision, "the loss is torch.float16"),
@@ -239,10 +258,10 @@ def test_a_planted_fault_is_caught(fault, message):
 def test_planted_copies_are_listed():
     def fault(step):
         layer = momentum_layers(step.teacher)[0]
-        wrap(step.teacher, "commit_statistics", lambda commit: lambda: (commit(), layer.running_mean.cpu()))
-        wrap(step, "begin", lambda begin: lambda now: (begin(now), torch.zeros(2).to("cuda")))
+        wrap(step.teacher, "commit_statistics", lambda commit: lambda: (commit(), layer.running_mean.cpu())[0])
+        wrap(step, "begin", lambda begin: lambda *_, **__: (begin(*_, **__), torch.zeros(2).to("cuda")))
 
-    assert train_one_step(fault=fault) == ["outside", "step.py: self.teacher.commit_statistics()"] * 2
+    assert train_one_step(fault=fault) == ["outside", "step.py: commit = self.teacher.commit_statistics()"] * 2
 
 
 def test_the_vote_of_the_neighbours_is_on_the_gpu():

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from helpers import tiny, write_image, write_parquet, write_tar
+from helpers import stop_in_step, tiny, write_image, write_parquet, write_tar
 from survive import different, last_tensors, metrics
 
 from m2t_accel import step as training
@@ -46,20 +46,6 @@ def assert_same_run(one, other):
 
 def checkpoint_names(folder):
     return [path.name for path in list_checkpoints(folder / "checkpoints")]
-
-
-def stop_in_step(patch, number, received=signal.SIGTERM):
-    """Send a signal to this process in step `number` of the run, counted from 1."""
-    begin = TrainingStep.begin
-    steps = []
-
-    def begin_and_signal(self, now):
-        steps.append(now)
-        if len(steps) == number:
-            os.kill(os.getpid(), received)
-        begin(self, now)
-
-    patch.setattr(TrainingStep, "begin", begin_and_signal)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +109,8 @@ def test_a_run_leaves_a_line_per_step_a_checkpoint_and_an_encoder(trained_run):
     assert [row["step"] for row in rows] == list(range(11))
     assert list(rows[0]) == ["step", "epoch", "knn_top1"]
     figures = {"step", "epoch", "loss", "embedding_std", "learning_rate", "statistics_momentum", "weight_momentum"}
+    figures |= {"agreement", "effective_rank", "gradient_norm", "update_norm", "update_ratio", "teacher_distance"}
+    figures |= {"statistics_distance", "layers"}
     for row in rows[1:]:
         assert figures <= row.keys() <= figures | {"knn_top1"}
         assert 0 < row["loss"] < 8

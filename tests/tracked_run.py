@@ -21,11 +21,11 @@ def train(name: str, folder: Path) -> None:
     config = build_config(tiny(folder, report_to=name))
     begin, steps = TrainingStep.begin, []
 
-    def begin_and_signal(self: TrainingStep, now: object) -> None:
+    def begin_and_signal(self: TrainingStep, now: object, **options: object) -> None:
         steps.append(now)
         if len(steps) == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        begin(self, now)
+        begin(self, now, **options)
 
     TrainingStep.begin = begin_and_signal
     try:

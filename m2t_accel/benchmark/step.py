@@ -31,11 +31,11 @@ from m2t_accel.distributed.launch import hardware, limit_threads, start_accelera
 from m2t_accel.distributed.processes import gather_to_all, on_all_processes, wait_for_all
 
 RANDOM = "random"  # the dataset of random pixels, which is not read from anywhere
-ON_SEVERAL_PROCESSES = ("eager", "compiled", "floor")
+ON_SEVERAL_PROCESSES = ("eager", "compiled", "monitored", "floor")
 DATA_STEPS = 20  # steps in which the wait for batches is measured
 
 # Groups of a profile: the first one whose words are in the name of an operator, or of a part of the step around it.
-PARTS = ("photometry", "teacher's statistics", "teacher's weights", "Optimizer.step")
+PARTS = ("photometry", "teacher's statistics", "teacher's weights", "monitor", "Optimizer.step")
 GROUPS: Mapping[str, str] = {
     "compiled kernels": r"fused|triton|Compiled",
     "communication": r"nccl|gloo|c10d|all_?reduce",
@@ -62,7 +62,7 @@ def benchmark_step(
 
     Args:
         config: settings of the step; if its dataset is not RANDOM, the wait for its images is measured, too.
-        names: variants to measure (default: all that fit; on a CPU without `compiled`).
+        names: variants to measure (default: all that fit but `monitored`; on a CPU without `compiled`).
         steps: steps of a variant before the next one has its turn (default: 10 on a GPU, else 1).
         repeats: turns of each variant.
         trace: file for a trace of one step of each variant.
@@ -136,7 +136,7 @@ def start_variants(names: Sequence[str], work: Work) -> tuple[dict[str, Step], d
         ConfigurationError: none can run here.
     """
     ready, memory, print = {}, {}, work.accelerator.print
-    for name in names or VARIANTS:
+    for name in names or [name for name in VARIANTS if name != "monitored"]:
         is_default = not names
         try:
             if work.accelerator.num_processes > 1 and name not in ON_SEVERAL_PROCESSES:
@@ -226,7 +226,7 @@ def ratios(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {
         f"{name} / {other}": statistics.median(b / a for a, b in zip(times[name], times[other], strict=True))
         for name in ("eager", "compiled")
-        for other in ("plain", "peer", "floor")
+        for other in ("plain", "peer", "floor", "monitored")
         if name in times and other in times
     }
 

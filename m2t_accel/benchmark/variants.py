@@ -28,6 +28,8 @@ from m2t_accel.distributed.launch import collective_timeout
 from m2t_accel.model import Student, create_encoder, create_student, embed, momentum_teacher_loss
 from m2t_accel.optim import create_optimizer, set_learning_rate
 from m2t_accel.pretrain import create_step
+from m2t_accel.run.monitor import Monitor
+from m2t_accel.run.resume import Progress
 from m2t_accel.schedules import Schedule
 from m2t_accel.step import TrainingStep
 
@@ -79,7 +81,12 @@ def create_compiled(work: Work) -> Step:
     return create_ours(work, "inductor")
 
 
-def create_ours(work: Work, backend: str) -> Step:
+def create_monitored(work: Work) -> Step:
+    """Return the step of pretraining with a measurement of its health, as about 100 steps of a run have it."""
+    return create_ours(work, "no", is_monitored=True)
+
+
+def create_ours(work: Work, backend: str, is_monitored: bool = False) -> Step:
     """Return the step of pretraining, with the networks compiled by a backend of torch.compile ("no": not compiled)."""
     state = work.accelerator.state
     given, state.dynamo_plugin = state.dynamo_plugin, TorchDynamoPlugin(backend=backend)
@@ -88,18 +95,22 @@ def create_ours(work: Work, backend: str) -> Step:
     finally:
         state.dynamo_plugin = given
     annotate(training)
+    monitor = Monitor(work.config, work.accelerator, training, Progress(), STEPS_PER_EPOCH)
     number = 0
 
     def step(batch: ViewBatch = work.batch) -> TrainingStep:
         nonlocal number
         now, number = work.schedule(number), number + 1
-        training.begin(now)
+        training.begin(now, measures_health=is_monitored)
         with record_function("photometry"):
             views = photometry(batch.crops, batch.photometry, work.config).to(work.views.dtype)
         result = training.forward_backward(*views.chunk(2))
         result.loss_on_host.item()
         reach_agreement(collective_timeout(work.config))
         training.update(now)
+        if is_monitored:
+            with record_function("monitor"):
+                monitor.collect(now)
         return training
 
     return step
@@ -294,5 +305,6 @@ VARIANTS: dict[str, Callable[[Work], Step]] = {
     "peer": create_peer,
     "eager": create_eager,
     "compiled": create_compiled,
+    "monitored": create_monitored,
     "floor": create_floor,
 }

@@ -152,9 +152,13 @@ class HostCopy:
 
     def tolist(self) -> list | float:
         """Return the values; on a GPU, wait for the copy first."""
+        return self.tensor().tolist()
+
+    def tensor(self) -> Tensor:
+        """Return the copy; on a GPU, wait for it first."""
         if self.arrival is not None:
             self.arrival.synchronize()
-        return self.copy.tolist()
+        return self.copy
 
 
 class Trouble(IntEnum):

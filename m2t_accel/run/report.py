@@ -20,13 +20,15 @@ from m2t_accel.data.views import BadImage
 from m2t_accel.distributed.interruption import HostCopy, reach_agreement
 from m2t_accel.distributed.launch import collective_timeout, compiles_networks, hardware
 from m2t_accel.distributed.processes import broadcast_object, gather_to_all
+from m2t_accel.evaluation.features import read_labels
 from m2t_accel.evaluation.knn import few_neighbours, measure_knn
 from m2t_accel.files import JsonLines
 from m2t_accel.progress import progress_bar
 from m2t_accel.run.folder import RunFolder
+from m2t_accel.run.monitor import Monitor, chance_level
 from m2t_accel.run.resume import Progress
 from m2t_accel.run.trackers import Trackers
-from m2t_accel.step import SubBatchResult
+from m2t_accel.step import SubBatchResult, TrainingStep
 
 # kNN during training shows whether the run is healthy; for that, an evenly spaced sample of a large dataset is enough.
 KNN_NEIGHBOURS = 20
@@ -128,7 +130,8 @@ class Report:
     written, the run continues, and the line is written with the next one.
 
     Args:
-        progress: progress of the run; the report updates its `reported`.
+        step: the step whose networks are monitored.
+        progress: progress of the run; the report updates its `reported`, `health` and `alarms`.
         rows: (2,) loss and spread of each sub-batch of this process since the last line of metrics.
     """
 
@@ -138,6 +141,7 @@ class Report:
         accelerator: Accelerator,
         folder: RunFolder,
         data: ImageData,
+        step: TrainingStep,
         progress: Progress,
         steps_per_epoch: int,
         trackers: Trackers,
@@ -149,6 +153,8 @@ class Report:
         self.progress = progress
         self.steps_per_epoch = steps_per_epoch
         self.knn = KnnMonitor(data, config, accelerator) if config.evaluate_every else None
+        chance = chance_level(read_labels(self.knn.queries)) if self.knn is not None else None
+        self.monitor = Monitor(config, accelerator, step, progress, steps_per_epoch, chance)
         # Process 0 reads the images that are known to be bad from the file.
         known = [BadImage(**row) for row in folder.bad_images.read()] if accelerator.is_main_process else []
         self.bad_images = BadImages(config, len(data.train), broadcast_object(known))
@@ -180,16 +186,20 @@ class Report:
         is_line = step % config.log_every == 0 or step == config.total_steps(self.steps_per_epoch)
         if self.progress.reported == step or not (evaluates or (is_line and step > 0)):
             return
-        values: dict[str, float] = {}
+        values: dict[str, object] = {}
         if step > 0:
             values = self.averages() | dataclasses.asdict(config.schedule(step - 1, self.steps_per_epoch))
             if self.progress.skipped:
                 values["skipped_steps"] = self.progress.skipped
+            self.collect_health()
+            values |= self.progress.health
             self.check_collapse(step, values["embedding_std"])
+        seconds = time.perf_counter() - self.last
         if evaluates:
             values["knn_top1"] = self.knn.measure(encoder, stop_if_asked)
+        self.print_lines(self.monitor.check_line(values, seconds))
         self.write(step, step / self.steps_per_epoch, values)
-        self.progress.reported = step
+        self.progress.reported, self.progress.health = step, {}
 
     def add(self, results: Sequence[SubBatchResult]) -> None:
         """Count an optimizer step, and record its sub-batches."""
@@ -198,24 +208,36 @@ class Report:
         if self.bar is not None:
             self.bar.update()
 
+    def collect_health(self) -> None:
+        """Collect the health of the last step for the line that is due, and print alarms. A collective call."""
+        step = self.progress.step
+        self.print_lines(self.monitor.collect(self.config.schedule(step - 1, self.steps_per_epoch)))
+
     def averages(self) -> dict[str, float]:
         """Return loss and spread averaged over all sub-batches since the last line, and the speed. A collective call.
+
+        The wait for data is that of the process that waited longest, because the others wait for it.
 
         Raises:
             TooManyBadImagesError: on every process.
         """
+        rank, num_processes = self.accelerator.process_index, self.accelerator.num_processes
         mean = torch.stack(self.rows).mean(dim=0)
-        share_bad = mean.new_tensor([float(len(self.bad) > 0)])
-        averages = HostCopy(self.accelerator.reduce(torch.cat([mean, share_bad]), reduction="mean"))
+        others = [float(len(self.bad) > 0)] + [0.0] * num_processes
+        others[1 + rank] = self.monitor.data_wait.seconds / (time.perf_counter() - self.last)
+        averages = HostCopy(self.accelerator.reduce(torch.cat([mean, mean.new_tensor(others)]), reduction="mean"))
         reach_agreement(collective_timeout(self.config), has_arrived=averages.has_arrived)
-        loss, spread, share_bad = averages.tolist()
+        loss, spread, share_bad, *waits = averages.tolist()
         if share_bad > 0:
             self.report_bad_images()
         self.bad_images.check()
         speed = self.num_steps * self.config.batch_size / (time.perf_counter() - self.last)
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} images/s", refresh=False)
-        return {"loss": loss, "embedding_std": spread} | ({"images_per_second": speed} if self.num_steps else {})
+        values = {"loss": loss, "agreement": 1 - loss / 4, "embedding_std": spread}
+        if self.num_steps:
+            values |= {"images_per_second": speed, "data_wait": min(1.0, num_processes * max(waits))}
+        return values
 
     def report_bad_images(self) -> None:
         """Print and write the images that any process could not decode since the last call. A collective call."""
@@ -226,10 +248,11 @@ class Report:
             for line in self.bad_images.describe(new):
                 self.print_line(line)
 
-    def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
+    def write(self, step: int, epoch: float, values: dict[str, object]) -> None:
         """Write one line of metrics, and restart the clock of the speed, which does not count evaluations."""
         self.rows.clear()
         self.num_steps = 0
+        self.monitor.data_wait.seconds = 0.0
         if self.accelerator.is_main_process:
             line = {"step": step, "epoch": round(epoch, 6), **values, "seconds": round(self.seconds(), 3)}
             self.write_lines(self.folder.metrics, [line])
@@ -266,6 +289,11 @@ class Report:
             file.add(rows)
         except OSError as error:
             self.print_line(f"warning: {file.path} cannot be written ({error.strerror}); the next write adds its lines")
+
+    def print_lines(self, lines: Iterable[str]) -> None:
+        """Print lines above the progress bar, on process 0."""
+        for line in lines:
+            self.print_line(line)
 
     def print_line(self, line: str) -> None:
         """Print a line above the progress bar, on process 0."""

@@ -29,6 +29,8 @@ class Progress:
     seconds: float = 0.0  # of training before this start
     num_saved: int = 0  # checkpoints written so far
     parts: list[dict[str, object]] = field(default_factory=list)  # for each start: step, command, hardware, versions
+    health: dict[str, object] = field(default_factory=dict)  # figures of the monitor for the next line of metrics
+    alarms: list[str] = field(default_factory=list)  # kinds of alarms that the run has had
 
     @property
     def num_batches(self) -> int:
@@ -48,6 +50,8 @@ def restore_progress(manifest: Mapping[str, object] | None) -> Progress:
         saved["seconds"],
         manifest["number"],
         list(saved["parts"]),
+        saved.get("health", {}),
+        saved.get("alarms", []),
     )
 
 

@@ -70,6 +70,7 @@ class Saver:
     def begin(self) -> None:
         """Copy the state of the run, and start to write it. A collective call."""
         self.report.report_bad_images()  # a run that resumes from this state does not report them again
+        self.report.collect_health()  # it is not part of the state
         self.last_saved = (self.progress.step, self.progress.reported)
         self.collect(wait=True)  # the last write reads the memory that the new copy overwrites
         # The copy waits for the device, so wait for it now, where a lost process is noticed.
@@ -123,6 +124,8 @@ class Saver:
                 "reported": self.progress.reported,
                 "seconds": round(self.report.seconds(), 3),
                 "parts": self.progress.parts,
+                "health": self.progress.health,
+                "alarms": self.progress.alarms,
             },
             "versions": VERSIONS,
         }

@@ -214,7 +214,7 @@ class Tracker:
     def send(self) -> None:
         """Send the lines that wait."""
         while self.waiting:
-            values = dict(self.waiting[0])
+            values = scalars(self.waiting[0])
             step = values.pop("step")
             # wandb otherwise keeps the line until the next one, and loses it if the process is killed.
             self.inner.log(values, step=step, **({"commit": True} if self.name == "wandb" else {}))
@@ -238,6 +238,15 @@ class Tracker:
                 f"warning: --report_to {self.name} may lack the lines after step {self.step}; metrics.jsonl has them, "
                 "and a run that resumes sends them"
             )
+
+
+def scalars(row: Mapping[str, object]) -> dict[str, float]:
+    """Return the figures of a line of metrics; those of a group are named GROUP/NAME."""
+    values: dict[str, float] = {}
+    for name, value in row.items():
+        group = value if isinstance(value, Mapping) else None
+        values |= {name: value} if group is None else {f"{name}/{part}": figure for part, figure in group.items()}
+    return values
 
 
 def settings_for_trackers(config: PretrainConfig) -> dict[str, object]:

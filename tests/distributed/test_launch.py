@@ -29,6 +29,7 @@ from m2t_accel.distributed.launch import (
     start_accelerator,
 )
 from m2t_accel.run import completion
+from m2t_accel.run.trackers import scalars
 
 CONFIGS = ROOT / "accelerate_configs"
 EXPECTED = {  # processes, machines, on the CPU, mixed precision
@@ -282,6 +283,11 @@ def test_two_processes_equal_one_with_two_accumulation_steps(run_script, tmp_pat
         losses = [[row["loss"] for row in each if "loss" in row] for each in rows]
         assert len(losses[0]) == 11
         assert losses[1] == pytest.approx(losses[0], rel=0, abs=1e-9)
+        clock = ("seconds", "images_per_second", "data_wait")
+        for ours, theirs in zip(*rows, strict=True):  # the monitor sees the same run, however it is divided
+            assert "layers" in ours
+            ours, theirs = ({k: v for k, v in scalars(row).items() if k not in clock} for row in (ours, theirs))
+            assert theirs == pytest.approx(ours, rel=1e-6, abs=1e-9)
         first, second = (load_file(two / optimizer / f"teacher-{rank}-of-2.safetensors") for rank in (0, 1))
         assert any("running_var" in name for name in teacher)
         assert first.keys() == second.keys() == teacher.keys()

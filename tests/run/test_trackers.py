@@ -92,6 +92,22 @@ def test_a_run_that_goes_on_repeats_no_step(server, tmp_path):
     assert server.settings["epochs"] == 2
 
 
+def test_a_group_of_figures_is_sent_as_scalars(server, tmp_path, monkeypatch):
+    sent = []
+    client = server.client
+
+    def client_that_records(*arguments, **options):
+        tracker = client(*arguments, **options)
+        tracker.log = lambda values, step, commit: sent.append(values)
+        return tracker
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", client_that_records)
+    started, _ = begin(tmp_path / "run")
+    started.add([{"step": 1, "loss": 2.0, "layers": {"stem": 0.5, "projector.1": 0.25}}])
+    started.close()
+    assert sent == [{"loss": 2.0, "layers/stem": 0.5, "layers/projector.1": 0.25}]
+
+
 def test_a_tracker_changes_no_random_numbers(server, tmp_path):
     random.seed(2)
     torch.manual_seed(2)
