@@ -11,7 +11,7 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -145,7 +145,7 @@ def start_variants(names: Sequence[str], work: Work) -> tuple[dict[str, Step], d
                 if is_default and work.accelerator.device.type != "cuda":
                     raise ConfigurationError("takes minutes to compile: add --variants eager,compiled,floor")
                 print("compiled: compiling takes minutes, which are not counted", flush=True)
-            ready[name], memory[name] = start(name, work)
+            ready[name], memory[name] = warm_up(VARIANTS[name], work)
         except ConfigurationError as error:
             print(f"{name} is left out: it {error}", flush=True)
     if not ready:
@@ -153,11 +153,11 @@ def start_variants(names: Sequence[str], work: Work) -> tuple[dict[str, Step], d
     return ready, memory
 
 
-def start(name: str, work: Work) -> tuple[Step, float | None]:
-    """Create a variant and run two steps. Return it, and the peak of the memory that it takes, in megabytes."""
+def warm_up(create: Callable[[Work], Step], work: Work) -> tuple[Step, float | None]:
+    """Create a step and run it twice. Return it, and the peak of the memory that it takes, in megabytes."""
     device = work.accelerator.device
     before = used_memory(device)
-    step = VARIANTS[name](work)
+    step = create(work)
     step()  # creates the optimizer's momentum, and compiles
     synchronize(device)
     held = reset_peak(device)

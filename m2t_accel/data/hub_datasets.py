@@ -27,7 +27,7 @@ from m2t_accel.data.cache import file_fingerprint
 from m2t_accel.data.folders import MAX_LISTED
 from m2t_accel.data.hub_files import list_files
 from m2t_accel.data.parquet import ParquetShards, parquet_splits
-from m2t_accel.data.splits import TRAIN, choose_splits
+from m2t_accel.data.splits import TRAIN, Choice, choose_splits
 from m2t_accel.data.streams import HubStream
 
 CACHE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
@@ -46,11 +46,7 @@ def load_hub(config: ImageSettings, remarks: list[str]) -> dict[str, Dataset | P
         ConfigurationError: it cannot be loaded, or has several configurations or no training split.
     """
     builder = find_builder(config)
-    files = {str(name): list(paths) for name, paths in (builder.config.data_files or {}).items()}
-    names = list(files or builder.info.splits or ())  # a copy that is found without the network has no files
-    if not names:
-        raise ConfigurationError(f"--dataset {config.dataset} holds no files of a known kind, such as parquet")
-    choice = choose_splits(names, config)
+    files, choice = find_splits(builder, config)
     chosen = [choice.train, *([choice.validation] if choice.validation else [])]
     if choice.unused:
         remarks.append(f"not used: {', '.join(choice.unused)}")
@@ -64,6 +60,37 @@ def load_hub(config: ImageSettings, remarks: list[str]) -> dict[str, Dataset | P
     if all(path.endswith(".parquet") for paths in files.values() for path in paths):
         return parquet_splits(files, config)
     return stream_splits(builder, files, config, remarks)
+
+
+def find_splits(builder: DatasetBuilder, config: ImageSettings) -> tuple[dict[str, list[str]], Choice]:
+    """Return the files of each split (none if the network is not reached), and the splits that are used.
+
+    Raises:
+        ConfigurationError: there are no files of images, or no training split.
+    """
+    files = {str(name): list(paths) for name, paths in (builder.config.data_files or {}).items()}
+    names = list(files or builder.info.splits or ())  # a copy that is found without the network has no files
+    if not names:
+        raise ConfigurationError(f"--dataset {config.dataset} holds no files of a known kind, such as parquet")
+    return files, choose_splits(names, config)
+
+
+def size_of_copy(config: ImageSettings) -> int | None:
+    """Return the bytes that a start without `--streaming` adds to the cache: the files, and the copy of their rows.
+
+    0 if the copy is there; None if the Hub does not say how large the splits are. Nothing is downloaded.
+
+    Raises:
+        ConfigurationError: the dataset cannot be reached, or has several configurations or no training split.
+    """
+    builder = find_builder(config)
+    _, choice = find_splits(builder, config)
+    chosen = [choice.train, *([choice.validation] if choice.validation else [])]
+    if os.path.exists(os.path.join(with_splits(builder, chosen).cache_dir, datasets.config.DATASET_INFO_FILENAME)):
+        return 0
+    known = builder.info.splits or {}
+    sizes = [known[name].num_bytes for name in chosen if name in known]
+    return 2 * sum(sizes) if len(sizes) == len(chosen) and all(sizes) else None
 
 
 def copy_splits(

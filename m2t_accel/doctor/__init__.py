@@ -1,0 +1,1 @@
+"""The examination of a run before it starts: machine, launch, images, speed, recipe, and advice."""
