@@ -6,12 +6,11 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from m2t_accel.config.data import check_enough_images
 from m2t_accel.config.fields import ConfigurationError, count
@@ -33,6 +32,56 @@ MAX_BATCHES = 100  # sub-batches searched for images that can be decoded
 NAMES = {BRIGHTNESS: "brightness", CONTRAST: "contrast", SATURATION: "saturation"}
 
 
+class ViewPair(NamedTuple):
+    """An image of the first epoch, with its two views."""
+
+    name: str  # of the file, or of the sample
+    size: tuple[int, int]  # (H, W) of the original
+    image: np.ndarray  # (H, W, 3) uint8, at most MAX_SIDE pixels long
+    crops: tuple[Crop, Crop]  # in the original
+    views: tuple[np.ndarray, np.ndarray]  # (S, S, 3) float32, 0 to 1
+    parameters: tuple[str, str]  # of the colours of each view, in words
+
+
+def collect_pairs(images: Dataset | Shards | HubStream, config: PretrainConfig) -> tuple[list[ViewPair], list[str]]:
+    """Return a dozen images of the first epoch with their views, and a line for each that cannot be decoded."""
+    config = dataclasses.replace(config, batch_size=2, device_batch_size=2, evaluate_every=0)  # two are enough to draw
+    shown, broken = [], []
+    for sample, image in first_images(images, config):
+        try:
+            pixels = decode_image(image, config.max_image_pixels)
+            size = pixels.shape[:2]
+            # Twelve large photographs and their drawings would take gigabytes.
+            shown.append((sample, image, size, pixels if max(size) <= MAX_SIDE else thumbnail(pixels, MAX_SIDE)))
+        except DecodeError as error:
+            broken.append(f"cannot be decoded: {describe_image(image, sample)} ({error})")
+        if len(shown) == NUM_PAIRS:
+            break
+    if not shown:
+        return [], broken
+    samples = np.array([sample for sample, *_ in shown])
+    batch = TwoViews(images, config).__getitems__(Request(0, samples, [image for _, image, _, _ in shown]))
+    views = photometry(batch.crops, batch.photometry, config)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.image_mean, config.image_std))
+    pixels = (views * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    pairs = []
+    for i, (sample, image, size, original) in enumerate(shown):
+        uniforms = [draw_uniforms(config.seed, 0, np.array([sample]), view)[0] for view in range(2)]
+        rows = [i, len(shown) + i]
+        parameters = [Photometry(*(values[row] for values in batch.photometry)) for row in rows]
+        pairs.append(
+            ViewPair(
+                Path(str(image["path"] or f"sample {sample}")).name,
+                size,
+                original,
+                tuple(draw_crop(numbers, *size, config) for numbers in uniforms),
+                tuple(pixels[row] for row in rows),
+                tuple(map(describe_parameters, parameters)),
+            )
+        )
+    return pairs, broken
+
+
 @plain_words()
 def draw_preview(config: PretrainConfig, picture: Path) -> list[str]:
     """Draw a dozen images of the first epoch, their crops and their two views. Return lines to print.
@@ -40,6 +89,8 @@ def draw_preview(config: PretrainConfig, picture: Path) -> list[str]:
     Raises:
         ConfigurationError: no image can be decoded, or the picture cannot be written or would be one of the images.
     """
+    from matplotlib.figure import Figure  # late: importing matplotlib takes about 1 s
+
     if os.path.exists(config.dataset) and picture.resolve().is_relative_to(Path(config.dataset).resolve()):
         raise ConfigurationError(
             f"--output {picture} is in --dataset {config.dataset}, and would be trained on: give a file elsewhere"
@@ -48,48 +99,31 @@ def draw_preview(config: PretrainConfig, picture: Path) -> list[str]:
     config = dataclasses.replace(config, batch_size=2, device_batch_size=2, evaluate_every=0)
     data = load_images(config)
     check_enough_images(len(data.train), config)
-    lines = [data.introduction]
-    shown = []
-    for sample, image in first_images(data.train, config):
-        try:
-            pixels = decode_image(image, config.max_image_pixels)
-            size = pixels.shape[:2]
-            # Twelve large photographs and their drawings would take gigabytes.
-            shown.append((sample, image, size, pixels if max(size) <= MAX_SIDE else thumbnail(pixels, MAX_SIDE)))
-        except DecodeError as error:
-            lines.append(f"cannot be decoded: {describe_image(image, sample)} ({error})")
-        if len(shown) == NUM_PAIRS:
-            break
-    if not shown:
+    pairs, broken = collect_pairs(data.train, config)
+    lines = [data.introduction, *broken]
+    if not pairs:
         raise ConfigurationError(f"--dataset {config.dataset}: {lines[-1]}; all other images tried fail too")
-    samples = np.array([sample for sample, *_ in shown])
-    batch = TwoViews(data.train, config).__getitems__(Request(0, samples, [image for _, image, _, _ in shown]))
-    views = photometry(batch.crops, batch.photometry, config)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.image_mean, config.image_std))
-    pixels = (views * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
-    columns, rows = 2, -(-len(shown) // 2)
+    columns, rows = 2, -(-len(pairs) // 2)
     figure = Figure(figsize=(13.5, 2.45 * rows + 0.5), layout="constrained")
     figure.suptitle(f"{config.dataset}, recipe {config.recipe}, seed {config.seed}: image, view 1, view 2", fontsize=11)
     axes = figure.subplots(rows, 3 * columns, squeeze=False).reshape(-1, 3)
     for panel in axes.flat:
         panel.set_axis_off()
-    for i, (sample, image, (height, width), original) in enumerate(shown):
-        axes[i, 0].imshow(original, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
-        axes[i, 0].set_title(Path(str(image["path"] or f"sample {sample}")).name[-28:], fontsize=7)
+    for panels, pair in zip(axes, pairs, strict=False):
+        height, width = pair.size
+        panels[0].imshow(pair.image, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+        panels[0].set_title(pair.name[-28:], fontsize=7)
         for view in range(2):
-            index = view * len(shown) + i
-            uniforms = draw_uniforms(config.seed, 0, np.array([sample]), view)[0]
-            outline(axes[i, 0], draw_crop(uniforms, height, width, config), f"C{view}")
-            axes[i, 1 + view].imshow(pixels[index])
-            parameters = Photometry(*(values[index] for values in batch.photometry))
-            axes[i, 1 + view].set_title(describe_parameters(parameters), fontsize=6, color=f"C{view}")
+            panels[0].plot(*outline(pair.crops[view]).T, color=f"C{view}", linewidth=1.5, clip_on=False)
+            panels[1 + view].imshow(pair.views[view])
+            panels[1 + view].set_title(pair.parameters[view], fontsize=6, color=f"C{view}")
     try:
         picture.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(picture, dpi=120)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"--output {picture} cannot be written ({error})") from None
-    lines.append(f"{count(len(shown), 'pair')} of views: {picture}")
+    lines.append(f"{count(len(pairs), 'pair')} of views: {picture}")
     return lines
 
 
@@ -114,13 +148,13 @@ def first_images(
         yield from zip(samples.tolist(), read_rows(images, samples), strict=True)
 
 
-def outline(axes: Axes, crop: Crop, color: str) -> None:
-    """Draw the outline of a crop in its image."""
+def outline(crop: Crop) -> np.ndarray:
+    """Return the closed outline (5, 2) of a crop in the pixels of its image, x first."""
     corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1), (-1, -1)]) / 2 * (crop.width, crop.height)
     cosine, sine = np.cos(np.radians(crop.angle)), np.sin(np.radians(crop.angle))
     corners = corners @ np.array([[cosine, sine], [-sine, cosine]])
-    centre = (crop.left + crop.width / 2 - 0.5, crop.top + crop.height / 2 - 0.5)
-    axes.plot(*(corners + centre).T, color=color, linewidth=1.5, clip_on=False)
+    centre = np.array([crop.left + crop.width / 2 - 0.5, crop.top + crop.height / 2 - 0.5])
+    return corners + centre
 
 
 def describe_parameters(parameters: Photometry) -> str:
