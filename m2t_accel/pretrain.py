@@ -314,8 +314,10 @@ class Run:
             ) from None
 
     def close(self) -> None:
-        """Wait for a checkpoint that is being written, and end the bar and the trackers."""
+        """Wait for a checkpoint that is being written, end the bar and the trackers, and write the page."""
         self.saver.close()
         self.report.close()
+        if self.report.page is not None:
+            self.report.page.close()
         for line in self.trackers.close():
             self.report.print_line(line)

@@ -1,6 +1,7 @@
 """Images, shards and settings for the tests."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -171,3 +172,31 @@ class FillingDataset:
 
 def identity(batch):
     return batch
+
+
+def write_run(folder, num_steps=40, finished=True, seed=0, log_every=1, layers=3, **others):
+    """Write the files of a run of 4 epochs without training it: config.yaml, metrics.jsonl and training.json."""
+    folder.mkdir(parents=True)
+    config = build_config({"recipe": "digits", "epochs": 4, "warmup_epochs": 1, "seed": seed, **others})
+    header = "# m2t_accel 0.1.0, torch 2.14.1, on 1 × cpu (1 thread), float32\n# python scripts/pretrain.py <b>\n"
+    (folder / "config.yaml").write_text(header + config.to_yaml())
+    rng = np.random.default_rng(seed)
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(0, num_steps + 1, log_every):
+            row = {"step": step, "epoch": 4 * step / num_steps, "seconds": 0.1 * step}
+            if step:
+                loss = 4 * np.exp(-3 * step / num_steps) + 0.01 * rng.normal()
+                row |= {"loss": loss, "embedding_std": 0.9, "images_per_second": 500 + 10 * rng.normal()}
+                row |= {"learning_rate": 0.1, "statistics_momentum": 0.5, "weight_momentum": 0.95}
+                row |= {"data_wait": 0.1 * rng.random(), "agreement": 1 - loss / 4}
+                if step * 100 // num_steps > (step - log_every) * 100 // num_steps:
+                    distances = {f"encoder.layer.{i}.normalization": 0.1 * (i + rng.random()) for i in range(layers)}
+                    row |= {"effective_rank": 50.0, "gradient_norm": 1.0, "update_norm": 0.01, "update_ratio": 1e-4}
+                    row |= {"teacher_distance": 0.1, "statistics_distance": 0.3, "layers": distances}
+            if step in (0, num_steps):
+                row["knn_top1"] = round(0.9 + 0.05 * (step > 0) + 0.01 * seed, 4)
+            file.write(json.dumps(row) + "\n")
+    if finished:
+        training = {"seconds": 0.1 * num_steps, "hardware": "1 × cpu", "command": "python scripts/pretrain.py <b>"}
+        (folder / "training.json").write_text(json.dumps({**training, "versions": {"torch": "2.14.1"}}))
+    return folder

@@ -100,7 +100,8 @@ def fresh_accelerator():
 
 
 def test_a_run_leaves_a_line_per_step_a_checkpoint_and_an_encoder(trained_run):
-    names = [".lock", "checkpoints", "config.yaml", "curves.png", "encoder", "metrics.jsonl", "training.json"]
+    names = [".lock", "checkpoints", "config.yaml", "curves.png", "encoder", "metrics.jsonl"]
+    names += ["pictures", "report.html", "training.json"]
     assert sorted(path.name for path in trained_run.iterdir()) == names
     assert checkpoint_names(trained_run) == ["step-10"]
     files = {path.name for path in (trained_run / "encoder").iterdir()}

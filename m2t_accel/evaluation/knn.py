@@ -41,6 +41,9 @@ class KnnResult(NamedTuple):
     num_queries: int
     num_broken: int  # images of bank and queries that cannot be decoded, and are left out
     fingerprints: tuple[str, str]  # of bank and queries
+    samples: Tensor  # (N,) the queries' numbers
+    neighbours: Tensor  # (N, k) numbers of the nearest images in the bank, the nearest first, for the largest k
+    similarities: Tensor  # (N, k) their cosines
 
 
 def measure_knn(
@@ -87,6 +90,9 @@ def measure_knn(
         len(found.samples),
         len(bank) + len(queries) - len(bank_samples) - len(found.samples),
         (fingerprint(bank_digests, bank_labels[bank_samples]), fingerprint(found.digests, labels)),
+        found.samples,
+        neighbours,
+        similarities,
     )
 
 

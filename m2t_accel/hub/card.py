@@ -64,6 +64,7 @@ def model_card(
     results: Sequence[Mapping[str, object]] = (),
     name: str = "PATH_OR_ID",
     with_curves: bool = False,
+    metrics: Sequence[Mapping[str, object]] = (),
 ) -> str:
     """Return the README.md of a run: purpose, loading code, results and training of the encoder.
 
@@ -72,7 +73,8 @@ def model_card(
         accuracies: the teacher's kNN top-1 measured during training, 0 to 1, from first to last; may be empty.
         results: results of evaluations, as m2t_accel.evaluation writes them.
         name: folder or Hub id that the loading code names.
-        with_curves: whether curves.png is published beside the card.
+        with_curves: whether curves.png and report.html are published beside the card.
+        metrics: lines of the run's metrics.jsonl.
     """
     title = f"Momentum² Teacher {without_paths(config.encoder)}, {Path(config.dataset).name}"
     start = next((part["init_from"] for part in training.get("parts", ()) if "init_from" in part), {})
@@ -92,10 +94,16 @@ def model_card(
         "images seen": f"{training['images_seen']:,}",
         "hardware": training["hardware"],
         "time": training["time"],
+        **last_figures(metrics),
         "software": ", ".join(f"{package} {version}" for package, version in training["versions"].items()),
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    curves = "\n![loss, kNN, spread of the embeddings, schedules](curves.png)\n" if with_curves else ""
+    curves = (
+        "\n![loss, kNN, spread of the embeddings, schedules](curves.png)\n\n[report.html](report.html) has all curves "
+        "to zoom, and the health of each layer. Download it and open it; it needs no network.\n"
+        if with_curves
+        else ""
+    )
     return f"""---
 {data.to_yaml()}
 ---
@@ -154,6 +162,24 @@ them, m2t_accel, is Apache-2.0.
 }}
 ```
 """
+
+
+def last_figures(metrics: Sequence[Mapping[str, object]]) -> dict[str, str]:
+    """Return the rows of the card's table about the state at the end of training."""
+    last = {name: value for line in metrics for name, value in line.items()}
+    embeddings = [
+        f"{words} {last[name]:.3g}"
+        for name, words in (
+            ("embedding_std", "spread (1 even, 0 collapse)"),
+            ("effective_rank", "effective rank (RankMe)"),
+            ("agreement", "agreement of student and teacher"),
+        )
+        if name in last
+    ]
+    layers = f"{last['statistics_distance']:.3g}" if "statistics_distance" in last else None
+    return ({"embeddings at the end": ", ".join(embeddings)} if embeddings else {}) | (
+        {"largest distance of a batch's statistics from the teacher's": layers} if layers else {}
+    )
 
 
 def public_settings(config: PretrainConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -30,6 +31,8 @@ from m2t_accel.hub.card import command_without_paths, merge_cards, model_card, p
 from m2t_accel.hub.encoders import LoadedEncoder, load_encoder, weights_fingerprint
 from m2t_accel.hub.tensor_names import to_torchvision
 from m2t_accel.model import embed
+from m2t_accel.pages.record import RunRecord, read_run
+from m2t_accel.pages.run_page import write_run_page
 
 ENCODER_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 RUN_FILES = ("metrics.jsonl", "curves.png")
@@ -106,7 +109,8 @@ def gather(run: Path, staged: Path, repo_id: str) -> str:
         config = build_config(settings)
         training = json.loads(inside(run, run / "training.json").read_text(encoding="utf-8"))
         changed = [name for name, value in training.get("config", {}).items() if settings.get(name) != value]
-        accuracies = [row["knn_top1"] for row in read_metrics(run / "metrics.jsonl") if "knn_top1" in row]
+        rows = list(read_metrics(run / "metrics.jsonl"))
+        accuracies = [row["knn_top1"] for row in rows if "knn_top1" in row]
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         raise ConfigurationError(f"--run {run} holds files that are not a run's ({one_line(error)})") from None
     if changed:
@@ -130,7 +134,26 @@ def gather(run: Path, staged: Path, repo_id: str) -> str:
         results.append(result)
         text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
         (staged / "results" / f"{Path(name).parent.name}.json").write_text(text, encoding="utf-8")
-    return model_card(config, training, accuracies, results, repo_id, with_curves=(staged / "curves.png").is_file())
+    with_curves = (staged / "curves.png").is_file()
+    if with_curves:
+        write_run_page(public_record(run, repo_id), staged / "report.html", with_images=False)
+    return model_card(config, training, accuracies, results, repo_id, with_curves, rows)
+
+
+def public_record(run: Path, repo_id: str) -> RunRecord:
+    """Return the record of a run without paths of this machine."""
+    record = read_run(run)
+    training = {**record.training, "command": record.command}
+    for part in training.get("parts", ()):
+        part["command"] = command_without_paths(str(part["command"]))
+    return dataclasses.replace(
+        record,
+        name=repo_id,
+        settings=without_paths(record.settings),
+        command=command_without_paths(record.command),
+        training=without_paths(training),
+        results=without_paths(record.results),
+    )
 
 
 def inside(run: Path, path: Path) -> Path:

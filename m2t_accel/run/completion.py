@@ -68,7 +68,7 @@ def finish(
     shutil.rmtree(partial, ignore_errors=True)
     encoder = plain_encoder(step.teacher.encoder, step.student.encoder)
     is_stock = isinstance(encoder, PreTrainedModel)
-    card = model_card(config, training, accuracies) if is_stock else weights_card(config)
+    card = model_card(config, training, accuracies, metrics=rows) if is_stock else weights_card(config)
     save_encoder(encoder, config, card, partial)
     replace_folder(partial, folder / "encoder")
     if rows:
@@ -90,7 +90,7 @@ def finish(
         load = f'from safetensors.torch import load_model; load_model(encoder, "{folder}/encoder/model.safetensors")'
     lines += [
         f"Encoder:  {folder / 'encoder'}",
-        f"Curves:   {folder / 'curves.png'}",
+        f"Report:   {folder / 'report.html'}",
         f"Load it:  {load}",
     ]
     if config.recipe == "digits":

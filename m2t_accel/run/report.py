@@ -21,11 +21,12 @@ from m2t_accel.distributed.interruption import HostCopy, reach_agreement
 from m2t_accel.distributed.launch import collective_timeout, compiles_networks, hardware
 from m2t_accel.distributed.processes import broadcast_object, gather_to_all
 from m2t_accel.evaluation.features import read_labels
-from m2t_accel.evaluation.knn import few_neighbours, measure_knn
+from m2t_accel.evaluation.knn import KnnResult, few_neighbours, measure_knn
 from m2t_accel.files import JsonLines
 from m2t_accel.progress import progress_bar
 from m2t_accel.run.folder import RunFolder
 from m2t_accel.run.monitor import Monitor, chance_level
+from m2t_accel.run.page import RunPage
 from m2t_accel.run.resume import Progress
 from m2t_accel.run.trackers import Trackers
 from m2t_accel.step import SubBatchResult, TrainingStep
@@ -54,8 +55,8 @@ class KnnMonitor:
         if len(self.bank) < KNN_NEIGHBOURS:
             accelerator.print(few_neighbours(KNN_NEIGHBOURS, len(self.bank)))
 
-    def measure(self, encoder: nn.Module, after_batch: Callable[[], None]) -> float:
-        """Return the top-1 accuracy for k = 20 on the images that can be decoded, from 0 to 1. A collective call.
+    def measure(self, encoder: nn.Module, after_batch: Callable[[], None]) -> KnnResult:
+        """Return the result for k = 20 on the images that can be decoded. A collective call.
 
         Args:
             after_batch: called after each batch; it may raise, on every process.
@@ -75,7 +76,7 @@ class KnnMonitor:
             self.accelerator.print(
                 f"kNN is measured without {count(result.num_broken, 'image')} that cannot be decoded"
             )
-        return next(iter(result.accuracies.values()))
+        return result
 
 
 class TooManyBadImagesError(ConfigurationError):
@@ -166,9 +167,12 @@ class Report:
         self.started = self.last - progress.seconds
         self.bar = None
         self.trackers = trackers
+        self.page = None
         if accelerator.is_main_process:
             trackers.add(folder.metrics.read())  # a tracker may lack lines of earlier starts
             self.bar = progress_bar("step", config.total_steps(steps_per_epoch), initial=progress.step)
+            self.page = RunPage(folder.path, config, data, self.print_line)
+            self.page.save_views()
 
     def write_if_due(self, encoder: nn.Module, stop_if_asked: Callable[[], None]) -> None:
         """Write the line of metrics that is due after this step, unless it exists; evaluate if that is due too.
@@ -196,7 +200,10 @@ class Report:
             self.check_collapse(step, values["embedding_std"])
         seconds = time.perf_counter() - self.last
         if evaluates:
-            values["knn_top1"] = self.knn.measure(encoder, stop_if_asked)
+            found = self.knn.measure(encoder, stop_if_asked)
+            (values["knn_top1"],) = found.accuracies.values()
+            if self.page is not None:
+                self.page.save_neighbours(step / self.steps_per_epoch, self.knn.bank, self.knn.queries, found)
         self.print_lines(self.monitor.check_line(values, seconds))
         self.write(step, step / self.steps_per_epoch, values)
         self.progress.reported, self.progress.health = step, {}
@@ -261,6 +268,7 @@ class Report:
                 self.print_line(warning)
             if "knn_top1" in values:
                 self.print_line(f"epoch {epoch:g}: teacher kNN top-1 {100 * values['knn_top1']:.2f} %")
+            self.page.write_if_due()
         self.last = time.perf_counter()
 
     def check_collapse(self, step: int, spread: float) -> None:

@@ -101,7 +101,14 @@ def test_a_published_encoder_computes_the_same_and_nothing_private_is_published(
     published = contents(hub.folder / "me" / "digits")
     assert set(published) == {
         *("README.md", "config.json", "model.safetensors", "preprocessor_config.json", "torchvision.safetensors"),
-        *("metrics.jsonl", "curves.png", "config.yaml", "results/knn.json", "results/knn_random_weights.json"),
+        *(
+            "metrics.jsonl",
+            "curves.png",
+            "report.html",
+            "config.yaml",
+            "results/knn.json",
+            "results/knn_random_weights.json",
+        ),
     }
     for secret in (TOKEN, str(trained_run.parent), str(run.parent), os.path.expanduser("~")):
         assert not [name for name, content in published.items() if secret.encode() in content]
