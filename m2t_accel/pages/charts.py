@@ -141,7 +141,7 @@ def heat_map(record: RunRecord) -> dict[str, object] | None:
     finite = [value for line in distances for value in line if value is not None]
     return {
         "x": numbers(np.array([row["epoch"] for row in rows])),
-        "y": list(reversed(names)),
+        "y": [name.removesuffix(".normalization") for name in reversed(names)],  # it says nothing in each line
         "z": distances,
         # The first lines of a run may be far above all others, and would leave them one colour.
         "zmax": float(np.quantile(finite, 0.98)) if finite else 1.0,

@@ -1,0 +1,284 @@
+"""Compare runs: what differs in their settings and results, and their curves over each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from m2t_accel.config.fields import plain_text
+from m2t_accel.config.pretrain import PretrainConfig
+from m2t_accel.files import atomic_write
+from m2t_accel.pages.charts import CHARTS, Chart, describe
+from m2t_accel.pages.page import chart_cards, now, smoothing_slider, table, write_page
+from m2t_accel.pages.record import RunRecord
+from m2t_accel.pages.series import downsample, numbers
+from m2t_accel.pictures import plain_words
+
+# Settings of two runs that may differ although both compute the same.
+IGNORED = ("output_dir", "resume", "num_workers", "push_to_hub", "hub_private_repo", "report_to", "checkpoint_every")
+IGNORED += ("keep", "collective_timeout", "log_every", "evaluate_every", "stop_on_collapse", "deterministic", "tracker")
+COLOURS = ("#1f5fa8", "#d9770b", "#2e8b57", "#a8327a", "#6b5b95", "#8a6d3b", "#24292f", "#17a2b8")  # by group
+GRID = 500  # points of the mean of a group
+DRAWN = ("loss", "knn", "embeddings", "rank", "schedules", "speed")  # charts of the picture; the page has all
+
+
+class Group(NamedTuple):
+    """Runs whose settings differ in the seed only."""
+
+    label: str
+    records: list[RunRecord]
+    colour: str
+
+
+def group_runs(records: Sequence[RunRecord]) -> list[Group]:
+    """Return the runs in groups that differ by seed only, in the order in which they were given."""
+    found: dict[str, list[RunRecord]] = {}
+    for record in records:
+        key = {name: text for name, text in settings_text(record).items() if name != "seed"}
+        found.setdefault(repr(sorted(key.items())), []).append(record)
+    groups = []
+    for i, members in enumerate(found.values()):
+        label = members[0].name if len(members) == 1 else f"{members[0].name} and {len(members) - 1} of other seeds"
+        groups.append(Group(label, members, COLOURS[i % len(COLOURS)]))
+    return groups
+
+
+def settings_text(record: RunRecord) -> dict[str, str]:
+    """Return the settings that decide what a run computes, as text; runs of earlier versions have the defaults."""
+    defaults = {item.name: item.default for item in dataclasses.fields(PretrainConfig)}
+    settings = {**defaults, **record.settings}
+    return {name: plain_text(value) for name, value in settings.items() if name not in IGNORED}
+
+
+def differences(records: Sequence[RunRecord]) -> dict[str, list[str]]:
+    """Return the settings that differ, with the value of each run."""
+    texts = [settings_text(record) for record in records]
+    names = dict.fromkeys(name for text in texts for name in text)
+    values = {name: [text.get(name, "-") for text in texts] for name in names}
+    return {name: each for name, each in values.items() if len(set(each)) > 1}
+
+
+def results(record: RunRecord) -> dict[str, float]:
+    """Return the results of a run, by the words of the table's columns."""
+    found = {"loss": record.last("loss"), "kNN top-1 %": scaled(record.last("knn_top1"))}
+    for name, result in record.results.items():
+        if not (result.get("protocol") or {}).get("random_weights"):
+            for figure, share in result["figures"].items():
+                found[f"{name} {figure} %"] = scaled(share)
+    speeds = record.series("images_per_second")[1]
+    found["images/s"] = statistics.median(speeds) if speeds else None
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def scaled(share: float | None) -> float | None:
+    return 100 * share if isinstance(share, int | float) else None
+
+
+def shown(name: str, value: float) -> str:
+    """Return a figure with as many digits as it deserves."""
+    return f"{value:,.0f}" if name == "images/s" else f"{value:.2f}" if name.endswith("%") else f"{value:.4f}"
+
+
+class Line(NamedTuple):
+    """A line of the table: a run, or the mean of a group."""
+
+    cells: list[str]
+    group: Group
+    is_mean: bool = False
+
+
+def comparison_table(groups: Sequence[Group]) -> tuple[list[str], list[Line]]:
+    """Return the header and the lines of the table of runs.
+
+    A group of several runs has a line with mean ± standard deviation of those that have got furthest.
+    """
+    records = [record for group in groups for record in group.records]
+    differing = differences(records)
+    every = [results(record) for record in records]
+    columns = list(dict.fromkeys(name for found in every for name in found if name != "images/s"))
+    columns += ["images/s"] if any("images/s" in found for found in every) else []
+    lines, index = [], 0
+    for group in groups:
+        of_group = every[index : index + len(group.records)]
+        for record, found in zip(group.records, of_group, strict=True):
+            values = [each[index] for each in differing.values()]
+            figures = [shown(name, found[name]) if name in found else "-" for name in columns]
+            lines.append(Line([record.name, *values, *figures, progress(record)], group))
+            index += 1
+        step = max(record.step for record in group.records)
+        ended = [found for record, found in zip(group.records, of_group, strict=True) if record.step == step]
+        if len(ended) > 1:
+            means = [mean_and_deviation(name, [found[name] for found in ended if name in found]) for name in columns]
+            same = [each[index - 1] if name != "seed" else "" for name, each in differing.items()]
+            lines.append(Line([f"mean of {len(ended)}", *same, *means, f"step {step:,}"], group, is_mean=True))
+    return ["run", *differing, *columns, "status"], lines
+
+
+def mean_and_deviation(name: str, values: Sequence[float]) -> str:
+    """Return the mean and the sample standard deviation of a figure of several seeds."""
+    if len(values) < 2:
+        return "-"
+    return f"{shown(name, statistics.mean(values))} ± {shown(name, statistics.stdev(values))}"
+
+
+def progress(record: RunRecord) -> str:
+    """Return the status of a run, and how far it is."""
+    total = f" of {record.total_steps:,}" if record.total_steps and record.total_steps != record.step else ""
+    return f"{record.status}, step {record.step:,}{total}"
+
+
+def text_table(header: Sequence[str], lines: Sequence[Line]) -> str:
+    """Return the table for a terminal."""
+    rows = [list(header), *(line.cells for line in lines)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def group_curve(group: Group, figure: str) -> dict[str, list[float]] | None:
+    """Return mean, low and high of a figure of a group, at the epochs that at least two of its runs have reached.
+
+    Low and high are the mean minus and plus the sample standard deviation. None: fewer than two runs have the figure.
+    """
+    curves = [curve for curve in (record.series(figure) for record in group.records) if len(curve[0]) > 1]
+    if len(curves) < 2:
+        return None
+    end = sorted(epochs[-1] for epochs, _ in curves)[-2]
+    # Evaluations are few: between them a mean would be of no run's figure.
+    grid = np.array([epoch for epoch in max((epochs for epochs, _ in curves), key=len) if epoch <= end])
+    grid = grid if len(grid) <= GRID else np.linspace(grid[0], end, GRID)
+    values = np.array([np.interp(grid, *curve, left=np.nan, right=np.nan) for curve in curves])
+    grid, values = grid[kept := np.isfinite(values).sum(axis=0) >= 2], values[:, kept]
+    mean, deviation = np.nanmean(values, axis=0), np.nanstd(values, axis=0, ddof=1)
+    return {
+        "x": numbers(grid),
+        "y": numbers(mean),
+        "low": numbers(mean - deviation),
+        "high": numbers(mean + deviation),
+    }
+
+
+def comparison_charts(groups: Sequence[Group]) -> list[dict[str, object]]:
+    """Return the charts of the page: each curve of CHARTS, with a line for each run and each group's mean."""
+    drawn = []
+    for chart in CHARTS:
+        for number, figure in enumerate(chart.figures):
+            series = [each for group in groups for each in group_series(group, figure, chart.scale)]
+            if series:
+                drawn.append(
+                    describe(chart)
+                    | {
+                        "id": chart.name if not number else f"{chart.name}-{figure}",
+                        "title": title_of(chart, figure),
+                        "legend": False,
+                    }
+                    | ({"note": ""} if number or chart.name == "schedules" else {})
+                    | {"series": series}
+                )
+    return drawn
+
+
+def title_of(chart: Chart, figure: str) -> str:
+    """Return the title of a chart that shows one of its figures."""
+    return chart.title if len(chart.figures) == 1 else f"{chart.title}: {chart.figures[figure]}"
+
+
+def group_series(group: Group, figure: str, scale: float) -> list[dict[str, object]]:
+    """Return the curves of a group: thin ones of its runs, and a thick mean with its deviation if there are several."""
+    mean = group_curve(group, figure)
+    series = []
+    for record in group.records:
+        epochs, values = record.series(figure)
+        if values:
+            mode = "lines+markers" if len(values) <= 60 and mean is None else "lines"
+            style = {"width": 1, "opacity": 0.45} if mean is not None else {}
+            curve = downsample(epochs, [scale * value for value in values])
+            series.append({"name": record.name, "color": group.colour, "mode": mode, **style, **curve})
+    if mean is not None:
+        scaled_mean = mean | {name: [scale * value for value in mean[name]] for name in ("y", "low", "high")}
+        series.append({"name": f"mean of {group.label}", "color": group.colour, "width": 2.4, **scaled_mean})
+    return series
+
+
+def write_comparison(groups: Sequence[Group], page: Path) -> None:
+    """Write the page of a comparison, and its picture beside it with the suffix .png.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    header, lines = comparison_table(groups)
+    charts = comparison_charts(groups)
+    rows = []
+    for line in lines:
+        swatch = f'<span class="swatch" style="background:{line.group.colour}"></span>'
+        cells = [escape(cell) for cell in line.cells]
+        cells = [f"<strong>{cell}</strong>" for cell in cells] if line.is_mean else cells
+        rows.append([swatch + cells[0], *cells[1:]])
+    number = sum(len(group.records) for group in groups)
+    title = f"Comparison of {number} runs" if number > 1 else groups[0].label
+    several = any(len(group.records) > 1 for group in groups)
+    note = " Thick: mean of the seeds, with a band of one standard deviation." if several else ""
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="muted">Written {now()}. The columns between run and loss are the settings that differ.</p>',
+        table([escape(name) for name in header], rows, "compact"),
+        f'<div class="controls"><h2>Curves</h2>{smoothing_slider()}</div>' if charts else "",
+        f'<p class="muted">The colours are those of the table.{note}</p>'
+        if charts
+        else "<p>No run has a line of metrics yet.</p>",
+        chart_cards(charts),
+    ]
+    write_page(page, title, "\n".join(body), charts)
+    draw_comparison(groups, page.with_suffix(".png"))
+
+
+@plain_words()
+def draw_comparison(groups: Sequence[Group], picture: Path) -> None:
+    """Draw the most important curves of the runs over each other."""
+    from matplotlib.figure import Figure  # late: importing matplotlib takes about 1 s
+
+    charts = [
+        (title_of(chart, figure), curves)
+        for chart in CHARTS
+        for figure in list(chart.figures)[:1]
+        if chart.name in DRAWN
+        and (curves := [each for group in groups for each in group_series(group, figure, chart.scale)])
+    ]
+    figure = Figure(figsize=(11, 3.3 * max(1, -(-len(charts) // 2)) + 0.6), layout="constrained")
+    panels = list(figure.subplots(max(1, -(-len(charts) // 2)), 2, squeeze=False).flat)
+    for panel in panels:
+        panel.set_axis_off()
+    for panel, (title, curves) in zip(panels, charts, strict=False):
+        draw_panel(panel, title, curves)
+    handles = [
+        {"color": group.colour, "label": group.label if len(group.records) == 1 else f"{group.label} (mean)"}
+        for group in groups
+    ]
+    if charts:
+        for handle in handles:
+            panels[0].plot([], [], **handle)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    with atomic_write(picture) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def draw_panel(panel: object, title: str, curves: Sequence[Mapping[str, object]]) -> None:
+    """Draw curves in one panel of the picture."""
+    panel.set_axis_on()
+    for curve in curves:
+        alpha, width = curve.get("opacity", 1), curve.get("width", 1.6)
+        x, y = (curve.get(f"mean_{name}", curve[name]) for name in ("x", "y"))
+        marker = "o" if "markers" in curve.get("mode", "") else None
+        panel.plot(x, y, color=curve["color"], alpha=alpha, linewidth=width, marker=marker, markersize=3)
+        if "low" in curve:
+            panel.fill_between(curve["x"], curve["low"], curve["high"], color=curve["color"], alpha=0.15, linewidth=0)
+    panel.set_title(title)
+    panel.set_xlabel("epoch")
+    panel.grid(alpha=0.3)
