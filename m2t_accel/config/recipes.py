@@ -66,8 +66,8 @@ RECIPES: Mapping[str, Recipe] = {
             "batch_size": 64,
             "learning_rate_per_256": 0.4,
             "warmup_epochs": 13.0,
-            # Weights before a BatchNorm learn at a rate of learning rate / norm², and weight decay keeps the norm small.
-            # With 5e-4, 40 epochs reach 1 to 2 % less.
+            # Weights before a BatchNorm learn at a rate of learning rate / norm², and weight decay keeps the norm
+            # small. With 5e-4, 40 epochs reach 1 to 2 % less.
             "weight_decay": 4e-3,
             "image_size": 24,
             "crop_scale": (0.5, 1.2),
