@@ -94,10 +94,10 @@ def create_ours(work: Work, backend: str, is_monitored: bool = False) -> Step:
         training = create_step(work.config, work.accelerator)
     finally:
         state.dynamo_plugin = given
-    return our_step(training, work)
+    return our_step(training, work, is_monitored)
 
 
-def our_step(training: TrainingStep, work: Work) -> Step:
+def our_step(training: TrainingStep, work: Work, is_monitored: bool = False) -> Step:
     """Return the step of pretraining by these networks: one sub-batch, from its crops to the moved teacher."""
     annotate(training)
     monitor = Monitor(work.config, work.accelerator, training, Progress(), STEPS_PER_EPOCH)
