@@ -16,8 +16,8 @@ from m2t_accel.doctor.plan import published
 BATCHES = (1024, 256)  # published with SGD, the preferred first
 LARGE_BATCH, LARGE_PROCESSES = 4096, 32  # published with LARS, on at least so many devices
 PUBLISHED_STEPS = 31_250  # of the shortest published run: 100 epochs of ImageNet in batches of 4096
-MIN_STEPS = 8_800  # below it, the published weight momentum follows the student too slowly
-DIGITS_MOMENTUM = 88.0  # (1 - weight momentum) × steps of the recipe digits
+MIN_STEPS = 4_400  # below it, the published weight momentum follows the student too slowly
+DIGITS_MOMENTUM = 44.0  # (1 - weight momentum) × steps of the recipe digits
 LOWEST_MOMENTUM = 0.9
 
 
@@ -83,8 +83,11 @@ def advise(
     else:
         why = f"{images_per_second:,.0f} images/s show {seen:,.0f} images in {hours:g} h, {num_images:,} in each epoch"
     reasons.append((f"epochs {epochs}", why))
-    warmup = round(min(10.0, epochs / 10), 2)
-    reasons.append((f"warmup_epochs {warmup:g}", "10 as published, but at most a tenth of the run"))
+    if is_small(config):
+        warmup, why = round(epochs * config.warmup_epochs / config.epochs, 2), "the same share of the run"
+    else:
+        warmup, why = round(min(10.0, epochs / 10), 2), "10 as published, but at most a tenth of the run"
+    reasons.append((f"warmup_epochs {warmup:g}", why))
     if not is_small(config):
         warnings += outside_of_the_published(num_images, batch, epochs, possible)
     advised = dataclasses.replace(
@@ -181,7 +184,7 @@ def choose_momentum(num_images: int, batch: int, epochs: int) -> tuple[float, st
         momentum = round(max(LOWEST_MOMENTUM, 1 - DIGITS_MOMENTUM / steps), 4)
         return momentum, (
             f"in only {steps:,} steps, {base:g} would follow the student too slowly; this keeps the ratio of the "
-            "recipe digits (0.95 in 1,760 steps)"
+            "recipe digits (0.95 in 880 steps)"
         )
     if low <= batch <= high:
         return base, f"published for every batch from {low} to {high}"

@@ -178,7 +178,10 @@ def check_settings(config: PretrainConfig) -> Iterator[Finding]:
         yield Finding(DOUBTFUL, "length", text)
     share = config.warmup_epochs / config.epochs
     text = f"{config.warmup_epochs:g} of {count(config.epochs, 'epoch')}"
-    if 0.02 <= share <= 0.2:
+    own = settings.get("warmup_epochs", PretrainConfig.warmup_epochs), settings.get("epochs")
+    if (config.warmup_epochs, config.epochs) == own:
+        yield Finding(GOOD, "warm-up", f"{text}, as in the recipe")
+    elif 0.02 <= share <= 0.2:
         yield Finding(GOOD, "warm-up", f"{text}; published: 10 of 100 to 300")
     else:
         text += f"; published: 10 of 100 to 300: try --warmup_epochs {config.epochs / 10:g}"

@@ -256,18 +256,16 @@ def describe_step(config: PretrainConfig, step: StepSpeed, accelerator: Accelera
         yield Finding(DOUBTFUL, "step memory", "not measured, because this system does not tell the peak")
         return
     used = 1e6 * step.megabytes
+    text = f"{gigabytes(used)} at {count(step.size, 'image')}"
     if accelerator.device.type == "cuda":
         present = torch.cuda.get_device_properties(accelerator.device).total_memory
-        text, is_full = f"{gigabytes(used)} of the {gigabytes(present)} of a GPU", used > 0.95 * present
+        text, is_full = f"{text}; a GPU has {gigabytes(present)}", used > 0.95 * present
     else:
         present = available_memory() + used  # it is taken at this moment
-        text, is_full = (
-            f"{gigabytes(used)} for each process, {gigabytes(present)} are free",
-            (used * num_local_processes() > present),
-        )
-    text += f" at {count(step.size, 'image')}"
+        text = f"{text} for each process; {gigabytes(present)} are free"
+        is_full = used * num_local_processes() > present
     if not is_whole:
-        text += f", not measured at {config.device_batch_size}"
+        text += f"; not measured at {config.device_batch_size} images"
     if is_full:
         text += ": give a smaller --device_batch_size"
     yield Finding(DOUBTFUL if is_full or not is_whole else GOOD, "step memory", text)

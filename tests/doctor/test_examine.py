@@ -40,7 +40,7 @@ def test_a_run_that_can_start_has_lines_in_five_groups_and_nothing_is_written(as
     result = json.loads(file.read_text())
     assert result["fails"] is False
     figures = result["figures"]
-    assert figures["images"] == 80 * 320
+    assert figures["images"] == 40 * 320
     assert figures["images_per_second_of_the_step"] > 0
     assert figures["seconds"] > figures["images"] / figures["images_per_second"]
     command = shlex.split(result["advice"]["command"])

@@ -65,7 +65,7 @@ def test_too_little_shared_memory_is_bad_and_names_the_flag(tmp_path, monkeypatc
 
 def test_too_little_memory_for_the_batches_is_bad(tmp_path, monkeypatch):
     config = build_config(tiny(tmp_path, num_workers=4))
-    needed = 10 * 2 * 32 * 32 * 32 * 3  # two batches of each worker and two more, two views, 32 images of 32 pixels
+    needed = 10 * 2 * 32 * config.image_size**2 * 3  # two batches of each worker and two more, two views, 32 images
     monkeypatch.setattr(machine, "available_memory", lambda: needed - 1)
     finding = next(machine.check_memory(config))
     assert (finding.mark, "--num_workers" in finding.text) == (BAD, True)

@@ -73,17 +73,20 @@ STEP = StepSpeed(64, 10, 0.1, 0.12, 300.0, None, None, 1)
 
 
 def test_the_time_is_the_sum_of_start_steps_and_evaluations():
-    """digits: 80 epochs of 22 steps, kNN before the first epoch and after every eighth one."""
-    course = plan.predict(recipe(), data_of(1437), LoaderSpeed(1, 5000.0, 5000.0), STEP, 2.0, 8.0, 0)
+    """80 epochs of 22 steps, kNN before the first epoch and after every eighth one."""
+    config = recipe(epochs=80)
+    course = plan.predict(config, data_of(1437), LoaderSpeed(1, 5000.0, 5000.0), STEP, 2.0, 8.0, 0)
     assert (course.steps, course.images, course.evaluations) == (1760, 112_640, 11)
     assert course.seconds == pytest.approx(8 + 1760 * 0.12 + 11 * 2)
     # A run that resumes after half of the steps.
-    course = plan.predict(recipe(), data_of(1437), LoaderSpeed(1, 5000.0, 5000.0), STEP, 2.0, 8.0, 880)
+    course = plan.predict(config, data_of(1437), LoaderSpeed(1, 5000.0, 5000.0), STEP, 2.0, 8.0, 880)
     assert course.seconds == pytest.approx(8 + 880 * 0.12 + 6 * 2)
 
 
 def test_the_slower_of_loader_and_step_sets_the_time():
-    course = plan.predict(recipe(evaluate_every=0), data_of(1437), LoaderSpeed(1, 64.0, 64.0), STEP, None, 0.0, 0)
+    course = plan.predict(
+        recipe(epochs=80, evaluate_every=0), data_of(1437), LoaderSpeed(1, 64.0, 64.0), STEP, None, 0.0, 0
+    )
     assert course.seconds == pytest.approx(1760)
 
 

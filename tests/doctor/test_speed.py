@@ -36,7 +36,7 @@ def test_a_smaller_sub_batch_than_that_of_the_run_is_doubtful(monkeypatch):
     monkeypatch.setattr(speed, "available_memory", lambda: 10**9)
     whole = list(speed.describe_step(SimpleNamespace(device_batch_size=64), STEP, CPU))
     assert [finding.mark for finding in whole] == [GOOD, GOOD]
-    assert "300 MB for each process, 1.3 GB are free at 64 images" in whole[1].text
+    assert "300 MB at 64 images for each process; 1.3 GB are free" in whole[1].text
     part = list(speed.describe_step(SimpleNamespace(device_batch_size=128), STEP, CPU))
     assert [finding.mark for finding in part] == [DOUBTFUL, DOUBTFUL]
     assert "not measured at 128" in part[1].text
