@@ -104,7 +104,7 @@ def run_charts(record: RunRecord) -> tuple[list[dict[str, object]], list[str]]:
                 values, words = [value / peak for value in values], f"{words} / {peak:.3g}"
             curve = downsample(epochs, [chart.scale * value for value in values])
             # A line between few points would hide how few they are; one point alone has no line.
-            mode = "lines+markers" if len(values) <= 60 else "lines"
+            mode = "lines+markers" if len(values) <= 30 else "lines"
             series.append({"name": words, "mode": mode, **style, **curve})
         if series:
             drawn.append(describe(chart) | {"series": series})

@@ -197,7 +197,7 @@ def group_series(group: Group, figure: str, scale: float) -> list[dict[str, obje
     for record in group.records:
         epochs, values = record.series(figure)
         if values:
-            mode = "lines+markers" if len(values) <= 60 and mean is None else "lines"
+            mode = "lines+markers" if len(values) <= 30 and mean is None else "lines"
             style = {"width": 1, "opacity": 0.45} if mean is not None else {}
             curve = downsample(epochs, [scale * value for value in values])
             series.append({"name": record.name, "color": group.colour, "mode": mode, **style, **curve})
