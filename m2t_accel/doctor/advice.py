@@ -11,6 +11,7 @@ from m2t_accel.config.fields import count
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.config.recipes import RECIPES, build_config
 from m2t_accel.data.order import num_steps_per_epoch
+from m2t_accel.doctor.findings import rate as in_words
 from m2t_accel.doctor.plan import published
 
 BATCHES = (1024, 256)  # published with SGD, the preferred first
@@ -81,7 +82,7 @@ def advise(
     if possible > high_epochs:
         why = f"the largest published number; {possible:,} would fit into {hours:g} h"
     else:
-        why = f"{images_per_second:,.0f} images/s show {seen:,.0f} images in {hours:g} h, {num_images:,} in each epoch"
+        why = f"{in_words(images_per_second)} show {seen:,.0f} images in {hours:g} h, {num_images:,} in each epoch"
     reasons.append((f"epochs {epochs}", why))
     if is_small(config):
         warmup, why = round(epochs * config.warmup_epochs / config.epochs, 2), "the same share of the run"
@@ -147,15 +148,15 @@ def choose_batch(num_images: int, epochs: int, num_processes: int) -> tuple[int,
 
 
 def choose_device_batch(config: PretrainConfig, batch: int, num_processes: int) -> tuple[int, str]:
-    """Return the sub-batch, and the reason: at most the measured one, so that it fits into the memory."""
+    """Return the sub-batch, and the reason: at most the given one, whose memory was measured."""
     share = batch // num_processes
     sizes = [size for size in (128, 32) if size <= min(share, config.device_batch_size) and share % size == 0]
     if sizes:
-        return sizes[0], f"published, and no more than the {config.device_batch_size} that were measured here"
+        return sizes[0], f"published, and no more than the given {config.device_batch_size}"
     size = max(
         size for size in range(1, share + 1) if share % size == 0 and (size <= config.device_batch_size or size == 1)
     )
-    return max(size, 2) if share > 1 else share, "the largest that divides the batch and that was measured here"
+    return max(size, 2) if share > 1 else share, "the largest one up to the given one that divides the batch"
 
 
 def choose_recipe(batch: int, epochs: int, num_processes: int) -> tuple[str, str]:

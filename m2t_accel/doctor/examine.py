@@ -254,7 +254,7 @@ class Examination:
                     "megabytes": self.step.megabytes,
                     "watts": self.step.watts,
                 }
-            findings.check("hardware", plan.check_hardware, config, self.accelerator)
+        findings.check("hardware", plan.check_hardware, config, self.accelerator)
         findings.check("learning rate", plan.check_learning_rate, config)
         findings.check("batch", plan.check_settings, config)
         return figures

@@ -88,6 +88,11 @@ def listed(words: Sequence[str], limit: int) -> str:
     return ", ".join([*words[:limit], *([f"and {len(words) - limit:,} more"] if len(words) > limit else [])])
 
 
+def rate(number: float) -> str:
+    """Return images/s in words, with two digits at least."""
+    return f"{number:,.0f} images/s" if number >= 10 else f"{number:.2g} images/s"
+
+
 def gigabytes(number: float) -> str:
     """Return bytes in words, such as `27 MB` or `3.6 GB`."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

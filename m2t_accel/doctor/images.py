@@ -65,7 +65,8 @@ def check_classes(data: ImageData) -> Iterator[Finding]:
     labels = read_labels(labelled)
     counts = np.bincount(labels, minlength=len(data.class_names))
     present = counts[counts > 0]
-    text = f"{count(len(present), 'class')} of {present.min():,} to {present.max():,} images"
+    smallest = f"{present.min():,} to " if present.min() < present.max() else ""
+    text = f"{count(len(present), 'class')} of {smallest}{count(int(present.max()), 'image')}"
     if len(labels) < len(data.train):
         text += f" in a sample of {len(labels):,}"
     if missing := [data.class_names[i] for i in np.flatnonzero(counts == 0)]:
@@ -79,7 +80,9 @@ def check_classes(data: ImageData) -> Iterator[Finding]:
 
 
 def check_held_out(config: PretrainConfig, data: ImageData) -> Iterator[Finding]:
-    """Yield what is held out for kNN, and how often it is measured."""
+    """Yield what is held out for kNN, and how often it is measured; nothing if there is no batch to train on."""
+    if len(data.train) < config.batch_size:
+        return
     settled = settle_evaluation(config, data)
     if not settled.evaluate_every:
         reason = "--evaluate_every 0" if config.evaluate_every == 0 else data.lacks

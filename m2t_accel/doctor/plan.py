@@ -19,7 +19,9 @@ from m2t_accel.progress import duration
 from m2t_accel.run.report import settle_evaluation
 
 LONG = 30 * 24 * 3600  # seconds; a longer run is probably not meant
-DIVERGES = 20.0  # times the published learning rate
+# Times the published learning rate. Digits at 20 and at 100 times its rate fell in 300 steps from a kNN of 89 % with
+# random weights to 42 and 61 %.
+DIVERGES = 20.0
 MIN_SUB_BATCH = 16  # images, below which the statistics of a BatchNorm are very noisy
 
 
@@ -79,25 +81,25 @@ def check_time(config: PretrainConfig, plan: Plan, step: StepSpeed, now: datetim
         text += f"; ends on {now + datetime.timedelta(seconds=plan.seconds):%d %B %Y at %H:%M} if it starts now"
     except OverflowError:
         text += "; ends after the year 9999"
-    if step.watts is None:
-        text += "; energy not measured (no power can be read here)"
     is_whole = step.size == config.device_batch_size
     if not is_whole:
-        text += f", as far as {step.size} images at a time can tell"
+        text += f"; judged by {step.size} images at a time"
     if plan.seconds > LONG:
         text += ": type --hours N for settings that fit into N hours"
+    if step.watts is None:
+        text += "; energy not measured (no power can be read here)"
     yield Finding(GOOD if is_whole and plan.seconds <= LONG else DOUBTFUL, "time", text)
 
 
-def check_hardware(config: PretrainConfig, accelerator: Accelerator) -> Iterator[Finding]:
+def check_hardware(config: PretrainConfig, accelerator: Accelerator | None) -> Iterator[Finding]:
     """Yield what cannot be told without the GPUs of the recipe."""
     recipe = RECIPES[config.recipe]
     if recipe.hours is None:
         return
     published = f"{recipe.hours:g} h on {recipe.hardware} are published for ImageNet and ResNet-50"
     number = int(recipe.hardware.split()[0])
-    if accelerator.device.type != "cuda":
-        text = f"{published}; there is no GPU here, so neither their speed nor their memory could be measured"
+    if accelerator is None or accelerator.device.type != "cuda":
+        text = f"{published}; no GPU is used here, so neither their speed nor their memory could be measured"
         yield Finding(DOUBTFUL, "hardware", text)
     elif accelerator.num_processes < number:
         text = f"{published}; measured were {count(accelerator.num_processes, 'GPU')}, not {number}"
@@ -144,7 +146,7 @@ def check_learning_rate(config: PretrainConfig) -> Iterator[Finding]:
         range_text = f"{low:g}" if low == high else f"{low:g} to {high:g}"
         text += f"; published with {config.optimizer}: {range_text}"
         text += f", the recipe has {own:g}" if own not in (None, low, high) else ""
-        if times > DIVERGES:
+        if times >= DIVERGES:
             text += f"; at {times:,.0f} times as much a run does not learn: --learning_rate_per_256 {near:g}"
             yield Finding(BAD, "learning rate", text)
         else:

@@ -26,7 +26,7 @@ from m2t_accel.data.views import TwoViews
 from m2t_accel.distributed.device import device_errors_in_one_line
 from m2t_accel.distributed.launch import hardware, num_cores, num_local_processes
 from m2t_accel.distributed.processes import broadcast_object, gather_to_all
-from m2t_accel.doctor.findings import DOUBTFUL, GOOD, Finding, gigabytes
+from m2t_accel.doctor.findings import DOUBTFUL, GOOD, Finding, gigabytes, rate
 from m2t_accel.doctor.machine import available_memory, workers_of
 from m2t_accel.evaluation.knn import measure_knn
 from m2t_accel.pretrain import create_step
@@ -245,7 +245,7 @@ def measure_evaluation(config: PretrainConfig, data: ImageData, step: StepSpeed,
 def describe_step(config: PretrainConfig, step: StepSpeed, accelerator: Accelerator) -> Iterator[Finding]:
     """Yield the speed of the step, and its memory against what there is."""
     text = (
-        f"{step.images_per_second:,.0f} images/s: {count(step.size, 'image')} in {1000 * step.seconds:,.0f} ms, the "
+        f"{rate(step.images_per_second)}: {count(step.size, 'image')} in {1000 * step.seconds:,.0f} ms, the "
         f"median of {step.steps}, on {hardware(accelerator)}"
     )
     is_whole = step.size == config.device_batch_size
@@ -274,7 +274,7 @@ def describe_step(config: PretrainConfig, step: StepSpeed, accelerator: Accelera
 def describe_loader(loader: LoaderSpeed, in_place: bool) -> Iterator[Finding]:
     """Yield the speed of the loader; `in_place` if the run will read a copy that does not exist yet."""
     who = f"{count(loader.workers, 'worker')} a process" if loader.workers else "the main process (no workers)"
-    text = f"{loader.images_per_second:,.0f} images/s by {who}"
+    text = f"{rate(loader.images_per_second)} by {who}"
     if in_place:
         yield Finding(DOUBTFUL, "loader", f"{text}, read in place; not measured from the copy that the run will make")
     else:
@@ -292,7 +292,7 @@ def describe_limit(loader: LoaderSpeed, step: StepSpeed) -> Iterator[Finding]:
         yield Finding(DOUBTFUL, "limit", f"the step waits {share:.0%} of the time while its process decodes: {more}")
     elif delivered >= used:
         enough = "1 worker is" if needed == 1 else f"{needed} workers are"
-        text = f"the step: the loader delivers {delivered / used:.1f} times as many images; {enough} enough"
+        text = f"the step: the loader delivers {delivered / used:.3g} times as many images; {enough} enough"
         yield Finding(GOOD, "limit", text)
     else:
         cores = num_cores() // num_local_processes()

@@ -66,6 +66,7 @@ def test_the_sample_is_spread_and_the_same_each_time(tmp_path):
 
 def test_too_few_images_for_a_batch_are_bad(tmp_path):
     config = settings(folder_of_images(tmp_path, 8, 0), batch_size=64)
+    assert list(images.check_held_out(config, load(tmp_path))) == []
     with pytest.raises(ConfigurationError, match="--batch_size"):
         list(images.check_found(config, load(tmp_path)))
 
