@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import resource
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,12 +46,9 @@ def check_devices() -> Iterator[Finding]:
     memory = psutil.virtual_memory()
     cpu = f"{count(num_cores(), 'core')} ({torch.backends.cpu.get_cpu_capability()}), {gigabytes(memory.total)}"
     if torch.cuda.is_available() and not wants_cpu(os.environ):
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            precisions = "bf16, fp16" if torch.version.cuda is None or properties.major >= 8 else "fp16, not bf16"
-            yield Finding(
-                GOOD, f"GPU {index}", f"{properties.name}, {gigabytes(properties.total_memory)}; float32, {precisions}"
-            )
+        found = Counter(describe_gpu(index) for index in range(torch.cuda.device_count()))
+        for text, number in found.items():
+            yield Finding(GOOD, "GPU", f"{number} × {text}")
         yield Finding(GOOD, "CPU", cpu)
         return
     has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -63,6 +61,13 @@ def check_devices() -> Iterator[Finding]:
         )
     else:
         yield Finding(GOOD, "CPU", f"{cpu}; float32{', bf16' if has_bf16 else ', not bf16'}; no GPU is used")
+
+
+def describe_gpu(index: int) -> str:
+    """Return the name and the memory of a GPU, and the precisions in which it computes fast."""
+    properties = torch.cuda.get_device_properties(index)
+    precisions = "bf16, fp16" if torch.version.cuda is None or properties.major >= 8 else "fp16, not bf16"
+    return f"{properties.name}, {gigabytes(properties.total_memory)}; float32, {precisions}"
 
 
 def check_memory(config: PretrainConfig) -> Iterator[Finding]:

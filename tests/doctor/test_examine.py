@@ -3,9 +3,10 @@ import re
 import shlex
 
 import pytest
-from helpers import ROOT, write_image
+from helpers import ROOT, write_image, write_parquet
 
 import m2t_accel.benchmark.data as loader_benchmark
+from m2t_accel.config.recipes import build_config
 from m2t_accel.doctor import machine, speed
 
 SCRIPT = "scripts/doctor.py"
@@ -98,6 +99,17 @@ def test_a_launch_that_fails_does_not_stop_the_other_checks(ask, tmp_path, monke
     assert "✗ processes      --mixed_precision fp16 is not supported on a CPU" in answer.out
     assert "✓ damage" in answer.out
     assert "! speed          not measured, because the launch failed" in answer.out
+
+
+def test_a_hub_dataset_is_not_copied_but_read_in_place(ask, tmp_path, dataset_hub):
+    write_parquet(tmp_path / "hub" / "someone" / "pictures" / "train-00000-of-00001.parquet", 10, 40, row_group_size=8)
+    words = ("--dataset", "someone/pictures", "--output_dir", tmp_path / "run", "--batch_size", 8, "--num_workers", 0)
+    answer = ask(SCRIPT, *TINY, *words)
+    assert answer.status == 0, answer.out + answer.err
+    assert "40 images" in answer.out
+    assert "not measured from the copy that the run will make" in answer.out
+    assert "all images are shuffled in each epoch" in answer.out  # of the copy
+    assert machine.missing_copy(build_config({"dataset": "someone/pictures"}))
 
 
 def test_wrong_flags_end_with_status_2_in_one_line(ask, tmp_path):

@@ -127,3 +127,19 @@ def test_a_complete_run_would_train_nothing(tmp_path):
     config = build_config(tiny(tmp_path))
     assert marks(machine.describe_start(config, Start(complete=True))) == [DOUBTFUL]
     assert marks(machine.describe_start(config, Start(remarks=("damaged, not used: x",)))) == [GOOD, DOUBTFUL]
+
+
+def test_equal_gpus_share_a_line_with_their_precisions(monkeypatch):
+    def properties(index):
+        old = SimpleNamespace(name="Tesla V100", total_memory=16 * 10**9, major=7)
+        return old if index == 8 else SimpleNamespace(name="NVIDIA H100", total_memory=80 * 10**9, major=9)
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert [finding.text for finding in machine.check_devices()][:2] == [
+        "8 × NVIDIA H100, 80 GB; float32, bf16, fp16",
+        "1 × Tesla V100, 16 GB; float32, fp16, not bf16",
+    ]
