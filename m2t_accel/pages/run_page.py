@@ -70,7 +70,7 @@ def state(record: RunRecord) -> str:
     elif record.status == RUNNING:
         rest = f"at step {record.step:,}{total}{left}"
     else:
-        rest = f"after step {record.step:,}{total}; the same command resumes it"
+        rest = f"after the metrics of step {record.step:,}{total}; the same command resumes it"
     return f'<span class="status">{record.status.capitalize()}</span> {rest}.'
 
 

@@ -49,7 +49,7 @@ def test_the_page_of_a_run_under_way_says_how_long_it_takes_and_reloads(tmp_path
     body, _ = page(folder, RUNNING)
     assert 'data-reload="120"' in body
     assert "Running</span> at step 10 of 40, about 3 s left." in body
-    assert "Stopped</span> after step 10 of 40; the same command resumes it." in page(folder)[0]
+    assert "Stopped</span> after the metrics of step 10 of 40; the same command resumes it." in page(folder)[0]
 
 
 def test_what_is_missing_is_said_in_words(tmp_path, page):
