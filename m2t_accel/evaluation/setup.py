@@ -29,6 +29,7 @@ from m2t_accel.distributed.processes import broadcast_object, check_same_images,
 from m2t_accel.files import write_text
 from m2t_accel.hub.encoders import LoadedEncoder, load_encoder, random_weights, weights_fingerprint
 from m2t_accel.model import embed
+from m2t_accel.pages.run_page import refresh_run_page
 
 PACKAGES = ("m2t_accel", "torch", "torchvision", "transformers", "accelerate", "datasets", "opencv-python-headless")
 
@@ -187,6 +188,7 @@ def write_result(
     }
     if accelerator.is_main_process:
         write_text(Path(config.output_dir) / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        refresh_run_page(Path(config.output_dir).parent)
     return result
 
 

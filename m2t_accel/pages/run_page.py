@@ -13,7 +13,7 @@ from m2t_accel.config.fields import ConfigurationError, count, plain_text
 from m2t_accel.config.recipes import build_config
 from m2t_accel.pages.charts import run_charts
 from m2t_accel.pages.page import chart_cards, now, smoothing_slider, table, write_page
-from m2t_accel.pages.record import FINISHED, RUNNING, RunRecord
+from m2t_accel.pages.record import FINISHED, RUNNING, RunRecord, read_run
 from m2t_accel.progress import duration
 
 RELOAD_EVERY = 120.0  # seconds
@@ -52,6 +52,16 @@ def write_run_page(record: RunRecord, path: Path, with_images: bool = True) -> N
     ]
     reload_every = RELOAD_EVERY if record.status == RUNNING else None
     write_page(path, f"{record.name}: {settings['recipe']}", "\n".join(parts), charts, reload_every)
+
+
+def refresh_run_page(folder: Path) -> None:
+    """Write report.html of a run again, such as after an evaluation; do nothing if the folder is not that of a run."""
+    try:
+        write_run_page(read_run(folder), folder / "report.html")
+    except ConfigurationError:
+        pass
+    except OSError as error:
+        print(f"warning: {folder / 'report.html'} cannot be written ({error.strerror})", flush=True)
 
 
 def section(title: str, content: str) -> tuple[str, str]:

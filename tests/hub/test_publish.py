@@ -117,10 +117,18 @@ def test_a_published_encoder_computes_the_same_and_nothing_private_is_published(
     weights = load_file(run / "encoder" / "model.safetensors")
     renamed = load_file(hub.folder / "me" / "digits" / "torchvision.safetensors")
     assert all(torch.equal(renamed[name], tensor) for name, tensor in to_torchvision(weights).items())
-    assert len(ModelCard(published["README.md"].decode()).data.eval_results) == 2
+    card = published["README.md"].decode()
+    assert len(ModelCard(card).data.eval_results) == 2
+    for words in ("[report.html](report.html)", "| embeddings at the end | spread (1 even, 0 collapse) 0."):
+        assert words in card
+    page = published["report.html"].decode()
+    body = page[page.index("<body") : page.index('<script id="charts"')]
+    assert "<h1>me/digits</h1>" in body
+    assert "top1_k20" in body
+    assert "<img" not in body, "the images may not be public"
 
     loaded, expected = load_encoder("me/digits"), load_encoder(str(run))
-    assert (loaded.image_size, loaded.network) == (32, "teacher")
+    assert (loaded.image_size, loaded.network) == (expected.image_size, "teacher")
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(embed(loaded.model, images), embed(expected.model, images))

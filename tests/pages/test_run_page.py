@@ -8,7 +8,7 @@ from helpers import write_run
 from m2t_accel.config.recipes import build_config
 from m2t_accel.pages.charts import CHARTS, LAYERS
 from m2t_accel.pages.record import RUNNING, read_run
-from m2t_accel.pages.run_page import write_run_page
+from m2t_accel.pages.run_page import refresh_run_page, write_run_page
 
 MAX_BYTES = 6_000_000
 
@@ -133,3 +133,18 @@ def test_a_page_of_many_lines_stays_below_its_limit(tmp_path):
     write_pictures(folder, "data:image/jpeg;base64," + "A" * 5000)
     write_run_page(read_run(folder), tmp_path / "report.html")
     assert 4_500_000 < (tmp_path / "report.html").stat().st_size < MAX_BYTES
+
+
+def test_a_result_is_added_to_the_page_and_other_folders_get_none(tmp_path, page, capsys):
+    folder = write_run(tmp_path / "run")
+    (folder / "knn").mkdir()
+    (folder / "knn" / "result.json").write_text('{"evaluation": "knn", "figures": {"top1_k20": 0.9861}}')
+    refresh_run_page(folder)
+    assert "top1_k20 98.61 %" in (folder / "report.html").read_text()
+    refresh_run_page(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+    (folder / "report.html").unlink()
+    (folder / "report.html").mkdir()
+    (folder / "report.html" / "file").write_text("")
+    refresh_run_page(folder)
+    assert re.fullmatch(r"warning: .*report\.html cannot be written \(.*\)\n", capsys.readouterr().out)
