@@ -86,7 +86,7 @@ LAYERS = Chart(
     "layers",
     "Statistics of each layer",
     {"layers": "layers"},
-    "Distance of a batch's BatchNorm statistics from the teacher's history. A layer that darkens alone is in trouble.",
+    "Distance of a batch's BatchNorm statistics from the teacher's history. Watch for a layer that darkens with time.",
 )
 
 

@@ -65,7 +65,7 @@ function layout(chart) {
   if (chart.heat) y.automargin = true;  // slow, so only where labels are long
   if (chart.heat && narrow) y.showticklabels = false;
   return {
-    margin: { l: 52, r: 8, t: 10, b: 34 }, hovermode: chart.heat ? "closest" : "x unified",
+    margin: { l: 52, r: 8, t: narrow ? 10 : 28, b: 34 }, hovermode: chart.heat ? "closest" : "x unified",
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", uirevision: "keep",
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: "#1f2328" },
     xaxis: {
