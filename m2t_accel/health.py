@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from m2t_accel.model import Student, Teacher
 from m2t_accel.momentum_norm import Commit
-from m2t_accel.optim import update_norm
+from m2t_accel.optim import total_norm, update_norm
 
 RANK_EPSILON = 1e-7  # of the paper, for float32
 GREY_LEVEL = 1 / 255  # less than one of 256 levels in a normalised image, whose standard deviation is below 1
@@ -20,10 +19,10 @@ COMPARED_IMAGES = 8  # of each sub-batch, whose two views are compared
 
 
 class StepHealth:
-    """Health of one optimizer step. Create it before the step; it takes a small sample of the teacher's weights."""
+    """Health of one optimizer step. Create it before the step; it keeps a small part of the teacher's weights."""
 
     def __init__(self, teacher: Teacher) -> None:
-        self.weights_before = sample_weights(teacher)
+        self.vectors_before = join_vectors(weights_of(teacher))
         self.embeddings: list[Tensor] = []  # (N, C) of each sub-batch of this process: the teacher's of view 2
         self.same_views: list[Tensor] = []  # of each sub-batch: share of the images whose two views are equal
         self.figures: dict[str, Tensor] = {}  # scalars; the same on every process
@@ -43,14 +42,14 @@ class StepHealth:
             commit: what `commit_statistics` of this step returned.
         """
         parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        update = update_norm(optimizer)
+        update, students, followers = update_norm(optimizer), weights_of(student), weights_of(teacher)
         self.layers, moved = statistics_moves(teacher, commit)
         self.figures = {
-            "gradient_norm": get_total_norm([p.grad for p in parameters if p.grad is not None]),
+            "gradient_norm": total_norm([p.grad for p in parameters if p.grad is not None]),
             "update_norm": update,
-            "update_ratio": update / get_total_norm(parameters),
-            "teacher_distance": relative_distance(weights_of(teacher), weights_of(student)),
-            "teacher_moved": share_of_way(self.weights_before, sample_weights(teacher), sample_weights(student)),
+            "update_ratio": update / total_norm(parameters),
+            "teacher_distance": total_norm(torch._foreach_sub(followers, students)) / total_norm(students),
+            "teacher_moved": share_of_way(self.vectors_before, join_vectors(followers), join_vectors(students)),
             "statistics_moved": moved,
         }
 
@@ -60,16 +59,10 @@ def weights_of(network: Student | Teacher) -> list[Tensor]:
     return [*network.encoder.parameters(), *network.projector.parameters()]
 
 
-def sample_weights(network: Student | Teacher) -> Tensor:
-    """Return the first row of each weight of encoder and projector, as one vector."""
-    return torch.cat([(w[:1] if w.dim() else w).detach().reshape(-1) for w in weights_of(network)])
-
-
-def relative_distance(mine: list[Tensor], others: list[Tensor]) -> Tensor:
-    """Return ‖mine - others‖ / ‖others‖ over all tensors together."""
-    # One tensor at a time: all differences together would take the memory of a network.
-    distances = [torch.linalg.vector_norm(a - b) for a, b in zip(mine, others, strict=True)]
-    return torch.linalg.vector_norm(torch.stack(distances)) / get_total_norm(others)
+@torch.no_grad()
+def join_vectors(weights: list[Tensor]) -> Tensor:
+    """Return the one-dimensional weights (BatchNorm, biases) as one vector: a part that is cheap to copy."""
+    return torch.cat([weight for weight in weights if weight.dim() == 1])
 
 
 def share_of_way(start: Tensor, end: Tensor, goal: Tensor) -> Tensor:
@@ -82,33 +75,35 @@ def share_of_way(start: Tensor, end: Tensor, goal: Tensor) -> Tensor:
 
 
 def statistics_distance(batch: Tensor, history: Tensor, eps: float) -> Tensor:
-    """Return the distance between a batch's statistics and the history of a layer: 0 if they are equal.
+    """Return the distance between a batch's statistics and the history (C,) of each channel: 0 if they are equal.
 
-    It is the mean over the channels of |mean - history mean| / s_h + |ln(s / s_h)|, where s and s_h are the standard
-    deviations of batch and history: s² = variance + eps. So it has no unit: 1 means that the means differ by one
-    standard deviation, or that the standard deviations differ by a factor of e.
+    It is |mean - history mean| / s_h + |ln(s / s_h)|, where s and s_h are the standard deviations of batch and history:
+    s² = variance + eps. So it has no unit: 1 means that the means differ by one standard deviation, or that the
+    standard deviations differ by a factor of e.
 
     Args:
         batch, history: (2, C) means and variances.
-        eps: the constant that the layer adds to a variance.
+        eps: the constant that a layer adds to a variance.
     """
-    std, history_std = (batch[1] + eps).sqrt(), (history[1] + eps).sqrt()
-    return ((batch[0] - history[0]).abs() / history_std + (std / history_std).log().abs()).mean()
+    variance, history_variance = batch[1] + eps, history[1] + eps
+    return (batch[0] - history[0]).abs() / history_variance.sqrt() + (variance / history_variance).log().abs() / 2
 
 
 def statistics_moves(teacher: Teacher, commit: Commit) -> tuple[Tensor, Tensor]:
-    """Return `statistics_distance` (number of layers,), and which share of the way to the batch the history has made.
+    """Return the distance of batch and history, and which share of the way to the batch the history has made.
 
-    The share is over all layers together, in units of the standard deviation and the variance of each channel.
+    The distance (number of layers,) is the mean of `statistics_distance` over the channels of each layer. The share is
+    over all layers together, in units of the standard deviation and the variance of each channel.
     """
-    layers = teacher.layers
-    sizes = [layer.num_features for layer in layers]
-    parts = zip(layers, commit.average.split(sizes, dim=1), commit.history.split(sizes, dim=1), strict=True)
-    distances = torch.stack([statistics_distance(batch, history, layer.eps) for layer, batch, history in parts])
-    now = torch.cat([torch.stack([layer.running_mean, layer.running_var]) for layer in layers], dim=1)
-    variances = commit.history[1] + layers[0].eps
+    layers, eps = teacher.layers, teacher.layers[0].eps
+    distances = statistics_distance(commit.average, commit.history, eps).split([layer.num_features for layer in layers])
+    now = torch.stack(
+        [torch.cat([getattr(layer, name) for layer in layers]) for name in ("running_mean", "running_var")]
+    )
+    variances = commit.history[1] + eps
     unit = torch.stack([variances.sqrt(), variances])
-    return distances, share_of_way(commit.history / unit, now / unit, commit.average / unit)
+    moved = share_of_way(commit.history / unit, now / unit, commit.average / unit)
+    return torch.stack([distance.mean() for distance in distances]), moved
 
 
 def effective_rank(embeddings: Tensor) -> float:

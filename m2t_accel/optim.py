@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.optim import SGD, Optimizer
 
 
@@ -101,6 +100,11 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """Return the norm of all tensors together."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+
+
 @torch.no_grad()
 def update_norm(optimizer: Optimizer) -> Tensor:
     """Return the norm of the change of all parameters by the last step, before its gradients are reset.
@@ -120,5 +124,5 @@ def update_norm(optimizer: Optimizer) -> Tensor:
             # SGD without momentum, in terms of the weights after the step: lr / (1 - lr · decay) · (g + decay · w).
             buffers = torch._foreach_add([p.grad for p in parameters], parameters, alpha=group["weight_decay"])
             scale = group["lr"] / (1 - group["lr"] * group["weight_decay"])
-        norms.append(scale * get_total_norm(buffers))
+        norms.append(scale * total_norm(buffers))
     return torch.linalg.vector_norm(torch.stack(norms))

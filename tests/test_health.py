@@ -55,9 +55,9 @@ def test_effective_rank_of_known_matrices(embeddings, rank):
 def test_distance_of_statistics(mean, variance, history_mean, history_variance, distance):
     batch, history = (torch.tensor([[m], [v]]) for m, v in ((mean, variance), (history_mean, history_variance)))
     assert statistics_distance(batch, history, eps=0.0).item() == pytest.approx(distance, abs=1e-6)
-    # The mean over the channels; a unit of the channel does not matter.
+    # The unit of a channel does not matter.
     two = [torch.cat([each, each * torch.tensor([[10.0], [100.0]])], dim=1) for each in (batch, history)]
-    assert statistics_distance(*two, eps=0.0).item() == pytest.approx(distance, abs=1e-6)
+    assert statistics_distance(*two, eps=0.0).tolist() == pytest.approx([distance, distance], abs=1e-6)
 
 
 def test_share_of_the_way():

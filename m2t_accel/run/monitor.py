@@ -1,4 +1,4 @@
-"""Monitor a run: its health on about 100 lines of metrics, its wait for data, and alarms about known faults."""
+"""Monitor a run: its health on at most about 100 lines of metrics, its wait for data, and alarms about known faults."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from m2t_accel.schedules import Schedule
 from m2t_accel.step import TrainingStep
 
 NUM_HEALTH_LINES = 100
+LEAST_INTERVAL = 20  # steps between two; a measurement takes up to 9 % of a small step on a CPU, so below 0.5 % of all
 
 # Limits of the alarms; docs/evaluation.md has the measurements behind them.
 SAME_VIEWS = 0.5  # share of the images of a step
@@ -105,7 +106,8 @@ class Monitor:
         self.progress = progress
         self.total_steps = config.total_steps(steps_per_epoch)
         self.chance = chance
-        self.interval = config.log_every * math.ceil(self.total_steps / NUM_HEALTH_LINES / config.log_every)
+        interval = max(LEAST_INTERVAL, self.total_steps / NUM_HEALTH_LINES)
+        self.interval = config.log_every * math.ceil(interval / config.log_every)
         self.data_wait = DataWait(accelerator.device)
         self.window = [0.0, 0.0]  # seconds of waiting and of training
         self.layer_names = [
@@ -115,8 +117,8 @@ class Monitor:
     def is_due(self, step: int) -> bool:
         """Return whether health is measured in this step, counted from 1.
 
-        It is measured in about 100 steps of a run, evenly spaced, and in the lines 1, 2, 4, 8, ... before the first of
-        them: a fault of the settings should not train for an hundredth of a long run. All have a line of metrics.
+        It is measured in about 100 steps of a long run, evenly spaced, and in the lines 1, 2, 4, 8, ... before the
+        first of them: a fault of the settings should not train for a hundredth of a long run. All have a line of metrics.
         """
         line, is_line = divmod(step, self.config.log_every)
         is_early = not is_line and step < self.interval and line & (line - 1) == 0
