@@ -118,7 +118,7 @@ class Monitor:
         """Return whether health is measured in this step, counted from 1.
 
         It is measured in about 100 steps of a long run, evenly spaced, and in the lines 1, 2, 4, 8, ... before the
-        first of them: a fault of the settings should not train for a hundredth of a long run. All have a line of metrics.
+        first of them, because a fault of the settings should be seen before a hundredth of a long run.
         """
         line, is_line = divmod(step, self.config.log_every)
         is_early = not is_line and step < self.interval and line & (line - 1) == 0
