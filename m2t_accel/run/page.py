@@ -135,7 +135,7 @@ def describe_pair(pair: ViewPair) -> dict[str, object]:
     scale = np.array([original.shape[1] / width, original.shape[0] / height])
     for crop, colour in zip(pair.crops, CROP_COLOURS, strict=True):
         corners = (outline(crop) + 0.5) * scale - 0.5
-        cv2.polylines(original, [corners.round().astype(np.int32)], True, colour, 1, cv2.LINE_AA)
+        cv2.polylines(original, [corners.round().astype(np.int32)], True, colour, 2, cv2.LINE_AA)
     views = [(255 * view).round().astype(np.uint8) for view in pair.views]
     return {
         "images": [data_uri(pixels, VIEW_SIDE) for pixels in (original, *views)],
