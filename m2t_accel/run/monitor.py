@@ -24,7 +24,7 @@ from m2t_accel.step import TrainingStep
 NUM_HEALTH_LINES = 100
 LEAST_INTERVAL = 20  # steps between two; a measurement takes up to 9 % of a small step on a CPU, so below 0.5 % of all
 
-# Limits of the alarms; docs/evaluation.md has the measurements behind them.
+# Limits of the alarms; docs/reports.md has the measurements behind them.
 SAME_VIEWS = 0.5  # share of the images of a step
 TEACHER_TOLERANCE = 0.5  # of the move that the weight momentum asks for
 LEAST_MOVE = 1e-5  # of the teacher's weights, relative; a smaller move is lost in the rounding of float32
