@@ -27,9 +27,8 @@ class SavedRun:
         self.lines = []
         state = SimpleNamespace(copy=lambda rows, positions: {"weights": {"value": self.value}})
         state.gradient_scaler = state.architecture = lambda: None
-        report = SimpleNamespace(
-            rows=[], print_line=self.lines.append, report_bad_images=lambda: None, seconds=lambda: 1.0
-        )
+        report = SimpleNamespace(rows=[], print_line=self.lines.append, seconds=lambda: 1.0)
+        report.report_bad_images = report.collect_health = lambda: None
         data = SimpleNamespace(note="", train=[], fingerprint="")
         requests = SimpleNamespace(positions=lambda step: None)
         self.progress = Progress()
