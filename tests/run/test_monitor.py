@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ from m2t_accel.data.sources import load_digits
 from m2t_accel.data.views import TwoViews
 from m2t_accel.model import Teacher
 from m2t_accel.pretrain import pretrain
-from m2t_accel.run import completion, monitor
+from m2t_accel.run import completion, monitor, report
 from m2t_accel.run.monitor import DataWait, Monitor, chance_level
 
 
@@ -37,8 +38,7 @@ def train(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_a_run_without_a_fault_has_no_alarm(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(monitor, "WAIT_WINDOW", 0.01)
+def test_a_run_without_a_fault_has_no_alarm(train, tmp_path):
     assert train(evaluate_every=1) == []
     names = ["gradient_norm", "update_norm", "update_ratio", "teacher_distance", "effective_rank"]
     rows = metrics(tmp_path / "run")[1:]
@@ -115,11 +115,14 @@ def test_shuffled_labels_are_an_alarm(train, shuffled):
 
 
 def test_a_slow_loader_is_an_alarm(train, monkeypatch):
-    monkeypatch.setattr(monitor, "WAIT_WINDOW", 0.2)
+    late = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + late[0])
+    monkeypatch.setattr(monitor, "time", clock)
+    monkeypatch.setattr(report, "time", clock)
     read = TwoViews.__getitems__
 
     def read_slowly(self, request):
-        monitor.time.sleep(0.04)
+        late[0] += 20.0
         return read(self, request)
 
     monkeypatch.setattr(TwoViews, "__getitems__", read_slowly)
