@@ -107,7 +107,7 @@ def test_a_step_that_overflows_moves_nothing_but_the_scale(overflows):
 
     def train(step, number, scale=1.0):
         now = CONFIG.schedule(number, STEPS_PER_EPOCH)
-        step.begin(now)
+        step.begin(now, measures_health=True)
         results = [step.forward_backward(*(scale * views(seed).float())) for seed in (2 * number, 2 * number + 1)]
         return step.update(now), [result.loss.item() for result in results]
 
@@ -123,6 +123,7 @@ def test_a_step_that_overflows_moves_nothing_but_the_scale(overflows):
         hook.remove()
         assert all(0 < loss < 8 for loss in losses)
     assert not moved
+    assert step.health is None, "a step that moves nothing has no health to report"
     assert step.accelerator.scaler.get_scale() == 32
     after = everything(step)
     assert [name for name, tensor in after.items() if not tensor.equal(before[name])] == []
