@@ -292,7 +292,7 @@ def describe_limit(loader: LoaderSpeed, step: StepSpeed) -> Iterator[Finding]:
         yield Finding(DOUBTFUL, "limit", f"the step waits {share:.0%} of the time while its process decodes: {more}")
     elif delivered >= used:
         enough = "1 worker is" if needed == 1 else f"{needed} workers are"
-        text = f"the step: the loader delivers {delivered / used:.3g} times as many images; {enough} enough"
+        text = f"the step: the loader delivers {delivered / used:,.1f} times as many images; {enough} enough"
         yield Finding(GOOD, "limit", text)
     else:
         cores = num_cores() // num_local_processes()
