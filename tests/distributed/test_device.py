@@ -202,7 +202,13 @@ def test_pretraining_that_runs_out_of_memory_ends_with_one_line_and_no_partial_f
     with pytest.raises(ConfigurationError, match=r"^out of memory at --device_batch_size 32 on Card: try .* 16 in"):
         pretrain(build_config(tiny(tmp_path / "run", evaluate_every=0, device_batch_size=32)))
     assert not any(Path(tmp_path / "run").rglob("*.safetensors*"))
-    assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock", "config.yaml", "checkpoints"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {
+        ".lock",
+        "config.yaml",
+        "checkpoints",
+        "pictures",
+        "report.html",
+    }
 
 
 # Memory runs out on process 1 alone.

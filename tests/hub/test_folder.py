@@ -51,8 +51,8 @@ def test_auto_model_loads_a_teachers_encoder_with_its_statistics(config, tmp_pat
     with torch.no_grad():
         torch.testing.assert_close(embed(loaded.eval(), images), embed(teacher, images))
     processor = AutoImageProcessor.from_pretrained(tmp_path / "encoder")
-    assert processor.size == {"shortest_edge": 32}
-    assert processor.crop_size == {"height": 32, "width": 32}
+    assert processor.size == {"shortest_edge": config.image_size}
+    assert processor.crop_size == {"height": config.image_size, "width": config.image_size}
     assert tuple(processor.image_mean) == config.image_mean
     assert (tmp_path / "encoder" / "README.md").read_text() == "a card"
 
