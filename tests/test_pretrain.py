@@ -344,9 +344,9 @@ def test_a_run_on_a_streamed_hub_dataset_resumes_bit_for_bit(tmp_path, dataset_h
             train(on_hub(tmp_path / "run", num_workers=1))
     begin = TrainingStep.begin
 
-    def begin_and_fail(self, now):
+    def begin_and_fail(self, now, **options):
         dataset_hub.fails = ("train-", 404)  # the Hub's own library repeats other errors for half a minute
-        begin(self, now)
+        begin(self, now, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainingStep, "begin", begin_and_fail)
