@@ -32,6 +32,7 @@ from m2t_accel.data.buffers import Buffers
 from m2t_accel.data.crops import Photometry
 from m2t_accel.data.requests import DeviceBatches, Request
 from m2t_accel.data.views import CentralBatch, CentralViews, TwoViews, ViewBatch
+from m2t_accel.distributed.device import keep_freed_memory
 from m2t_accel.distributed.interruption import NoBatchError, end_with_parent, waiting_for_a_batch
 from m2t_accel.distributed.launch import num_cores, num_local_processes
 
@@ -293,6 +294,7 @@ def set_up_worker(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)  # even if the worker hangs in a read
+    keep_freed_memory(False)  # a worker would hold the memory of its largest image for good
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 

@@ -30,7 +30,7 @@ from accelerate.utils import (
 from m2t_accel.config.data import TrainingSettings, check_num_processes
 from m2t_accel.config.fields import ConfigurationError, count, one_line
 from m2t_accel.config.pretrain import PretrainConfig
-from m2t_accel.distributed.device import check_gpu, set_up_computation
+from m2t_accel.distributed.device import check_gpu, keep_freed_memory, set_up_computation
 from m2t_accel.distributed.processes import DOWNLOAD_TIMEOUT, create_groups
 
 CONFIG_FILES = (
@@ -75,7 +75,9 @@ def start_accelerator(
     check_launch(os.environ, num_devices, request)
     check_options(os.environ, num_devices, request, config)
     set_up_computation(config is not None and config.deterministic)
-    if torch.cuda.is_available() and not wants_cpu(os.environ):
+    if not torch.cuda.is_available() or wants_cpu(os.environ):
+        keep_freed_memory(True)
+    else:
         check_gpu(int(os.environ.get("LOCAL_RANK", "0")), os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower())
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     num_steps = 1

@@ -1,5 +1,6 @@
 """What a GPU can compute, and a lack of memory in one line: on stand-ins for GPUs."""
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -266,3 +267,28 @@ def test_deterministic_runs_are_equal_to_the_last_bit_on_a_gpu(run_script, tmp_p
         assert torch.cuda.get_device_name() in done.stdout
         weights.append((tmp_path / name / "encoder" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
+
+
+FAULTS = """
+import resource
+import torch
+from m2t_accel.distributed.device import keep_freed_memory
+
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+for keep in (False, True):  # in this order: what is kept is used again
+    keep_freed_memory(keep)
+    print(min(page_faults() for _ in range(5)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_freed_memory_is_kept_only_where_it_is_asked_for(run_script):
+    """Memory that the process still holds causes no page fault; a tensor of 64 MiB has 16 384 pages."""
+    done = run_script("-c", FAULTS)
+    returned, kept = map(int, done.stdout.split())
+    assert kept < 1000 < returned, done.stderr
