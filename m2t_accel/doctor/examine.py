@@ -109,7 +109,7 @@ def verdict(findings: Findings) -> str:
 
 
 class Examination:
-    """What is known about a run so far; a part is None where a check has failed."""
+    """Results of the checks so far. A part is None where its check has failed."""
 
     def __init__(self, config: PretrainConfig, findings: Findings, accelerator: Accelerator | None) -> None:
         self.config, self.findings, self.accelerator = config, findings, accelerator
