@@ -138,12 +138,17 @@ class Student(nn.Module):
 
 
 class Teacher(nn.Module):
-    """A copy of the student's encoder and projector that follows the student, with momentum statistics."""
+    """A copy of the student's encoder and projector that follows the student, with momentum statistics.
 
-    def __init__(self, student: Student) -> None:
+    Args:
+        student: the student.
+        statistics: what its BatchNorm normalises with in training: `momentum`, or to compare `batch` or `running`.
+    """
+
+    def __init__(self, student: Student, statistics: str = "momentum") -> None:
         super().__init__()
-        self.encoder = convert_batch_norm(copy.deepcopy(student.encoder))
-        self.projector = convert_batch_norm(copy.deepcopy(student.projector))
+        self.encoder = convert_batch_norm(copy.deepcopy(student.encoder), statistics)
+        self.projector = convert_batch_norm(copy.deepcopy(student.projector), statistics)
         self.requires_grad_(False)
         self.layers = momentum_layers(self)  # a plain list: a search in each step would take longer than a small commit
 

@@ -6,9 +6,18 @@ In training a forward normalises with `α·batch + (1 - α)·history`. The histo
 commit, on all processes. In evaluation the layer is plain BatchNorm with the history as running statistics, so its
 state dict is that of plain BatchNorm.
 
+Two other kinds of statistics are there to compare with (`--teacher_statistics`):
+
+| kind       | a training forward normalises with     | share of the batch in a commit |
+| ---------- | -------------------------------------- | ------------------------------ |
+| `momentum` | α·batch + (1 - α)·history: this method | α                              |
+| `batch`    | the batch alone: BYOL                  | 0.1                            |
+| `running`  | the history alone                      | 0.1                            |
+
 Source: arXiv 2101.07525, section 3.2; the "lazy" update of its code, `momentum_teacher/models`. Deviations: the
 variance is corrected for bias once (the published code multiplies by n / (n - 1) twice); the average is taken over the
-processes (the published code keeps the history of process 0).
+processes (the published code keeps the history of process 0). `batch` is torch's BatchNorm in training, but for the
+commit: once for each step, of the average, where torch's moves with each forward of each process.
 """
 
 from __future__ import annotations
@@ -20,12 +29,17 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from m2t_accel.schedules import KINDS_OF_STATISTICS
+
 
 class MomentumBatchNorm(_BatchNorm):
     """BatchNorm with momentum statistics, over (N, C) or (N, C, ...) with any number of spatial dimensions.
 
     Set α, the share of the batch, with `set_statistics_momentum`. Eager code reads it as a number, compiled code as a
     tensor: torch.compile would compile again for each new number.
+
+    Args:
+        statistics: `momentum`, `batch` or `running`: what a training forward normalises with.
     """
 
     def __init__(
@@ -35,8 +49,10 @@ class MomentumBatchNorm(_BatchNorm):
         affine: bool = True,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        statistics: str = "momentum",
     ) -> None:
         super().__init__(num_features, eps, momentum=None, affine=affine, device=device, dtype=dtype)
+        self.statistics = statistics
         self.alpha = 1.0
         # Batch statistics of the eager forwards that are not yet in `pending`: mean, biased variance, number of values.
         self.forwards: list[tuple[Tensor, Tensor, int]] = []
@@ -60,12 +76,21 @@ class MomentumBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         mean, var = self.running_mean, self.running_var
         if self.training:
-            mean, var = self.mixed_statistics(input)
+            mean, var = self.training_statistics(input)
         return nn.functional.batch_norm(input, mean, var, self.weight, self.bias, training=False, eps=self.eps)
 
     @torch.no_grad()
-    def mixed_statistics(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance (C,) of `α·batch + (1 - α)·history`, and keep the batch's for the commit."""
+    def training_statistics(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and variance (C,) that this forward normalises with. Keep the batch's for the commit."""
+        batch_mean, batch_biased_var, mixed_mean, mixed_var = self.measure(input)
+        if self.statistics == "batch":
+            return batch_mean, batch_biased_var  # biased, as torch's BatchNorm in training
+        if self.statistics == "running":
+            return self.running_mean, self.running_var
+        return mixed_mean, mixed_var
+
+    def measure(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return mean and biased variance (C,) of the batch, then mean and variance mixed by α with the history."""
         num_values = input.numel() // input.shape[1]
         if num_values < 2:
             raise ValueError(f"expected more than one value per channel in training, got shape {tuple(input.shape)}")
@@ -74,51 +99,56 @@ class MomentumBatchNorm(_BatchNorm):
             history = torch.stack([self.running_mean, self.running_var])
             var, mean = torch.var_mean(input.to(history.dtype), dim=[d for d in range(input.dim()) if d != 1])
             self.pending.add_(torch.stack([mean, var, torch.ones_like(mean)]))
-            return torch.lerp(history, torch.stack([mean, var]), self.statistics_momentum).unbind()
+            mixed_mean, mixed_var = torch.lerp(history, torch.stack([mean, var]), self.statistics_momentum).unbind()
+            return mean, var * ((num_values - 1) / num_values), mixed_mean, mixed_var
         # One operator mixes, with the unbiased variance, into its second and third argument: copies of the history. It
         # also sums a bfloat16 input in the dtype of the history, without a float32 copy of the input.
         mixed_mean, mixed_var = torch.stack([self.running_mean, self.running_var]).unbind()
         mean, biased_var = torch.ops.aten.batch_norm_update_stats(input, mixed_mean, mixed_var, self.alpha)
         self.forwards.append((mean, biased_var, num_values))
-        return mixed_mean, mixed_var
+        return mean, biased_var, mixed_mean, mixed_var
 
 
-def convert_batch_norm(module: nn.Module) -> nn.Module:
+def convert_batch_norm(module: nn.Module, statistics: str = "momentum") -> nn.Module:
     """Replace every BatchNorm of a module by a MomentumBatchNorm with the same weights and running statistics.
+
+    Args:
+        statistics: `momentum`, `batch` or `running`: what their training forwards normalise with.
 
     Returns:
         The module, changed in place. For a module that is itself a BatchNorm, the new layer.
 
     Raises:
-        ValueError: the module has no BatchNorm; or a BatchNorm cannot be replaced, because its class defines its own
-            forward or because it has no running statistics.
+        ValueError: the kind of statistics is unknown; or the module has no BatchNorm; or a BatchNorm cannot be
+            replaced, because its class defines its own forward or because it has no running statistics.
     """
-    converted = _convert(module, type(module).__name__, {})
+    if statistics not in KINDS_OF_STATISTICS:
+        raise ValueError(f"statistics {statistics!r}: give one of {', '.join(KINDS_OF_STATISTICS)}")
+    converted = _convert(module, type(module).__name__, {}, statistics)
     if not momentum_layers(converted):
         raise ValueError(f"{type(module).__name__} has no BatchNorm, which this method needs")
     return converted
 
 
-def _convert(module: nn.Module, name: str, done: dict[nn.Module, nn.Module]) -> nn.Module:
+def _convert(module: nn.Module, name: str, done: dict[nn.Module, nn.Module], statistics: str) -> nn.Module:
     if isinstance(module, MomentumBatchNorm):
         return module
     if isinstance(module, _BatchNorm):
         if module not in done:  # a layer that is used in two places stays one layer
-            done[module] = _momentum_batch_norm(module, name)
+            done[module] = _momentum_batch_norm(module, name, statistics)
         return done[module]
     for child_name, child in module.named_children():
-        setattr(module, child_name, _convert(child, f"{name}.{child_name}", done))
+        setattr(module, child_name, _convert(child, f"{name}.{child_name}", done, statistics))
     return module
 
 
-def _momentum_batch_norm(layer: _BatchNorm, name: str) -> MomentumBatchNorm:
+def _momentum_batch_norm(layer: _BatchNorm, name: str, statistics: str) -> MomentumBatchNorm:
     if type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
         raise ValueError(f"{name} is a {type(layer).__name__}, which does more than BatchNorm: not supported")
     if layer.running_mean is None:
         raise ValueError(f"{name} keeps no running statistics (track_running_stats=False): not supported")
-    converted = MomentumBatchNorm(
-        layer.num_features, layer.eps, layer.affine, layer.running_mean.device, layer.running_mean.dtype
-    )
+    device, dtype = layer.running_mean.device, layer.running_mean.dtype
+    converted = MomentumBatchNorm(layer.num_features, layer.eps, layer.affine, device, dtype, statistics)
     converted.load_state_dict(layer.state_dict())
     converted.train(layer.training)
     for mine, theirs in zip(converted.parameters(), layer.parameters(), strict=True):

@@ -155,7 +155,7 @@ def create_step(
         encoder.load_state_dict(weights, strict=True)
     student = create_student(encoder, config.image_size, config.hidden_size, config.projection_size, config.encoder)
     try:
-        teacher = Teacher(student)
+        teacher = Teacher(student, config.teacher_statistics)
     except ValueError as error:
         raise ConfigurationError(
             f"--encoder {config.encoder}: {error}; give a model with plain BatchNorm, such as resnet50"

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 
 WARMUP_START = 1e-6
+KINDS_OF_STATISTICS = ("momentum", "batch", "running")  # m2t_accel.momentum_norm says what each is
+FIXED_STATISTICS_MOMENTUM = 0.1  # of the kinds other than this method's; the default of torch's BatchNorm
 
 
 def cosine(progress: float, total: float = 1) -> float:
@@ -35,12 +37,14 @@ def weight_momentum(step: int, total_steps: int, base: float) -> float:
     return 1 - (1 - base) * cosine(step / total_steps)
 
 
-def statistics_momentum(step: int, total_steps: int) -> float:
+def statistics_momentum(step: int, total_steps: int, kind: str = "momentum") -> float:
     """Return the statistics momentum α = c(p) at `step`: the batch's share in the teacher's statistics, from 1 to 0.
+
+    For the kinds `batch` and `running` it is 0.1 in all steps.
 
     Source: arXiv 2101.07525, section 3.2.
     """
-    return cosine(step / total_steps)
+    return cosine(step / total_steps) if kind == "momentum" else FIXED_STATISTICS_MOMENTUM
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,17 @@ class Schedule:
     weight_momentum: float  # of the teacher's update after the step, so at step + 1
 
 
-def schedule(step: int, total_steps: int, warmup_steps: float, peak: float, base_momentum: float) -> Schedule:
+def schedule(
+    step: int,
+    total_steps: int,
+    warmup_steps: float,
+    peak: float,
+    base_momentum: float,
+    kind_of_statistics: str = "momentum",
+) -> Schedule:
     """Return all scheduled values of optimizer step `step`."""
     return Schedule(
         learning_rate=learning_rate(step, total_steps, warmup_steps, peak),
-        statistics_momentum=statistics_momentum(step, total_steps),
+        statistics_momentum=statistics_momentum(step, total_steps, kind_of_statistics),
         weight_momentum=weight_momentum(step + 1, total_steps, base_momentum),
     )

@@ -13,6 +13,7 @@ from m2t_accel.momentum_norm import (
     momentum_layers,
     set_statistics_momentum,
 )
+from m2t_accel.schedules import statistics_momentum
 
 SHAPES = [(6, 5), (6, 5, 7), (6, 5, 7, 3), (4, 5, 3, 2, 2)]
 
@@ -63,6 +64,37 @@ def test_two_lazy_steps_equal_the_formula(shape, alpha):
         history_var = alpha * torch.stack([v for _, v in statistics]).mean(dim=0) + (1 - alpha) * history_var
         torch.testing.assert_close(layer.running_mean, history_mean, rtol=0, atol=1e-12)
         torch.testing.assert_close(layer.running_var, history_var, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["batch", "running"])
+def test_the_other_kinds_of_statistics_are_torchs_batch_norm(shape, kind):
+    """`batch` is torch's in training; `running` is torch's in evaluation, with a history that moves all the same."""
+    torch.manual_seed(0)
+    first = random_layer()
+    plain = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)](5).double()
+    plain.load_state_dict(first.state_dict())
+    layer = convert_batch_norm(copy.deepcopy(plain), kind)
+    for _ in range(3):
+        set_statistics_momentum([layer], statistics_momentum(1, 2, kind))
+        batch = torch.randn(shape, dtype=torch.float64) * 3 + 1
+        in_training = plain(batch)  # moves its running statistics by 0.1
+        moved = copy.deepcopy(plain.state_dict())
+        if kind == "running":
+            plain.load_state_dict(layer.state_dict())
+            in_training = plain.eval()(batch)
+            plain.train()
+        torch.testing.assert_close(layer(batch), in_training, rtol=0, atol=1e-12)
+        commit_statistics([layer])
+        plain.load_state_dict(moved)
+        torch.testing.assert_close(layer.running_mean, plain.running_mean, rtol=0, atol=1e-12)
+        torch.testing.assert_close(layer.running_var, plain.running_var, rtol=0, atol=1e-12)
+    assert not torch.allclose(layer.running_var, first.running_var)
+
+
+def test_an_unknown_kind_of_statistics_is_refused():
+    with pytest.raises(ValueError, match="statistics 'none': give one of momentum, batch, running"):
+        convert_batch_norm(nn.BatchNorm1d(5), "none")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -198,11 +230,12 @@ def test_the_statistics_momentum_is_a_tensor_and_the_state_dict_is_that_of_batch
     assert layer.state_dict().keys() == nn.BatchNorm2d(5).state_dict().keys()
 
 
+@pytest.mark.parametrize("kind", ["momentum", "batch", "running"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_compiled_layer_computes_the_same_and_compiles_once(dtype):
+def test_a_compiled_layer_computes_the_same_and_compiles_once(dtype, kind):
     """α is a tensor, so a change does not compile again. aot_eager traces as the compiler does, and runs eager code."""
     torch.manual_seed(0)
-    layer = convert_batch_norm(nn.Sequential(nn.BatchNorm2d(5)))
+    layer = convert_batch_norm(nn.Sequential(nn.BatchNorm2d(5)), kind)
     graphs = []
 
     def count(graph, inputs):

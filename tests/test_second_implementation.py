@@ -7,6 +7,7 @@ import json
 import math
 
 import numpy as np
+import pytest
 import torch
 from helpers import tiny
 from torch import nn
@@ -21,10 +22,11 @@ from m2t_accel.pretrain import pretrain
 
 
 class PlainNorm(nn.Module):
-    """BatchNorm with momentum statistics as the paper writes it, on tensors (N, C, ...)."""
+    """The teacher's BatchNorm as the papers write it, on tensors (N, C, ...), for each kind of statistics."""
 
-    def __init__(self, norm):
+    def __init__(self, norm, kind):
         super().__init__()
+        self.kind = kind
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
         self.mean, self.var = torch.zeros(norm.num_features), torch.ones(norm.num_features)
         self.alpha, self.seen = 1.0, []
@@ -34,31 +36,38 @@ class PlainNorm(nn.Module):
         mean = values.mean(dim=1)
         var = ((values - mean[:, None]) ** 2).sum(dim=1) / (values.shape[1] - 1)
         self.seen.append((mean, var))
-        mean, var = self.alpha * mean + (1 - self.alpha) * self.mean, self.alpha * var + (1 - self.alpha) * self.var
+        if self.kind == "momentum":
+            mean, var = self.alpha * mean + (1 - self.alpha) * self.mean, self.alpha * var + (1 - self.alpha) * self.var
+        elif self.kind == "batch":
+            var = ((values - mean[:, None]) ** 2).mean(dim=1)
+        else:
+            mean, var = self.mean, self.var
         shape = (1, -1) + (1,) * (x.dim() - 2)
         scaled = (x - mean.view(shape)) / (var.view(shape) + self.eps).sqrt()
         return scaled * self.weight.view(shape) + self.bias.view(shape)
 
     def commit(self):
         mean, var = (torch.stack(part).mean(dim=0) for part in zip(*self.seen, strict=True))
-        self.mean = self.alpha * mean + (1 - self.alpha) * self.mean
-        self.var = self.alpha * var + (1 - self.alpha) * self.var
+        share = self.alpha if self.kind == "momentum" else 0.1
+        self.mean = share * mean + (1 - share) * self.mean
+        self.var = share * var + (1 - share) * self.var
         self.seen = []
 
 
-def replace_norms(module):
+def replace_norms(module, kind):
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-            setattr(module, name, PlainNorm(child))
+            setattr(module, name, PlainNorm(child, kind))
         else:
-            replace_norms(child)
+            replace_norms(child, kind)
     return module
 
 
-def train_again(config, shift=0):
+def train_again(config, kind="momentum", shift=0):
     """Return the loss of each step.
 
     Args:
+        kind: of the teacher's statistics: momentum, batch or running.
         shift: steps by which the weight momentum is late, to prove that the comparison notices.
     """
 
@@ -67,7 +76,7 @@ def train_again(config, shift=0):
         encoder = create_encoder(config.encoder)
         return create_student(encoder, config.image_size, config.hidden_size, config.projection_size)
 
-    student, teacher = build(), replace_norms(build()).requires_grad_(False)
+    student, teacher = build(), replace_norms(build(), kind).requires_grad_(False)
     del teacher.predictor
     norms = [module for module in teacher.modules() if isinstance(module, PlainNorm)]
     student.train()
@@ -114,7 +123,8 @@ def train_again(config, shift=0):
     return losses
 
 
-def test_the_loop_equals_a_second_implementation(tmp_path, float64):
+@pytest.mark.parametrize("kind", ["momentum", "batch", "running"])
+def test_the_loop_equals_a_second_implementation(tmp_path, float64, kind):
     config = build_config(
         tiny(
             tmp_path / "run",
@@ -127,12 +137,18 @@ def test_the_loop_equals_a_second_implementation(tmp_path, float64):
             weight_momentum=0.9,
             weight_decay=1e-2,
             evaluate_every=0,
+            teacher_statistics=kind,
         )
     )
     pretrain(config)
-    ours = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    expected = train_again(config)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    ours, expected = [row["loss"] for row in rows], train_again(config, kind)
     assert len(ours) == len(expected) == 11
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-9)
-    defective = train_again(config, shift=1)
-    assert np.abs(np.subtract(ours, defective)).max() > 1e-7, "the comparison cannot see a shifted schedule"
+    if kind == "momentum":
+        defective = train_again(config, shift=1)
+        assert np.abs(np.subtract(ours, defective)).max() > 1e-7, "the comparison cannot see a shifted schedule"
+    else:
+        assert {row["statistics_momentum"] for row in rows} == {0.1}
+        other = train_again(config, "running" if kind == "batch" else "batch")
+        assert np.abs(np.subtract(ours, other)).max() > 1e-3, "the comparison cannot tell the kinds apart"

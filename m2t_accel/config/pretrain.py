@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from m2t_accel.config.data import TrainingSettings, check_dataset, check_ordered, check_push
 from m2t_accel.config.fields import ConfigurationError, did_you_mean, is_hub_id, setting
-from m2t_accel.schedules import Schedule, schedule
+from m2t_accel.schedules import KINDS_OF_STATISTICS, Schedule, schedule
 
 # Arguments of transformers.ResNetConfig, by encoder name. All but the last are the standard ResNets.
 ENCODERS: Mapping[str, Mapping[str, object]] = {
@@ -62,6 +62,13 @@ class PretrainConfig(TrainingSettings):
     projection_size: int = setting(256, "output width of the projector and the predictor", at_least=2)
     weight_momentum: float = setting(
         0.99, "weight momentum of the teacher at step 0; it rises to 1 along a cosine", at_least=0, at_most=1
+    )
+
+    teacher_statistics: str = setting(
+        "momentum",
+        "what the teacher's BatchNorm normalises with in training; momentum: momentum statistics, this method; batch: "
+        "the statistics of the batch, as BYOL; running: the running average",
+        choices=KINDS_OF_STATISTICS,
     )
 
     optimizer: str = setting("sgd", "sgd or lars", choices=("sgd", "lars"), heading="training")
@@ -170,7 +177,9 @@ class PretrainConfig(TrainingSettings):
         warmup_steps = self.warmup_epochs * steps_per_epoch
         if self.max_steps is not None:
             warmup_steps = self.warmup_epochs / self.epochs * total_steps  # the same share of the run
-        return schedule(step, total_steps, warmup_steps, self.learning_rate, self.weight_momentum)
+        return schedule(
+            step, total_steps, warmup_steps, self.learning_rate, self.weight_momentum, self.teacher_statistics
+        )
 
 
 def check_inputs(config: PretrainConfig, check_images: bool = True, check_encoder: bool = True) -> None:

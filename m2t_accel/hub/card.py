@@ -57,6 +57,14 @@ features = encoder(**processor(image, return_tensors="pt")).pooler_output.flatte
 ```"""
 
 
+# What the teacher's BatchNorm normalises with, by `teacher_statistics`.
+TEACHER_STATISTICS = {
+    "momentum": "momentum statistics",
+    "batch": "the statistics of the batch, as in BYOL, instead of momentum statistics",
+    "running": "its running average instead of momentum statistics",
+}
+
+
 def model_card(
     config: PretrainConfig,
     training: Mapping[str, object],
@@ -114,7 +122,7 @@ def model_card(
 
 An image encoder pretrained without labels by Momentum² Teacher ([arXiv 2101.07525](https://arxiv.org/abs/2101.07525)):
 a student learns to predict a momentum teacher's output for another view of the same image, and the teacher's BatchNorm
-normalises with momentum statistics. This is the teacher's encoder.
+normalises with {TEACHER_STATISTICS[config.teacher_statistics]}. This is the teacher's encoder.
 
 ## Load it
 
@@ -210,7 +218,7 @@ def results_text(config: PretrainConfig, accuracies: Sequence[float], results: S
         lines.append(f"| {kind} | {data} | {figures} | {', '.join(settings)} |")
     if not lines:
         lines.append("This run was not evaluated.")
-    published = RECIPES[config.recipe].top1
+    published = RECIPES[config.recipe].top1 if config.teacher_statistics == "momentum" else None
     if published and not any(result["evaluation"] == "linear probe" for result in results):
         lines += [
             "",

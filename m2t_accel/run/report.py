@@ -343,6 +343,8 @@ def introduction(
             f"Note: recipe digits is for 8-pixel digits (views of {config.image_size} pixels, no flip, no colour); "
             "for photographs give --recipe 8x2080Ti-b256-100ep or another of --recipe list"
         )
+    if config.teacher_statistics != "momentum":
+        lines.append(f"Note: --teacher_statistics {config.teacher_statistics} is a method to compare with this one")
     compiled = ["the colours"] if photometry.is_compiled(accelerator.device) else []
     compiled += ["the networks"] if compiles_networks() else []
     if compiled:

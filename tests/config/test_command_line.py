@@ -84,6 +84,7 @@ def test_every_setting_is_a_flag_and_a_key():
         "dataset": "digits",
         "output_dir": "elsewhere",
         "encoder": "resnet34",
+        "teacher_statistics": "batch",
         "optimizer": "lars",
         "device_batch_size": 64,
         "batch_size": 128,
@@ -134,6 +135,7 @@ def test_a_saved_configuration_is_read_back_unchanged(name, tmp_path):
 
 WRONG_FLAGS = [
     (["--recipe", "8xv100-b1024-100"], "--recipe 8xv100-b1024-100: .*8xV100-b1024-100ep"),
+    (["--teacher_statistics", "none"], "--teacher_statistics none: unknown; one of momentum, batch, running"),
     (["--recipe", "zzz"], "--recipe zzz: unknown; `--recipe list`"),
     (["--epoch", 3], "flag --epoch, did you mean --epochs"),
     (["--epochs"], "--epochs: expected one argument"),

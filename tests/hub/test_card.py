@@ -93,6 +93,25 @@ def test_a_card_with_results():
     assert "not evaluated" in card(accuracies=())
 
 
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("momentum", "BatchNorm\nnormalises with momentum statistics. This"),
+        (
+            "batch",
+            "BatchNorm\nnormalises with the statistics of the batch, as in BYOL, instead of momentum statistics.",
+        ),
+        ("running", "BatchNorm\nnormalises with its running average instead of momentum statistics."),
+    ],
+)
+def test_a_card_names_the_teachers_statistics(kind, text):
+    found = card(teacher_statistics=kind)
+    assert text in found
+    assert ("linear top-1 of this recipe on ImageNet" in found) == (kind == "momentum"), (
+        "the published result is not its"
+    )
+
+
 def test_the_card_of_a_run(trained_run):
     text = (trained_run / "encoder" / "README.md").read_text()
     rows = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]

@@ -1,5 +1,6 @@
 """Tests of the report of a run: bad images, collapse."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +49,13 @@ def test_a_long_first_step_is_announced(image_net, monkeypatch, device, backend,
     config, accelerator = settings(image_net), SimpleNamespace(device=torch.device(device))
     lines = report.introduction(config, load_images(config), torch.nn.Linear(1, 1), 10, accelerator).splitlines()
     assert [line for line in lines if "compiles" in line] == expected
+
+
+@pytest.mark.parametrize("kind", ["momentum", "batch"])
+def test_statistics_that_are_not_this_methods_are_named(image_net, kind):
+    config = dataclasses.replace(settings(image_net), teacher_statistics=kind)
+    text = report.introduction(config, load_images(config), torch.nn.Linear(1, 1), 10, Accelerator(cpu=True))
+    assert ("--teacher_statistics batch is a method to compare with" in text) == (kind == "batch")
 
 
 @pytest.mark.parametrize(
