@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from m2t_accel.benchmark.variants import VARIANTS, Step, Work, create_work
@@ -251,30 +253,44 @@ def profile_variants(ready: Mapping[str, Step], work: Work, trace: str | None) -
     """
     device = work.accelerator.device
     on_gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities, acc_events=True) as profiler:  # without acc_events torch 2.11 warns
         for name, step in ready.items():
             with record_function(f"variant {name}"):
                 step()
                 synchronize(device)
     if trace is not None and work.accelerator.is_main_process:
         profiler.export_chrome_trace(trace)
-    found = {name: Counter() for name in ready}
-    for event in profiler.events():
+    return group_events(profiler.events(), on_gpu)
+
+
+def group_events(events: Sequence[FunctionEvent], on_gpu: bool) -> dict[str, dict[str, float]]:
+    """Return the milliseconds of each group of operators, and on a GPU the number of `launches`, of each variant."""
+    # Kernels, and the ranges that record_function marks on the GPU, are events of their own: the operators that
+    # launched the kernels have their times.
+    of_host = [event for event in events if event.device_type == DeviceType.CPU]
+    ranges = {event.name for event in events if event.is_user_annotation}
+    spans = {event.name: event.time_range for event in of_host if event.name.startswith("variant ")}
+    found = {name: Counter() for name in spans}
+    for event in of_host:
+        # By time: the backward of a GPU runs in a thread of its own, in which no operator is below the variant's range.
+        start = event.time_range.start
+        variant = next((name for name, span in spans.items() if span.start <= start <= span.end), None)
+        if variant is None:
+            continue
+        if LAUNCH.match(event.name):
+            found[variant]["launches"] += 1
+            continue
         above = [event.name]
         parent = event.cpu_parent
         while parent is not None:
             above.append(parent.name)
             parent = parent.cpu_parent
-        variant = next((name.removeprefix("variant ") for name in above if name.startswith("variant ")), None)
-        if variant is None:
-            continue
-        if LAUNCH.match(event.name):
-            found[variant]["launches"] += 1
-        elif on_gpu:
-            found[variant][group_of(above)] += event.self_device_time_total / 1000
-        else:
-            found[variant][group_of(above)] += event.self_cpu_time_total / 1000
-    return {name: dict(groups) for name, groups in found.items()}
+        microseconds = event.self_cpu_time_total
+        if on_gpu:
+            microseconds = sum(kernel.duration for kernel in event.kernels if kernel.name not in ranges)
+        found[variant][group_of(above)] += microseconds / 1000
+    return {name.removeprefix("variant "): dict(groups) for name, groups in found.items()}
 
 
 def group_of(names: Sequence[str]) -> str:

@@ -5,6 +5,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers import ROOT
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
 from m2t_accel.benchmark import step as benchmark
 from m2t_accel.benchmark.variants import VARIANTS, create_work
@@ -151,3 +153,37 @@ def test_the_peak_of_the_memory_is_that_of_the_process():
 def test_the_script_names_all_variants():
     names = runpy.run_path(str(ROOT / "scripts" / "benchmark.py"))["VARIANTS"]
     assert names == tuple(VARIANTS)
+
+
+def event(name, start, end, parent=None, kernels=(), device=DeviceType.CPU, is_user_annotation=False):
+    """Return an event of a profile, in the form of torch; times in microseconds, kernels as (name, microseconds)."""
+    made = FunctionEvent(0, name, 1, start, end, device_type=device, is_user_annotation=is_user_annotation)
+    made.use_device = "cuda"
+    made.cpu_parent = parent
+    for kernel in kernels:
+        made.append_kernel(kernel[0], 0, kernel[1])
+    return made
+
+
+def test_the_backward_of_a_gpu_counts_for_its_variant():
+    """It runs in a thread of its own, so its operators have no parent in the thread of the variant.
+
+    The GPU reports its kernels, and the time from the first to the last of a range, beside the operators.
+    """
+    step = event("variant eager", 0, 1000, kernels=[("variant eager", 5000)], is_user_annotation=True)
+    convolution = event("aten::conv2d", 10, 20, step, kernels=[("fprop", 2000)])
+    backward = event("aten::convolution_backward", 500, 700, kernels=[("dgrad", 3000), ("wgrad", 4000)])
+    gpu = {"device": DeviceType.CUDA}
+    events = [
+        event("aten::conv2d", -20, -10, kernels=[("fprop", 1000)]),  # before the first variant
+        *(step, convolution, event("cudaLaunchKernel", 11, 12, convolution)),
+        *(backward, event("cudaLaunchKernel", 510, 511, backward), event("cuLaunchKernelEx", 520, 521, backward)),
+        *(event("fprop", 100, 2100, **gpu), event("dgrad", 2100, 5100, **gpu), event("wgrad", 5100, 9100, **gpu)),
+        event("variant eager", 100, 9100, is_user_annotation=True, **gpu),
+        event("variant floor", 9500, 9600, is_user_annotation=True),
+    ]
+    found = benchmark.group_events(events, on_gpu=True)
+    assert found == {
+        "eager": {"convolution": 9.0, "launches": 3, benchmark.OUTSIDE: 0.0},
+        "floor": {benchmark.OUTSIDE: 0},
+    }
