@@ -12,7 +12,7 @@ from m2t_accel.config.data import TrainingSettings, check_dataset, check_ordered
 from m2t_accel.config.fields import ConfigurationError, did_you_mean, is_hub_id, setting
 from m2t_accel.schedules import KINDS_OF_STATISTICS, Schedule, schedule
 
-# Arguments of transformers.ResNetConfig, by encoder name. All but the last are the standard ResNets.
+# Arguments of transformers.ResNetConfig, by encoder name. All but the last two are the standard ResNets.
 ENCODERS: Mapping[str, Mapping[str, object]] = {
     "resnet18": {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"},
     "resnet34": {"depths": [3, 4, 6, 3], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"},
@@ -23,6 +23,12 @@ ENCODERS: Mapping[str, Mapping[str, object]] = {
         "depths": [1, 1, 1, 1],
         "hidden_sizes": [16, 32, 64, 128],
         "embedding_size": 16,
+        "layer_type": "basic",
+    },
+    "resnet10-half": {
+        "depths": [1, 1, 1, 1],
+        "hidden_sizes": [32, 64, 128, 256],
+        "embedding_size": 32,
         "layer_type": "basic",
     },
 }

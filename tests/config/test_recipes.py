@@ -20,8 +20,8 @@ PUBLISHED = [
 ]
 
 
-def test_the_recipes_are_the_published_ones_and_two_small_ones():
-    assert list(RECIPES) == [row[0] for row in PUBLISHED] + ["digits", "cifar10"]
+def test_the_recipes_are_the_published_ones_and_three_small_ones():
+    assert list(RECIPES) == [row[0] for row in PUBLISHED] + ["digits", "cifar10-small", "cifar10"]
 
 
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row[0])
