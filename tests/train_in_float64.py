@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -22,7 +23,9 @@ from m2t_accel.run import completion
 with socket.create_server(("127.0.0.1", 0)) as server:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
 os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-second = os.fork()
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: a fork beside threads; those of libraries wait
+    second = os.fork()
 os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), "0" if second else "1")
 torch.set_default_dtype(torch.float64)
 completion.draw_curves = lambda *arguments, **options: None
