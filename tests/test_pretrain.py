@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from helpers import stop_in_step, tiny, write_image, write_parquet, write_tar
 from survive import different, last_tensors, metrics
+from transformers import AutoModel
 
 from m2t_accel import step as training
 from m2t_accel.config.evaluation import build_knn
@@ -22,7 +24,8 @@ from m2t_accel.config.fields import ConfigurationError, Interrupted
 from m2t_accel.config.recipes import build_config
 from m2t_accel.data import order, shards
 from m2t_accel.data.order import permute
-from m2t_accel.evaluation.knn import evaluate_knn
+from m2t_accel.data.sources import load_images
+from m2t_accel.evaluation.knn import evaluate_knn, measure_knn
 from m2t_accel.model import Teacher
 from m2t_accel.momentum_norm import MomentumBatchNorm
 from m2t_accel.pretrain import pretrain
@@ -124,6 +127,17 @@ def test_a_run_leaves_a_line_per_step_a_checkpoint_and_an_encoder(trained_run):
     lines = (trained_run / "metrics.jsonl").read_text().splitlines()
     assert all('"seconds"' in line for line in lines)  # `metrics` leaves out what a clock says
     assert all('"images_per_second"' in line for line in lines[1:])
+
+
+def test_the_encoder_of_a_run_is_the_teachers_and_has_the_accuracy_of_the_last_step(trained_run):
+    tensors = last_tensors(trained_run)
+    encoder = {name.removeprefix("encoder: "): tensors[name] for name in tensors if name.startswith("encoder: ")}
+    assert encoder
+    assert all(tensor.equal(tensors[f"teacher: encoder.{name}"]) for name, tensor in encoder.items())
+    config, model = build_config(tiny(trained_run)), AutoModel.from_pretrained(trained_run / "encoder")
+    images = load_images(config)
+    result = measure_knn(model, images.bank, images.validation, 10, config, Accelerator())
+    assert metrics(trained_run)[-1]["knn_top1"] == result.accuracies[20]
 
 
 def test_a_complete_run_is_left_unchanged(trained_run, capsys):

@@ -84,6 +84,12 @@ def test_at_least_one_checkpoint_is_kept():
         build_config({"keep": (0, 5)})
 
 
+def test_the_warmup_is_counted_in_epochs():
+    config = build_config({"epochs": 80, "warmup_epochs": 8})
+    rates = [config.schedule(step, steps_per_epoch=22).learning_rate for step in range(80 * 22)]
+    assert rates.index(max(rates)) == 8 * 22
+
+
 def test_max_steps_replaces_the_epochs_and_keeps_the_share_of_the_warmup():
     config = build_config({"epochs": 80, "warmup_epochs": 8, "max_steps": 50})
     assert config.total_steps(steps_per_epoch=22) == 50

@@ -10,7 +10,7 @@ from helpers import natural_image, settings, write_image, write_parquet
 from PIL import Image
 
 from m2t_accel.config.recipes import build_config
-from m2t_accel.data import views
+from m2t_accel.data import crops, views
 from m2t_accel.data.loader import Packed, create_loader, read
 from m2t_accel.data.requests import DeviceBatches, Request
 from m2t_accel.data.sources import load_images
@@ -43,6 +43,24 @@ def test_views_are_the_same_for_any_number_of_workers_and_processes():
     reseeded = views_of(dataclasses.replace(config, seed=5), images)
     shared = reference.keys() & reseeded.keys()
     assert not any(torch.equal(reference[k][0], reseeded[k][0]) for k in shared)
+
+
+def test_each_view_has_the_crop_and_the_colours_of_its_own_random_numbers():
+    pictures, rows = [natural_image(40, 50, seed) for seed in range(6)], []
+    for picture in pictures:
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "PNG")
+        rows.append({"bytes": file.getvalue(), "path": None})
+    config = build_config({"recipe": "8xV100-b1024-100ep", "dataset": "digits", "image_size": 32, "seed": 5})
+    batch = views.TwoViews(range(6), config).__getitems__(Request(3, np.arange(6), rows))
+    for view, shown in enumerate(batch.crops.chunk(2)):
+        uniforms = crops.draw_uniforms(5, 3, np.arange(6), view)
+        for picture, numbers, crop in zip(pictures, uniforms, shown, strict=True):
+            box = crops.draw_crop(numbers, 40, 50, config)
+            assert np.array_equal(crop, crops.cut(picture, box, np.empty((32, 32, 3), np.uint8)))
+        parameters = crops.photometry_parameters(uniforms, np.full(6, view), config)
+        for found, expected in zip(batch.photometry, parameters, strict=True):
+            assert found.chunk(2)[view].equal(expected)
 
 
 def test_streamed_images_have_the_same_views_as_copied_ones(tmp_path):
