@@ -34,8 +34,11 @@ from m2t_accel.config.recipes import RECIPES, build_config
 Settings = TypeVar("Settings")
 
 
-def read_yaml(path: str) -> dict[str, object]:
+def read_yaml(path: str, flag: str = "--config") -> dict[str, object]:
     """Read the settings in a YAML file.
+
+    Args:
+        flag: what the command line calls the file, for the message.
 
     Raises:
         ConfigurationError: the file cannot be read, or does not consist of `name: value` lines.
@@ -44,11 +47,11 @@ def read_yaml(path: str) -> dict[str, object]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigurationError(f"--config {path}: cannot be read ({reason})") from None
+        raise ConfigurationError(f"{flag} {path}: cannot be read ({reason})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # e.g. an impossible date, thousands of brackets
-        raise ConfigurationError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from None
+        raise ConfigurationError(f"{flag} {path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ConfigurationError(f"--config {path}: needs lines `name: value`, with the names of --help")
+        raise ConfigurationError(f"{flag} {path}: needs lines `name: value`, with the names of --help")
     return content
 
 
