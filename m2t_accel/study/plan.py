@@ -141,8 +141,8 @@ def plan_run(
     probe = None
     if linear_probe is not None:
         probe = {"encoder": config.output_dir, "dataset": config.dataset, "seed": config.seed}
-        for item in fields_by_heading(LinearProbeConfig)["data"]:  # the same images, but all of them
-            if item.name != "max_images" and getattr(config, item.name) != item.default:
+        for item in fields_by_heading(LinearProbeConfig)["data"]:  # the same images
+            if getattr(config, item.name) != item.default:
                 probe[item.name] = values[item.name]
         probe |= linear_probe
         build_linear_probe(probe)

@@ -39,7 +39,7 @@ def test_a_run_is_planned_for_each_combination_in_the_order_of_the_grid(tmp_path
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_probe_reads_the_images_of_the_run_but_all_of_them(tmp_path):
+def test_the_probe_reads_the_images_of_the_run(tmp_path):
     text = "settings: {dataset: digits, validation_fraction: 0.2, max_images: 320}\nlinear_probe: {epochs: 3}\n"
     (run,) = read_study(write(tmp_path, text), {}, tmp_path / "runs").runs
     assert run.name == "run"
@@ -48,6 +48,7 @@ def test_the_probe_reads_the_images_of_the_run_but_all_of_them(tmp_path):
         "dataset": "digits",
         "seed": 0,
         "validation_fraction": 0.2,
+        "max_images": 320,
         "epochs": 3,
     }
 
