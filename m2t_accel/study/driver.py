@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.distributed.interruption import StopSignals, end_with_parent
+from m2t_accel.pages.record import read_run
 from m2t_accel.progress import duration
 from m2t_accel.run.folder import RunFolder
 from m2t_accel.study.plan import Study, StudyRun, flag_words
@@ -47,6 +48,13 @@ class Task(NamedTuple):
             return is_trained(self.run)
         return probe_result(self.run, self.kind == RANDOM_WEIGHTS) is not None
 
+    def figure(self) -> str:
+        """Return its result in words."""
+        if self.kind == PRETRAINING:
+            share = read_run(self.run.folder).last("knn_top1")
+            return "kNN was not measured" if share is None else f"kNN top-1 {100 * share:.2f} %"
+        return f"top-1 {100 * probe_result(self.run, self.kind == RANDOM_WEIGHTS)['figures']['top1']:.2f} %"
+
     def words(self, scripts: Path) -> list[str]:
         """Return the script and its arguments."""
         if self.kind == PRETRAINING:
@@ -56,16 +64,19 @@ class Task(NamedTuple):
         return [str(scripts / "linear_probe.py"), *flag_words(given)]
 
 
-def next_task(study: Study, stored: Results, begun: Collection[tuple[str, str]]) -> Task | None:
+def next_task(
+    study: Study, stored: Results, begun: Collection[tuple[str, str]] = (), busy: Collection[str] = ()
+) -> Task | None:
     """Return the next task that can start: its run is the first in the grid's order, and its input is complete.
 
     Args:
         stored: results that need not be measured again.
         begun: keys of the tasks that are under way, done or have failed.
+        busy: names of the runs that have a task under way; a process that has written its result may not have ended.
     """
     results = {result["name"]: result for result in stored["runs"]}
     measured = [each["settings"] for each in stored["random_weights"] if each["linear_top1"] is not None]
-    for run in study.runs:
+    for run in (run for run in study.runs if run.name not in busy):
         tasks = []
         if not is_complete(results.get(run.name), study):
             tasks.append(Task(run, PRETRAINING))
@@ -107,7 +118,7 @@ def run_study(
     with contextlib.closing(lock(runs_dir)), StopSignals() as signals:
         while True:
             while not signals.received and len(running) < jobs:
-                task = next_task(study, stored, begun)
+                task = next_task(study, stored, begun, [task.run.name for task, _, _ in running])
                 if task is None:
                     break
                 begun.add(task.key)
@@ -125,7 +136,7 @@ def run_study(
             running = [each for each in running if each[1].poll() is None]
             for task, process, begin in ended:
                 if process.returncode == 0 and task.is_done():
-                    say(f"{task} is done, in {duration(time.monotonic() - begin)}")
+                    say(f"{task} is done, in {duration(time.monotonic() - begin)}: {task.figure()}")
                     report()
                 elif not signals.received:
                     failures += 1

@@ -37,6 +37,14 @@ def test_a_task_that_fails_is_one_line_and_the_others_go_on(tmp_path, capsys, mo
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     (tmp_path / "pretrain.py").write_text(SCRIPT)
     study = read_study(str(write(tmp_path, grid={"seed": [0, 1, 2]})), {}, tmp_path / "runs")
+    starts, start = [], driver.start
+
+    def start_once(task, *others):
+        starts.append(task.key)
+        assert len(starts) <= 3, starts
+        return start(task, *others)
+
+    monkeypatch.setattr(driver, "start", start_once)
     assert driver.run_study(study, NONE, tmp_path / "runs", tmp_path, 2, lambda: None) == 3
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6

@@ -65,9 +65,14 @@ def test_tasks_come_in_the_order_of_the_grid_and_none_twice(half_done):
     assert [(task.run.name, task.kind) for task in tasks] == [(runs[number].name, kind) for number, kind in expected]
 
 
+def test_the_tasks_of_a_run_do_not_overlap(half_done):
+    assert next_task(half_done, NONE) == (half_done.runs[4], RANDOM_WEIGHTS)
+    assert next_task(half_done, NONE, (), [half_done.runs[4].name]) == (half_done.runs[5], PROBE)
+
+
 def test_a_probe_with_other_settings_is_not_the_studys(half_done, tmp_path):
     changed = study_of(tmp_path, f"{SETTINGS}{GRID}linear_probe: {{epochs: 4}}\n")
-    assert next_task(changed, NONE, ()).kind == PROBE
+    assert next_task(changed, NONE).kind == PROBE
     assert collect(changed, NONE)["runs"][0]["linear_top1"] is None
 
 
@@ -75,7 +80,7 @@ def test_a_run_whose_encoder_is_missing_is_not_complete(half_done):
     run = half_done.runs[0]
     (run.folder / "encoder" / "model.safetensors").unlink()
     assert not is_trained(run)
-    assert next_task(half_done, NONE, ()) == (run, PRETRAINING)
+    assert next_task(half_done, NONE) == (run, PRETRAINING)
 
 
 def test_results_have_means_over_the_seeds_and_the_curves(half_done, tmp_path):
@@ -121,16 +126,16 @@ def test_complete_results_stay_without_the_folders_of_their_runs(half_done, tmp_
     stored = read_results(file, half_done)
     assert report(half_done, stored, tmp_path) == before
     # Of seed 1, the second run has lost its folder before it was probed. So it is trained again, as are the last two.
-    task = next_task(half_done, stored, ())
+    task = next_task(half_done, stored)
     assert task == (half_done.runs[5], PRETRAINING)
     pretrain(task.run)
-    task = next_task(half_done, stored, ())
+    task = next_task(half_done, stored)
     assert task == (half_done.runs[5], PROBE)
     probe(task.run, 0.99)
     # The random weights of seed 1 were not measured yet; any run of this seed has their architecture.
-    assert next_task(half_done, stored, ()) == (half_done.runs[5], RANDOM_WEIGHTS)
+    assert next_task(half_done, stored) == (half_done.runs[5], RANDOM_WEIGHTS)
     probe(task.run, 0.6, random_weights=True)
-    assert next_task(half_done, stored, ()) == (half_done.runs[6], PRETRAINING)
+    assert next_task(half_done, stored) == (half_done.runs[6], PRETRAINING)
     after = report(half_done, stored, tmp_path)
     assert after["runs"][:5] == before["runs"][:5]
     assert after["runs"][5]["linear_top1"] == 0.99
