@@ -21,7 +21,7 @@ from pathlib import Path
 from m2t_accel.config.command_line import OneLineParser, errors_in_one_line
 from m2t_accel.config.fields import ConfigurationError, check_limits, check_writable
 from m2t_accel.study.plan import MAY_CHANGE, read_study
-from m2t_accel.study.results import read_results
+from m2t_accel.study.results import different_images, read_results
 
 
 def main() -> None:
@@ -66,6 +66,8 @@ def main() -> None:
             )
         results = report(study, stored, folder)
         print(markdown_table(results))
+        if warning := different_images(results):
+            print(f"\n{warning}")
         if results["runs"]:
             print(f"\nResults: {folder / 'results.json'}, {folder / 'figure.png'}")
         if failures:

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError, plain_text
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.files import write_text
@@ -153,6 +154,17 @@ def epoch_means(record: RunRecord, figure: str) -> list[float]:
     for epoch, value in zip(*record.series(figure), strict=True):
         by_epoch.setdefault(math.ceil(epoch), []).append(value)
     return [rounded(statistics.mean(by_epoch[epoch])) for epoch in sorted(by_epoch)]
+
+
+def different_images(results: Results) -> str | None:
+    """Return a warning if the linear probes have read different images, though the study asks for the same ones."""
+    if results["grid"].keys() & {item.name for item in dataclasses.fields(ImageSettings)}:
+        return None
+    found = distinct([result["data"] for result in results["runs"] if result["data"] is not None])
+    if len(found) < 2:
+        return None
+    names = [next(result["name"] for result in results["runs"] if result["data"] == data) for data in found]
+    return f"Warning: the images of {' and '.join(names)} differ, so their figures cannot be compared."
 
 
 def rounded(value: float | None) -> float | None:

@@ -12,7 +12,7 @@ from m2t_accel.run.output_dir import FILES
 from m2t_accel.study.driver import PRETRAINING, PROBE, RANDOM_WEIGHTS, next_task
 from m2t_accel.study.plan import plain_settings, read_study
 from m2t_accel.study.report import markdown_table, report, spread_out
-from m2t_accel.study.results import collect, is_trained, read_results
+from m2t_accel.study.results import collect, different_images, is_trained, read_results
 
 NONE = {"runs": [], "random_weights": []}
 SETTINGS = "settings: {recipe: digits, epochs: 4, warmup_epochs: 1}\n"
@@ -203,3 +203,15 @@ def test_the_results_of_a_trial_are_written_to_the_folder_of_its_runs(half_done,
 
 def test_labels_of_a_picture_do_not_overlap():
     assert spread_out([50, 10, 50.5], 2) == pytest.approx([49.25, 10, 51.25])
+
+
+def test_results_on_other_images_are_named(half_done):
+    results = collect(half_done, NONE)
+    for number, result in enumerate(results["runs"]):
+        result["data"] = None if number == 5 else {"fingerprint": number > 1}
+    names = [run.name for run in half_done.runs]
+    assert different_images(results) == (
+        f"Warning: the images of {names[0]} and {names[2]} differ, so their figures cannot be compared."
+    )
+    results["grid"] = {**results["grid"], "max_image_pixels": [1, 2]}
+    assert different_images(results) is None
