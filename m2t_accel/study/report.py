@@ -18,6 +18,7 @@ WORDS = {"knn_top1": "kNN top-1", "linear_top1": "linear top-1"}
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = "os^DvPX"
 GREY = "#6e6e6e"
+SMALL = {"color": GREY, "fontsize": 13}
 
 
 def report(study: Study, stored: Results, folder: Path) -> Results:
@@ -74,7 +75,7 @@ def shown(found: Mapping[str, object]) -> str:
 
 @plain_words()
 def draw_study(results: Results, picture: Path) -> None:
-    """Draw the kNN accuracy of the teachers over the epochs, and the linear accuracy beside it.
+    """Draw the kNN accuracy of the teachers over the epochs, and beside it the accuracies of the trained encoders.
 
     The values of the grid's last setting have a colour each; each combination of the others, without the seed, has a
     panel. Thin lines and points are runs, thick lines and bars are means over the seeds.
@@ -91,12 +92,12 @@ def draw_study(results: Results, picture: Path) -> None:
         panel = panels.index({name: result["settings"][name] for name in names[:-1]})
         by_place.setdefault((panel, kind), []).append(result)
     labels = [", ".join(plain_text(value) for value in kind.values()) for kind in kinds]
-    has_linear = any(result["linear_top1"] is not None for result in results["runs"])
-    widths = [4.3] * len(panels) + ([1.3 + 1.5 * len(panels)] if has_linear else [])
-    with rc_context({"font.size": 12, "axes.titlesize": 13, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(sum(widths) + 0.6, 5), layout="constrained")
+    final = [name for name in FIGURES if any(result[name] is not None for result in results["runs"])]
+    widths = [4.2] * len(panels) + [1 + 1.3 * len(panels)] * len(final)
+    with rc_context({"font.size": 14, "axes.titlesize": 15, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(sum(widths) + 0.6, 5.4), layout="constrained")
         axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
-        figure.suptitle(results["title"], fontsize=15)
+        figure.suptitle(results["title"], fontsize=17)
         ylim = limits(results)
         for number, panel in enumerate(panels):
             axes[number].set_ylim(*ylim)
@@ -104,12 +105,12 @@ def draw_study(results: Results, picture: Path) -> None:
             draw_curves(axes[number], groups, labels, random_level(results, panel, "knn_top1"))
             axes[number].set_title(", ".join(f"{name.replace('_', ' ')} {plain_text(v)}" for name, v in panel.items()))
         axes[0].set_ylabel("teacher kNN top-1 (%)")
-        if has_linear:
-            draw_linear(axes[-1], results, by_place, panels, len(kinds))
+        for number, name in enumerate(final, len(panels)):
+            draw_points(axes[number], results, name, by_place, panels)
         notes = [f"colour: {name.replace('_', ' ')}" for name in names[-1:]]
         if any(len(group) > 1 for group in by_place.values()):
             notes.append("thin lines and points: one seed; thick: mean of the seeds")
-        figure.supxlabel("; ".join(notes), fontsize=11, color=GREY)
+        figure.supxlabel("; ".join(notes), **SMALL)
         with atomic_write(picture) as temporary:
             figure.savefig(temporary, dpi=110)
 
@@ -117,8 +118,8 @@ def draw_study(results: Results, picture: Path) -> None:
 def limits(results: Results) -> tuple[float, float]:
     """Return the limits of the axis of kNN accuracies, the same for all panels."""
     values = [100 * share for result in results["runs"] for share in result["curve"]["knn_top1"]] or [0, 100]
-    margin = 0.05 * (max(values) - min(values)) or 1
-    return min(values) - margin, max(values) + margin
+    height = max(values) - min(values) or 1
+    return min(values) - 0.1 * height, max(values) + 0.15 * height  # room for words
 
 
 def random_level(results: Results, panel: Mapping[str, object], figure: str) -> float | None:
@@ -134,6 +135,8 @@ def draw_curves(
     axes: object, groups: Mapping[int, Sequence[Mapping]], labels: Sequence[str], level: float | None
 ) -> None:
     """Draw one panel: a colour for each group of runs, and its name at the end of the mean."""
+    from matplotlib.ticker import MaxNLocator
+
     ends = []
     for kind, group in groups.items():
         colour, curves = COLOURS[kind % len(COLOURS)], [result["curve"] for result in group]
@@ -149,24 +152,16 @@ def draw_curves(
     axes.grid(alpha=0.25)
     if level is not None:
         axes.axhline(level, color=GREY, linestyle="--", linewidth=1.2)
-        axes.annotate(
-            "random weights",
-            (1, level),
-            xycoords=("axes fraction", "data"),
-            color=GREY,
-            fontsize=11,
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-        )
+        place = {"xytext": (0, -3), "textcoords": "offset points", "va": "top"}
+        axes.annotate("random weights", (0.03, level), xycoords=axes.get_yaxis_transform(), **SMALL, **place)
     if not ends:
         return
     low, high = axes.get_ylim()
     end = max(epoch for epoch, _, _, _ in ends)
-    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= end])
-    axes.set_xlim(-0.03 * end, 1.36 * end if len(labels) > 1 else 1.03 * end)  # room for the names
-    places = spread_out([value for _, value, _, _ in ends], 0.065 * (high - low))
+    axes.set_xticks([tick for tick in MaxNLocator(5, integer=True).tick_values(0, end) if tick <= end])
+    room = 0.14 + 0.05 * max(map(len, labels))  # for the names
+    axes.set_xlim(-0.03 * end, (1 + room) * end)
+    places = spread_out([value for _, value, _, _ in ends], 0.075 * (high - low))
     for (epoch, _, name, colour), place in zip(ends, places, strict=True):
         axes.annotate(name, (epoch, place), xytext=(8, 0), textcoords="offset points", color=colour, va="center")
 
@@ -184,36 +179,32 @@ def spread_out(values: Sequence[float], distance: float) -> list[float]:
     return placed
 
 
-def draw_linear(
-    axes: object, results: Results, by_place: Mapping[tuple[int, int], Sequence[Mapping]], panels: Sequence, num: int
+def draw_points(
+    axes: object, results: Results, figure: str, by_place: Mapping[tuple[int, int], Sequence[Mapping]], panels: Sequence
 ) -> None:
-    """Draw the linear accuracy: a point for each run and a bar for each mean, side by side for each panel."""
+    """Draw a figure of the trained encoders: a point for each run, a bar for each mean, side by side for each panel.
+
+    The figure of random weights, which may be far below, is written in words, so that small differences stay visible.
+    """
+    num = 1 + max(kind for _, kind in by_place)
     for (panel, kind), group in by_place.items():
-        values = percent(result["linear_top1"] for result in group if result["linear_top1"] is not None)
+        values = percent(result[figure] for result in group if result[figure] is not None)
         if not values:
             continue
         place, colour = panel + 0.7 * ((kind + 0.5) / num - 0.5), COLOURS[kind % len(COLOURS)]
         axes.plot([place] * len(values), values, MARKERS[kind % len(MARKERS)], color=colour, markersize=7, alpha=0.75)
-        axes.plot([place - 0.2 / num, place + 0.2 / num], 2 * [statistics.mean(values)], color=colour, linewidth=2.6)
+        axes.plot([place - 0.25 / num, place + 0.25 / num], 2 * [statistics.mean(values)], color=colour, linewidth=2.6)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - 0.1 * (high - low), high)
     for number, panel in enumerate(panels):
-        level = random_level(results, panel, "linear_top1")
+        level = random_level(results, panel, figure)
         if level is not None:
-            axes.plot([number - 0.45, number + 0.45], [level, level], "--", color=GREY, linewidth=1.2)
-            axes.annotate(
-                "random",
-                (number + 0.45, level),
-                color=GREY,
-                fontsize=11,
-                xytext=(0, 3),
-                textcoords="offset points",
-                ha="right",
-                va="bottom",
-            )
-    names = ["\n".join(plain_text(value) for value in panel.values()) for panel in panels]
-    axes.set_xticks(range(len(panels)), names)
+            place = (number, 0.02)
+            axes.annotate(f"random: {level:.1f}", place, xycoords=axes.get_xaxis_transform(), ha="center", **SMALL)
+    axes.set_xticks(range(len(panels)), ["\n".join(map(plain_text, panel.values())) for panel in panels])
     axes.set_xlim(-0.55, len(panels) - 0.45)
     axes.set_xlabel(", ".join(name.replace("_", " ") for name in panels[0]))
-    axes.set_title("linear top-1 (%)")
+    axes.set_title(f"{WORDS[figure]} (%)")
     axes.grid(alpha=0.25, axis="y")
 
 
