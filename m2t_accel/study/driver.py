@@ -77,17 +77,17 @@ def next_task(
     results = {result["name"]: result for result in stored["runs"]}
     measured = [each["settings"] for each in stored["random_weights"] if each["linear_top1"] is not None]
     for run in (run for run in study.runs if run.name not in busy):
-        tasks = []
-        if not is_complete(results.get(run.name), study):
-            tasks.append(Task(run, PRETRAINING))
-            tasks += [Task(run, PROBE)] if run.probe is not None else []
-        task = next((task for task in tasks if not task.is_done()), None)
-        if task is not None and task.key not in begun:
-            return task
+        # Random weights first: they need the folder of a run, and a run with a complete result may lose its folder.
         task = Task(run, RANDOM_WEIGHTS)
         is_missing = run.probe is not None and run.of_random_weights not in measured and task.key not in begun
         group = [each for each in study.runs if each.of_random_weights == run.of_random_weights]
         if is_missing and is_trained(run) and not any(Task(each, RANDOM_WEIGHTS).is_done() for each in group):
+            return task
+        if is_complete(results.get(run.name), study):
+            continue
+        tasks = [Task(run, PRETRAINING)] + ([Task(run, PROBE)] if run.probe is not None else [])
+        task = next((task for task in tasks if not task.is_done()), None)
+        if task is not None and task.key not in begun:
             return task
     return None
 

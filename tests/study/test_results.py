@@ -66,13 +66,17 @@ def test_tasks_come_in_the_order_of_the_grid_and_none_twice(half_done):
 
 
 def test_the_tasks_of_a_run_do_not_overlap(half_done):
-    assert next_task(half_done, NONE) == (half_done.runs[4], RANDOM_WEIGHTS)
-    assert next_task(half_done, NONE, (), [half_done.runs[4].name]) == (half_done.runs[5], PROBE)
+    task = next_task(half_done, NONE)
+    assert task == (half_done.runs[4], RANDOM_WEIGHTS)
+    assert next_task(half_done, NONE, [task.key]) == (half_done.runs[5], PROBE)
+    assert next_task(half_done, NONE, [task.key], [half_done.runs[5].name]) == (half_done.runs[6], PRETRAINING)
 
 
 def test_a_probe_with_other_settings_is_not_the_studys(half_done, tmp_path):
     changed = study_of(tmp_path, f"{SETTINGS}{GRID}linear_probe: {{epochs: 4}}\n")
-    assert next_task(changed, NONE).kind == PROBE
+    task = next_task(changed, NONE)
+    assert task == (changed.runs[0], RANDOM_WEIGHTS)
+    assert next_task(changed, NONE, [task.key]) == (changed.runs[0], PROBE)
     assert collect(changed, NONE)["runs"][0]["linear_top1"] is None
 
 
@@ -129,12 +133,11 @@ def test_complete_results_stay_without_the_folders_of_their_runs(half_done, tmp_
     task = next_task(half_done, stored)
     assert task == (half_done.runs[5], PRETRAINING)
     pretrain(task.run)
-    task = next_task(half_done, stored)
-    assert task == (half_done.runs[5], PROBE)
-    probe(task.run, 0.99)
     # The random weights of seed 1 were not measured yet; any run of this seed has their architecture.
-    assert next_task(half_done, stored) == (half_done.runs[5], RANDOM_WEIGHTS)
+    assert next_task(half_done, stored) == (task.run, RANDOM_WEIGHTS)
     probe(task.run, 0.6, random_weights=True)
+    assert next_task(half_done, stored) == (task.run, PROBE)
+    probe(task.run, 0.99)
     assert next_task(half_done, stored) == (half_done.runs[6], PRETRAINING)
     after = report(half_done, stored, tmp_path)
     assert after["runs"][:5] == before["runs"][:5]
