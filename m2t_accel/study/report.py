@@ -157,7 +157,7 @@ def draw_curves(
     if not ends:
         return
     low, high = axes.get_ylim()
-    end = max(epoch for epoch, _, _, _ in ends)
+    end = max(epoch for epoch, _, _, _ in ends) or 1
     axes.set_xticks([tick for tick in MaxNLocator(5, integer=True).tick_values(0, end) if tick <= end])
     room = 0.14 + 0.05 * max(map(len, labels))  # for the names
     axes.set_xlim(-0.03 * end, (1 + room) * end)

@@ -187,6 +187,21 @@ def test_settings_that_follow_from_the_grid_are_those_of_each_run(tmp_path):
     assert read_results(tmp_path / "results.json", study)["runs"] == results["runs"]
 
 
+@pytest.mark.parametrize("num_kept", [0, 1])
+def test_runs_without_evaluations_or_with_the_first_alone_are_drawn(tmp_path, num_kept):
+    study = study_of(tmp_path, SETTINGS)
+    pretrain(study.runs[0])
+    file = study.runs[0].folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        if row["step"] >= num_kept:
+            row.pop("knn_top1", None)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (result,) = report(study, NONE, tmp_path)["runs"]
+    assert result["curve"]["epoch"] == [0.0][:num_kept]
+    assert (tmp_path / "figure.png").exists()
+
+
 def test_without_a_complete_run_nothing_is_written(ask, tmp_path):
     study_of(tmp_path)
     answer = ask("scripts/study.py", tmp_path / "study.yaml", "--runs_dir", tmp_path / "runs", "--collect")
