@@ -14,6 +14,7 @@ from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError, plain_text
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.files import write_text
+from m2t_accel.hub.card import command_without_paths
 from m2t_accel.pages.record import RunRecord, read_json, read_run
 from m2t_accel.run.output_dir import missing_files, read_training
 from m2t_accel.study.plan import Study, StudyRun, plain_settings
@@ -127,8 +128,9 @@ def run_result(run: StudyRun) -> dict[str, object]:
         "loss": epoch_means(record, "loss"),
         "seconds": training.get("seconds"),
         "linear_probe_seconds": probe.get("seconds"),
-        **{name: training.get(name) for name in ("hardware", "versions", "command")},
-        "linear_probe_command": probe.get("command"),
+        **{name: training.get(name) for name in ("hardware", "versions")},
+        "command": command_of(training),
+        "linear_probe_command": command_of(probe),
         **{name: probe.get(name) for name in ("weights", "data")},
     }
 
@@ -143,9 +145,14 @@ def random_weights_result(group: Sequence[StudyRun], results: Mapping[str, Mappi
         "knn_top1": starts[0] if starts else None,
         "linear_top1": rounded(probe.get("figures", {}).get("top1")),
         "linear_probe_seconds": probe.get("seconds"),
-        "linear_probe_command": probe.get("command"),
+        "linear_probe_command": command_of(probe),
         "weights": probe.get("weights"),
     }
+
+
+def command_of(recorded: Mapping[str, object]) -> str | None:
+    """Return the command that a file of a run records, without the paths of this machine: results are shared."""
+    return command_without_paths(recorded["command"]) if recorded.get("command") else None
 
 
 def epoch_means(record: RunRecord, figure: str) -> list[float]:

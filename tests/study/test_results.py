@@ -123,6 +123,18 @@ def test_results_are_small(half_done, tmp_path):
     assert '"epoch": [0.0, 4.0],' in text  # a list of numbers is one line
 
 
+def test_results_hold_no_path_of_the_machine(half_done, tmp_path):
+    for run in half_done.runs[:5]:
+        for file in (run.folder / "training.json", run.folder / "linear_probe" / "result.json"):
+            content = json.loads(file.read_text())
+            content["command"] = f"python scripts/x.py --dataset '/data/of me/images' --output_dir {run.folder}"
+            file.write_text(json.dumps(content))
+    text = json.dumps(report(half_done, NONE, tmp_path))
+    assert "--dataset images --output_dir seed-0" in text
+    assert "of me" not in text
+    assert str(tmp_path) not in text
+
+
 def test_complete_results_stay_without_the_folders_of_their_runs(half_done, tmp_path):
     file = tmp_path / "results.json"
     before = report(half_done, NONE, tmp_path)
