@@ -166,6 +166,12 @@ def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)
     planes = images.reshape(1, num_images * 3, height, width)
     planes = functional.pad(planes, (radius, radius, radius, radius), mode="reflect")
+    if torch.compiler.is_compiling():
+        # The compiler makes one kernel of each sum. cuDNN's grouped convolutions took two thirds of the photometry.
+        kernel = kernel.view(1, num_images * 3, 1, 1, -1)
+        planes = sum(planes[..., i : i + width] * kernel[..., i] for i in range(2 * radius + 1))
+        planes = sum(planes[..., i : i + height, :] * kernel[..., i] for i in range(2 * radius + 1))
+        return planes.view(num_images, 3, height, width)
     planes = functional.conv2d(planes, kernel[:, None, None, :], groups=num_images * 3)
     planes = functional.conv2d(planes, kernel[:, None, :, None], groups=num_images * 3)
     return planes.view(num_images, 3, height, width)
