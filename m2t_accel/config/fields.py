@@ -13,6 +13,7 @@ import math
 import operator
 import os
 import re
+import shlex
 import textwrap
 import types
 import typing
@@ -239,3 +240,22 @@ def plain_text(value: object) -> str:
 def is_hub_id(text: str) -> bool:
     """Return whether the text has the form of a Hub id, USER/NAME."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
+
+
+def without_paths(value: object) -> object:
+    """Return a text, or a JSON value that holds texts, with each path of this machine cut to its last name."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if os.path.isabs(value) or value.startswith(("~", "../")):
+        return Path(value).name
+    # The slash must not follow a word; otherwise URLs, `images/s` and runs/digits would change.
+    return re.sub(r"(?<![\w:/.~])(?:~|\.\.)?/[^\s:;,'\"()\[\]=]+", lambda path: Path(path[0]).name, value)
+
+
+def command_without_paths(command: str) -> str:
+    """Return a command line with each path of this machine cut to its last name; the paths may contain spaces."""
+    return shlex.join(without_paths(word) for word in shlex.split(command))

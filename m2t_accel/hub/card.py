@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from m2t_accel.config.fields import plain_text
+from m2t_accel.config.fields import command_without_paths, plain_text, without_paths
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.config.recipes import RECIPES
 
@@ -25,25 +24,6 @@ TABLE_SETTINGS = (
     *("features", "k"),
 )
 TABLE_SETTINGS += ("temperature", "labels", "image_size", "evaluation_crop", "network", "precision")
-
-
-def without_paths(value: object) -> object:
-    """Return a text, or a JSON value that holds texts, with each path of this machine cut to its last name."""
-    if isinstance(value, Mapping):
-        return {key: without_paths(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_paths(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    if os.path.isabs(value) or value.startswith(("~", "../")):
-        return Path(value).name
-    # The slash must not follow a word; otherwise URLs, `images/s` and runs/digits would change.
-    return re.sub(r"(?<![\w:/.~])(?:~|\.\.)?/[^\s:;,'\"()\[\]=]+", lambda path: Path(path[0]).name, value)
-
-
-def command_without_paths(command: str) -> str:
-    """Return a command line with each path of this machine cut to its last name; the paths may contain spaces."""
-    return shlex.join(without_paths(word) for word in shlex.split(command))
 
 
 def loading_code(name: str) -> str:

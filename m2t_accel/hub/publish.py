@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 from transformers import ResNetModel
 
 from m2t_accel.config.data import ImageSettings
-from m2t_accel.config.fields import ConfigurationError, is_hub_id, one_line
+from m2t_accel.config.fields import ConfigurationError, command_without_paths, is_hub_id, one_line, without_paths
 from m2t_accel.config.recipes import build_config
 from m2t_accel.data.crops import central_view
 from m2t_accel.data.photometry import evaluation_view
 from m2t_accel.files import read_metrics
-from m2t_accel.hub.card import command_without_paths, merge_cards, model_card, public_settings, without_paths
+from m2t_accel.hub.card import merge_cards, model_card, public_settings
 from m2t_accel.hub.encoders import LoadedEncoder, load_encoder, weights_fingerprint
 from m2t_accel.hub.tensor_names import to_torchvision
 from m2t_accel.model import embed

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from m2t_accel.config.data import ImageSettings
-from m2t_accel.config.fields import ConfigurationError, plain_text
+from m2t_accel.config.fields import ConfigurationError, command_without_paths, plain_text
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.files import write_text
-from m2t_accel.hub.card import command_without_paths
 from m2t_accel.pages.record import RunRecord, read_json, read_run
 from m2t_accel.run.output_dir import missing_files, read_training
 from m2t_accel.study.plan import Study, StudyRun, plain_settings

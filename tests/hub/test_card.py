@@ -7,15 +7,9 @@ import pytest
 from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 
+from m2t_accel.config.fields import command_without_paths, without_paths
 from m2t_accel.config.recipes import build_config
-from m2t_accel.hub.card import (
-    SECTION_END,
-    SECTION_START,
-    command_without_paths,
-    merge_cards,
-    model_card,
-    without_paths,
-)
+from m2t_accel.hub.card import SECTION_END, SECTION_START, merge_cards, model_card
 
 
 @pytest.mark.parametrize(
