@@ -38,15 +38,14 @@ def markdown_table(results: Results) -> str:
     """Return a table with a line for each cell of the grid: mean ± standard deviation over the seeds."""
     names = [name for name in results["grid"] if name != "seed"]
     figures = measured(results)
-    rows = [
-        [*(plain_text(cell["settings"][name]) for name in names), *(shown(cell[figure]) for figure in figures)]
-        for cell in results["cells"]
-    ]
+    rows = []
+    for cell in results["cells"]:
+        labels = [plain_text(cell["settings"][name]) for name in names] or ["trained"]
+        rows.append([*labels, *(shown(cell[figure]) for figure in figures)])
     for settings, group in random_weights(results):
-        cells = [plain_text(settings.get(name, "")) for name in names]
-        cells[-1:] = ["random weights"] if names else []
-        rows.append([*cells, *(shown(summary(group, figure)) for figure in figures)])
-    header = [*names, *(f"{WORDS[figure]} %" for figure in figures)]
+        labels = [*(plain_text(settings.get(name, "")) for name in names[:-1]), "random weights"]
+        rows.append([*labels, *(shown(summary(group, figure)) for figure in figures)])
+    header = [*(names or ["encoder"]), *(f"{WORDS[figure]} %" for figure in figures)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 

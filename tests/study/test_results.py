@@ -157,6 +157,18 @@ def test_complete_results_stay_without_the_folders_of_their_runs(half_done, tmp_
     assert [each["linear_top1"] for each in after["random_weights"]] == [0.5, 0.6]
 
 
+def test_the_rows_of_a_study_of_seeds_alone_are_named(tmp_path):
+    study = study_of(tmp_path, f"{SETTINGS}grid: {{seed: [0, 1]}}\n")
+    for run in study.runs:
+        pretrain(run)
+    assert [line.split(" | ")[0] for line in markdown_table(report(study, NONE, tmp_path)).splitlines()] == [
+        "| encoder",
+        "| ---",
+        "| trained",
+        "| random weights",
+    ]
+
+
 def test_a_seed_or_a_value_may_be_added_to_a_study(half_done, tmp_path):
     before = report(half_done, NONE, tmp_path)
     shutil.rmtree(tmp_path / "runs")
