@@ -7,6 +7,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import yaml
@@ -50,7 +51,7 @@ class StudyRun:
         """Return the settings in the grid that its random weights and their figures depend on."""
         return {name: value for name, value in self.varied.items() if name in OF_RANDOM_WEIGHTS}
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, object]:
         """Return all settings that decide what the run computes, as in YAML."""
         return {name: value for name, value in plain_settings(self.config).items() if name not in MAY_CHANGE}
