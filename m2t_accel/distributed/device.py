@@ -146,7 +146,7 @@ def describe_device_error(error: RuntimeError | MemoryError, config: ImageSettin
     if operator is not None:
         return f"--deterministic: torch has no deterministic {operator[1]} for this device: leave the flag out"
     on_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in text
-    if not on_host and not re.search("out of memory|ALLOC_FAILED", text):
+    if not on_host and not re.search("out of memory|ALLOC_FAILED", text) and not lacks_workspace(text):
         return None
     advice = []
     size, smaller = getattr(config, "device_batch_size", None), smaller_device_batch(config)
@@ -162,6 +162,20 @@ def describe_device_error(error: RuntimeError | MemoryError, config: ImageSettin
     place = describe_main_memory() if on_host else describe_gpu_memory()
     batch = "" if size is None else f" at --device_batch_size {size}"
     return f"out of memory{batch} on {place}: try {', or '.join([*advice, 'end other programs that use this memory'])}"
+
+
+def lacks_workspace(text: str) -> bool:
+    """Return whether cuDNN found no algorithm for a convolution, on a GPU that is nearly full.
+
+    It says the same of an operation that it does not support, so the text alone does not tell.
+    """
+    if not torch.cuda.is_available() or not re.search("unable to find an engine|valid cuDNN algorithm", text):
+        return False
+    try:
+        free, total = torch.cuda.mem_get_info()
+    except RuntimeError:  # the GPU does not respond after its error
+        return False
+    return free < total / 20
 
 
 def smaller_device_batch(config: ImageSettings) -> int | None:

@@ -177,6 +177,22 @@ def test_out_of_memory_without_a_training_offers_no_batch(gpu, monkeypatch):
         assert "in another --output_dir" not in message
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["GET was unable to find an engine to execute this computation", "Unable to find a valid cuDNN algorithm to run"],
+)
+@pytest.mark.parametrize(("free", "is_lack"), [(3, True), (5, False)])
+def test_a_convolution_without_an_algorithm_lacks_memory_if_the_gpu_is_nearly_full(
+    gpu, monkeypatch, text, free, is_lack
+):
+    gpu((8, 0), CUDA_13)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 75 * GIB)
+    message = describe_device_error(RuntimeError(text), pretraining())
+    assert (message or "").startswith("out of memory at --device_batch_size 128 on Card") == is_lack
+    assert (message is None) == (not is_lack)
+
+
 def test_a_full_main_memory_is_one_line():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
