@@ -338,7 +338,8 @@ def introduction(
         f"{config.batch_size} images ({config.num_virtual_devices} × {config.device_batch_size}), on "
         f"{hardware(accelerator)}",
     ]
-    if config.recipe == "digits" and config.dataset != "digits":
+    # From Python, `recipe` is `digits` unless it is set, but its settings may not be those of digits.
+    if config.recipe == "digits" and config.dataset != "digits" and config.hue == 0:
         lines.append(
             f"Note: recipe digits is for 8-pixel digits (views of {config.image_size} pixels, no flip, no colour); "
             "for photographs give --recipe 8x2080Ti-b256-100ep or another of --recipe list"

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from helpers import settings
 from torch.nn import functional
 
+from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.config.recipes import build_config
 from m2t_accel.data.sources import load_images
 from m2t_accel.data.views import BadImage
@@ -49,6 +50,17 @@ def test_a_long_first_step_is_announced(image_net, monkeypatch, device, backend,
     config, accelerator = settings(image_net), SimpleNamespace(device=torch.device(device))
     lines = report.introduction(config, load_images(config), torch.nn.Linear(1, 1), 10, accelerator).splitlines()
     assert [line for line in lines if "compiles" in line] == expected
+
+
+def test_views_of_digits_for_other_images_are_named(image_net):
+    given = {"dataset": str(image_net), "output_dir": "runs/own"}
+    for config, expected in [
+        (build_config(given), True),
+        (build_config({**given, "recipe": "8x2080Ti-b256-100ep"}), False),
+        (PretrainConfig(**given), False),  # the defaults are for photographs
+    ]:
+        text = report.introduction(config, load_images(config), torch.nn.Linear(1, 1), 10, Accelerator(cpu=True))
+        assert ("Note: recipe digits is for 8-pixel digits" in text) == expected
 
 
 @pytest.mark.parametrize("kind", ["momentum", "batch"])
