@@ -681,7 +681,9 @@ def test_collapse_prints_a_warning_or_ends_the_run(stopped, tmp_path, monkeypatc
         train(stopped)
         printed = capsys.readouterr().out
         assert printed.count("collapsed") == 1
-        assert "step 8: " in printed
+        assert "warning: step 8: the teacher" in printed
+        (row,) = [row for row in metrics(tmp_path / "run") if "alarms" in row]
+        assert (row["step"], len(row["alarms"])) == (8, 1)
 
 
 def test_a_full_disk_at_the_end_is_reported_and_the_run_can_be_finished(trained_run, tmp_path, monkeypatch, capsys):

@@ -40,6 +40,7 @@ def write_run_page(record: RunRecord, path: Path, with_images: bool = True) -> N
         f'<p class="muted">Written {now()}'
         + (". The page reloads itself while the run goes on." if record.status == RUNNING else "")
         + "</p>",
+        alarms(record),
         f'<div class="controls"><h2>Curves</h2>{smoothing_slider()}</div>' if charts else "<h2>Curves</h2>",
         chart_cards(charts),
         absent(record, missing),
@@ -112,6 +113,14 @@ def figures(record: RunRecord) -> str:
         shown.append(("skipped steps", f"{skipped:,.0f}", "float16 overflows"))
     cells = (f"<div><dt>{words}</dt><dd>{value}<small>{note}</small></dd></div>" for words, value, note in shown)
     return f'<dl class="figures">{"".join(cells)}</dl>'
+
+
+def alarms(record: RunRecord) -> str:
+    """Return the alarms of a run; empty if it had none."""
+    found = [str(alarm) for row in record.rows for alarm in row.get("alarms", ())]
+    if not found:
+        return ""
+    return f"<h2>Alarms</h2><ul>{''.join(f'<li>{escape(alarm)}</li>' for alarm in found)}</ul>"
 
 
 def absent(record: RunRecord, missing: list[str]) -> str:

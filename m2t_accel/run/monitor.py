@@ -131,7 +131,7 @@ class Monitor:
             now: the scheduled values of that step.
 
         Returns:
-            A line for the user about each fault.
+            A line for the user about each fault; `progress.health` has the same lines as `alarms`.
         """
         health, self.step.health = self.step.health, None
         if health is None:
@@ -153,7 +153,10 @@ class Monitor:
         self.progress.health = {name: value for name, value in figures.items() if math.isfinite(value)}
         if all(map(math.isfinite, layers.values())):
             self.progress.health["layers"] = layers
-        return self.check_health(figures | moved, now)
+        alarms = self.check_health(figures | moved, now)
+        if alarms:
+            self.progress.health["alarms"] = alarms
+        return alarms
 
     def check_health(self, figures: Mapping[str, float], now: Schedule) -> list[str]:
         """Return a line for each fault that the figures of one step show."""
@@ -225,7 +228,7 @@ class Monitor:
         """Return a line for each alarm of a kind that this run has not had, and record the kinds."""
         new = {kind: text for kind, text in alarms.items() if kind not in self.progress.alarms}
         self.progress.alarms += new
-        return [f"warning: step {self.progress.step}: {text}" for text in new.values()]
+        return [f"step {self.progress.step}: {text}" for text in new.values()]
 
 
 def chance_level(labels: np.ndarray) -> float | None:

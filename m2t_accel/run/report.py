@@ -191,20 +191,24 @@ class Report:
         if self.progress.reported == step or not (evaluates or (is_line and step > 0)):
             return
         values: dict[str, object] = {}
+        alarms: list[str] = []
         if step > 0:
             values = self.averages() | dataclasses.asdict(config.schedule(step - 1, self.steps_per_epoch))
             if self.progress.skipped:
                 values["skipped_steps"] = self.progress.skipped
             self.collect_health()
             values |= self.progress.health
-            self.check_collapse(step, values["embedding_std"])
+            alarms += self.check_collapse(step, values["embedding_std"])
         seconds = time.perf_counter() - self.last
         if evaluates:
             found = self.knn.measure(encoder, stop_if_asked)
             (values["knn_top1"],) = found.accuracies.values()
             if self.page is not None:
                 self.page.save_neighbours(step / self.steps_per_epoch, self.knn.bank, self.knn.queries, found)
-        self.print_lines(self.monitor.check_line(values, seconds))
+        alarms += self.monitor.check_line(values, seconds)
+        self.print_alarms(alarms)
+        if alarms:
+            values["alarms"] = [*values.get("alarms", ()), *alarms]  # those of its health are printed already
         self.write(step, step / self.steps_per_epoch, values)
         self.progress.reported, self.progress.health = step, {}
 
@@ -218,7 +222,7 @@ class Report:
     def collect_health(self) -> None:
         """Collect the health of the last step for the line that is due, and print alarms. A collective call."""
         step = self.progress.step
-        self.print_lines(self.monitor.collect(self.config.schedule(step - 1, self.steps_per_epoch)))
+        self.print_alarms(self.monitor.collect(self.config.schedule(step - 1, self.steps_per_epoch)))
 
     def averages(self) -> dict[str, float]:
         """Return loss and spread averaged over all sub-batches since the last line, and the speed. A collective call.
@@ -271,8 +275,8 @@ class Report:
             self.page.write_if_due()
         self.last = time.perf_counter()
 
-    def check_collapse(self, step: int, spread: float) -> None:
-        """Warn when the teacher's embeddings collapse, or end the run.
+    def check_collapse(self, step: int, spread: float) -> list[str]:
+        """Return an alarm when the teacher's embeddings collapse, or end the run.
 
         Raises:
             ConfigurationError: the embeddings have collapsed and --stop_on_collapse is given; on every process.
@@ -280,7 +284,7 @@ class Report:
         collapsed = spread < COLLAPSED
         reported, self.collapse_reported = self.collapse_reported, collapsed
         if not collapsed or reported:
-            return
+            return []
         message = (
             f"step {step}: the teacher's embeddings have collapsed (embedding_std {spread:.4f}; 1 is an even spread, "
             f"below {COLLAPSED} all embeddings are nearly the same)"
@@ -290,7 +294,7 @@ class Report:
                 f"{message}, and --stop_on_collapse ends the run: try a smaller --learning_rate_per_256 or a "
                 f"--weight_momentum nearer to 1, in another --output_dir"
             )
-        self.print_line(f"warning: {message}; --stop_on_collapse would end the run")
+        return [f"{message}; --stop_on_collapse would end the run"]
 
     def write_lines(self, file: JsonLines, rows: Sequence[dict[str, object]]) -> None:
         try:
@@ -298,10 +302,10 @@ class Report:
         except OSError as error:
             self.print_line(f"warning: {file.path} cannot be written ({error.strerror}); the next write adds its lines")
 
-    def print_lines(self, lines: Iterable[str]) -> None:
-        """Print lines above the progress bar, on process 0."""
-        for line in lines:
-            self.print_line(line)
+    def print_alarms(self, alarms: Iterable[str]) -> None:
+        """Print alarms above the progress bar, on process 0."""
+        for alarm in alarms:
+            self.print_line(f"warning: {alarm}")
 
     def print_line(self, line: str) -> None:
         """Print a line above the progress bar, on process 0."""

@@ -241,9 +241,11 @@ class Tracker:
 
 
 def scalars(row: Mapping[str, object]) -> dict[str, float]:
-    """Return the figures of a line of metrics; those of a group are named GROUP/NAME."""
+    """Return the figures of a line of metrics, without its alarms; those of a group are named GROUP/NAME."""
     values: dict[str, float] = {}
     for name, value in row.items():
+        if name == "alarms":  # texts
+            continue
         group = value if isinstance(value, Mapping) else None
         values |= {name: value} if group is None else {f"{name}/{part}": figure for part, figure in group.items()}
     return values

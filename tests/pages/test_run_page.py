@@ -52,6 +52,18 @@ def test_the_page_of_a_run_under_way_says_how_long_it_takes_and_reloads(tmp_path
     assert "Stopped</span> after the metrics of step 10 of 40; the same command resumes it." in page(folder)[0]
 
 
+def test_the_alarms_of_a_run_are_above_its_curves(tmp_path, page):
+    folder = write_run(tmp_path / "run")
+    assert "Alarms" not in page(folder)[0]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows[3]["alarms"], rows[7]["alarms"] = ["step 3: one update <b>", "step 3: the rank"], ["step 7: the data"]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    body, _ = page(folder)
+    shown = "<h2>Alarms</h2><ul><li>step 3: one update &lt;b&gt;</li><li>step 3: the rank</li><li>step 7: the data</li>"
+    assert shown in body
+    assert body.index("<h2>Alarms") < body.index("<h2>Curves")
+
+
 def test_what_is_missing_is_said_in_words(tmp_path, page):
     folder = write_run(tmp_path / "run")
     old = ("step", "epoch", "loss", "embedding_std", "learning_rate", "statistics_momentum", "weight_momentum")

@@ -31,9 +31,12 @@ def train(tmp_path, monkeypatch, capsys):
 
     def run(dataset=None, **settings):
         pretrain(build_config(tiny(tmp_path / "run", **{"evaluate_every": 0, **settings})), dataset)
-        return [
+        printed = [
             line[line.index("warning") :] for line in capsys.readouterr().out.splitlines() if "warning: step" in line
         ]
+        recorded = [alarm for row in metrics(tmp_path / "run") for alarm in row.get("alarms", ())]
+        assert [f"warning: {alarm}" for alarm in recorded] == printed
+        return printed
 
     return run
 

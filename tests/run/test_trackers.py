@@ -103,7 +103,8 @@ def test_a_group_of_figures_is_sent_as_scalars(server, tmp_path, monkeypatch):
 
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", client_that_records)
     started, _ = begin(tmp_path / "run")
-    started.add([{"step": 1, "loss": 2.0, "layers": {"stem": 0.5, "projector.1": 0.25}}])
+    layers = {"stem": 0.5, "projector.1": 0.25}
+    started.add([{"step": 1, "loss": 2.0, "layers": layers, "alarms": ["step 1: a text is no scalar"]}])
     started.close()
     assert sent == [{"loss": 2.0, "layers/stem": 0.5, "layers/projector.1": 0.25}]
 
