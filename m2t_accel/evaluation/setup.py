@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -21,11 +23,12 @@ from m2t_accel.config.data import TrainingSettings, check_dataset
 from m2t_accel.config.evaluation import EvaluationSettings, check_encoder
 from m2t_accel.config.fields import ConfigurationError, count
 from m2t_accel.data.loader import dead_workers_in_one_line
-from m2t_accel.data.sources import ImageData, load_images
+from m2t_accel.data.sources import ImageData, identifying_parts, load_images
 from m2t_accel.distributed.device import kernel_search
 from m2t_accel.distributed.interruption import end_with_launcher
 from m2t_accel.distributed.launch import command, hardware, limit_threads, start_accelerator
 from m2t_accel.distributed.processes import broadcast_object, check_same_images, on_all_processes
+from m2t_accel.evaluation.features import read_labels
 from m2t_accel.files import write_text
 from m2t_accel.hub.encoders import LoadedEncoder, load_encoder, random_weights, weights_fingerprint
 from m2t_accel.model import embed
@@ -50,6 +53,24 @@ class Evaluation(NamedTuple):
     weights: str  # fingerprint of the encoder's weights
     num_features: int
     images: ImageData  # labelled and with a validation split, unless the evaluation needs no labels
+
+    @property
+    def precision(self) -> str:
+        """Return the precision in which the encoder computes."""
+        mixed = self.accelerator.mixed_precision
+        return "float32" if mixed == "no" else mixed
+
+    @property
+    def sources(self) -> str:
+        """Return a hash of the names, sizes, order and labels of the images. Their contents are not read."""
+        digest = hashlib.sha256(self.images.fingerprint.encode())
+        if self.images.validation is not None:
+            for part in identifying_parts(self.images.validation):
+                digest.update(part if isinstance(part, np.ndarray) else part.encode())
+        for images in (self.images.train, self.images.validation):
+            if images is not None and "label" in images.features:
+                digest.update(read_labels(images).tobytes())
+        return digest.hexdigest()[:16]
 
 
 def start_evaluation(config: EvaluationSettings) -> Evaluation:
@@ -124,8 +145,13 @@ def open_on_main(evaluation: Evaluation) -> dict[str, object] | None:
         # Evaluations of earlier versions lack newer settings.
         stored = {item.name: item.default for item in dataclasses.fields(config)} | stored
         changes = [name for name in given if name not in IGNORED_SETTINGS and stored[name] != given[name]]
-        if result is not None and result["weights"] != evaluation.weights:
-            changes.append("the encoder's weights")
+        if result is not None:
+            if result["weights"] != evaluation.weights:
+                changes.append("the encoder's weights")
+            if result["protocol"]["precision"] != evaluation.precision:
+                changes.append(f"precision ({result['protocol']['precision']}, now {evaluation.precision})")
+            if "sources" in result and result["sources"] != evaluation.sources:  # earlier versions did not record it
+                changes.append("the images or their labels")
         missing = [name for name in (result or {}).get("files", ()) if not (folder / name).is_file()]
         if not changes and not config_file.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +179,7 @@ def write_result(
 
     Args:
         figures: shares from 0 to 1, by name.
-        data: number of images and fingerprint of each part (bank, train, test).
+        data: number of images and fingerprint of each part (bank, train, test), by the contents of the files.
         more: further entries of the result's `protocol`.
     """
     config, accelerator = evaluation.config, evaluation.accelerator
@@ -165,12 +191,13 @@ def write_result(
         "weights": evaluation.weights,
         "dataset": config.dataset,
         "data": dict(data),
+        "sources": evaluation.sources,
         "protocol": {
             **{k: v for k, v in settings.items() if k not in (*IGNORED_SETTINGS, "encoder", "dataset", "seed")},
             "network": "random weights" if config.random_weights else evaluation.loaded.network,
             "batch_norm": "running statistics",
             "interpolation": "bilinear, antialiased",
-            "precision": "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
+            "precision": evaluation.precision,
             **more,
         },
         "seed": settings.get("seed"),

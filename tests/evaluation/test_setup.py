@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from helpers import write_image, write_parquet
 
 from m2t_accel.config.evaluation import build_knn, build_linear_probe
 from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.evaluation.setup import open_folder, run_once, start_evaluation, write_result
+from m2t_accel.evaluation.setup import open_folder, open_on_main, run_once, start_evaluation, write_result
 from m2t_accel.hub.encoders import weights_fingerprint
 from m2t_accel.model import create_encoder
 
@@ -87,6 +88,26 @@ def test_what_an_evaluation_lacks_is_named_and_written_again(given, tmp_path, ca
     assert (folder / "classifier" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("change", ["more images", "another test image", "another label"])
+def test_the_result_on_other_images_is_not_this_evaluations(given, tmp_path, change):
+    folder = tmp_path / "images"
+    for split, number in (("train", 6), ("val", 3)):
+        for i in range(number):
+            write_image(folder / split / "ab"[i % 2] / f"{i}.png", 9 * i)
+    given = {**given, "dataset": str(folder)}
+    evaluation = start_evaluation(build_knn(given))
+    result = run_once(evaluation, lambda: write_result(evaluation, {"top1_k20": 0.5}, {"undecodable": 0}, 1.0))
+    assert run_once(start_evaluation(build_knn(given)), lambda: pytest.fail("measured again")) == result
+    if change == "more images":
+        write_image(folder / "train" / "a" / "6.png")
+    elif change == "another test image":
+        (folder / "val" / "a" / "0.png").rename(folder / "val" / "a" / "7.png")
+    else:
+        (folder / "train" / "b" / "1.png").rename(folder / "train" / "a" / "1.png")
+    with pytest.raises(ConfigurationError, match=r"--output_dir .*differs in the images or their labels"):
+        open_folder(start_evaluation(build_knn(given)))
+
+
 def test_a_folder_that_holds_something_else_is_refused_and_not_changed(given, tmp_path):
     evaluation = start_evaluation(build_knn(given))
     open_folder(evaluation)
@@ -98,6 +119,9 @@ def test_a_folder_that_holds_something_else_is_refused_and_not_changed(given, tm
         open_folder(evaluation._replace(config=hotter))
     with pytest.raises(ConfigurationError, match=r"--output_dir .*differs in the encoder's weights"):
         open_folder(evaluation._replace(weights="others"))
+    half = SimpleNamespace(mixed_precision="bf16", is_main_process=True)
+    with pytest.raises(ConfigurationError, match=r"--output_dir .*differs in precision \(float32, now bf16\):"):
+        open_on_main(evaluation._replace(accelerator=half))
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     for path, content in before.items():
         path.write_text("[1, 2")
