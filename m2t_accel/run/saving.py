@@ -123,9 +123,10 @@ class Saver:
                 "skipped": self.progress.skipped,
                 "reported": self.progress.reported,
                 "seconds": round(self.report.seconds(), 3),
-                "parts": self.progress.parts,
-                "health": self.progress.health,
-                "alarms": self.progress.alarms,
+                # Copies, because a thread writes them while the run continues.
+                "parts": list(self.progress.parts),
+                "health": dict(self.progress.health),
+                "alarms": list(self.progress.alarms),
             },
             "versions": VERSIONS,
         }
