@@ -281,8 +281,9 @@ class Run:
             accelerator.process_index,
             progress.num_batches,
             None if positions is None else positions.numpy(),
-            # A step is skipped at most 17 times from the first gradient scale down to 1, and once for each doubling.
-            num_spare_steps=0 if accelerator.scaler is None else 64 + self.total_steps // 1000,
+            # Skipped steps have used a batch each, also before a resume in another precision. With float16 a step is
+            # skipped at most 17 times from the first gradient scale down to 1, and once for each doubling.
+            num_spare_steps=progress.skipped + (0 if accelerator.scaler is None else 64 + self.total_steps // 1000),
         )
         self.saver = Saver(
             state, folder, config, accelerator, progress, self.report, data, self.requests, self.steps_per_epoch

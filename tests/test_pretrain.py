@@ -647,6 +647,19 @@ def test_steps_that_overflow_float16_are_skipped_and_a_run_resumes_among_them(sm
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+def test_a_run_that_has_skipped_steps_is_finished_in_another_precision(small, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        overflow_above(patch, 2.0**13)
+        stop_in_step(patch, 5)
+        with pytest.raises(Interrupted, match="after step 2 of 10"):
+            train(small(tmp_path / "run"), evaluate_every=0)
+    train(small(tmp_path / "run"), evaluate_every=0)
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert all(row["update_norm"] > 0 for row in rows if "update_norm" in row)
+    assert rows[-1]["skipped_steps"] == 3
+
+
 def test_a_run_that_overflows_float16_at_every_scale_ends(small, tmp_path, monkeypatch):
     overflow_above(monkeypatch, 0.0)
     with pytest.raises(ConfigurationError, match=r"loss is inf in step 1 .*scale of 1\).*--mixed_precision bf16"):

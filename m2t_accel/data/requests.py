@@ -63,10 +63,10 @@ class DeviceBatches:
             config: settings of the batches.
             num_processes: processes of the run.
             process_index: this process.
-            first_step: global batches used before, that is, optimizer steps done.
+            first_step: global batches used before: optimizer steps done, and those that were skipped.
             positions: result of `positions(first_step)` on all processes, (V, 2) int64; without it, a HubStream is read
                 from the start of the epoch.
-            num_spare_steps: batches after those of the run, for steps that are skipped.
+            num_spare_steps: batches after those of the run, for steps that were skipped or may be.
         """
         self.images = images
         self.config = config
