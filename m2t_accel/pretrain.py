@@ -254,6 +254,7 @@ class Run:
         progress.parts.append(
             {"step": progress.step, "command": command(), "hardware": hardware(accelerator), "versions": VERSIONS}
             | ({"init_from": start.init_from} if start.init_from is not None else {})
+            | ({"resume": config.resume} if config.resume not in ("auto", "never") else {})
         )
         header = f"# m2t_accel {__version__}, torch {torch.__version__}, on {hardware(accelerator)}\n# {command()}\n"
         text = header + dataclasses.replace(config, resume="auto").to_yaml()

@@ -540,6 +540,28 @@ def test_more_epochs_need_a_named_checkpoint_and_are_reported(stopped, tmp_path,
     assert (saved["epochs"], saved["resume"]) == (3, "auto")
 
 
+def test_the_same_command_continues_a_run_that_was_resumed_from_a_named_checkpoint(stopped, tmp_path, capsys):
+    first = tmp_path / "run" / "checkpoints" / "step-6"
+    with pytest.raises(ConfigurationError, match=r"--resume .*step-60: no such folder"):
+        train(stopped, epochs=3, resume=f"{first}0")
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    train(stopped, epochs=3, resume=str(tmp_path / "whole" / "checkpoints" / "step-6"), output_dir=f"{tmp_path}/whole")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_step(patch, 6)
+        with pytest.raises(Interrupted, match="after step 12 of 15"):
+            train(stopped, epochs=3, resume=str(first))
+    shutil.rmtree(first)  # as --keep does in time
+    train(stopped, epochs=3, resume=str(first))
+    printed = capsys.readouterr().out
+    assert f"already continues from {first}; to start there again, give another folder" in printed
+    assert "resumes from step 12 of 15" in printed
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert train(stopped, epochs=3, resume=str(first)) is None
+    assert "is complete" in capsys.readouterr().out
+    with pytest.raises(ConfigurationError, match="no such folder"):  # other settings ask for another start
+        train(stopped, epochs=4, resume=str(first))
+
+
 def test_max_steps_is_the_length_of_the_run_and_of_its_schedules(small, tmp_path, capsys):
     """Seven steps are 1.4 epochs; stopped after four of them, the run resumes to the same bits."""
     whole, stopped = (small(tmp_path / name, max_steps=7, epochs=1, warmup_epochs=0.5) for name in ("whole", "parts"))

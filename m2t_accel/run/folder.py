@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import shutil
@@ -54,8 +55,17 @@ class RunFolder:
         """
         if config.resume == "never":
             return Start()
+        if config.resume != "auto" and self.continues_from(config):
+            start = self.find_start(dataclasses.replace(config, resume="auto"))
+            remark = f"{self.path} already continues from {config.resume}; to start there again, give another folder"
+            return start._replace(remarks=(remark, *start.remarks))
         if config.resume != "auto":
             path = Path(config.resume)
+            if not path.is_dir():
+                raise ConfigurationError(
+                    f"--resume {path}: no such folder; give auto, never, or a checkpoint such as "
+                    f"{self.checkpoints}/step-N"
+                )
             try:
                 start = Start(verify(path))
             except DamagedCheckpointError as error:
@@ -99,6 +109,18 @@ class RunFolder:
             path = str(start.checkpoint.path)
             check_same_settings(config, start.checkpoint.manifest["config"], path, more_epochs=config.resume != "auto")
         return start
+
+    def continues_from(self, config: PretrainConfig) -> bool:
+        """Return whether an earlier start with the same settings has resumed from `config.resume`, and has saved."""
+        newest = next(good_checkpoints(self.checkpoints, []), None)
+        parts = newest.manifest["progress"].get("parts", []) if newest is not None else []
+        if all(part.get("resume") != config.resume for part in parts):
+            return False
+        try:
+            check_same_settings(config, newest.manifest["config"], str(newest.path), more_epochs=False)
+        except ConfigurationError:  # even more epochs
+            return False
+        return True
 
     def acquire_lock(self) -> None:
         """Create the folder if it is missing, and lock it for as long as this process lives.

@@ -140,11 +140,6 @@ def check_output_dir(config: PretrainConfig) -> None:
                 f"({'; '.join(changed)}): remove that file, and the same command writes it again"
             )
         check_same_settings(config, saved, f"--output_dir {output_dir}", more_epochs=config.resume != "auto")
-    if config.resume not in ("auto", "never") and not os.path.isdir(config.resume):
-        raise ConfigurationError(
-            f"--resume {config.resume}: no such folder; give auto, never, or a checkpoint such as "
-            f"{output_dir}/checkpoints/step-N"
-        )
     parent = folder
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
