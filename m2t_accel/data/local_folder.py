@@ -50,8 +50,8 @@ def load_folder(
     """Return the training and the validation split of a folder of image files, parquet files or tars, by their places.
 
     Raises:
-        ConfigurationError: the path is a file, the folder holds no images or files of several kinds, or a training
-            split holds nothing.
+        ConfigurationError: the path is a file, the folder holds no images or files of several kinds, a training split
+            holds nothing, or `--dataset_config` names no files.
     """
     if folder.is_file():
         known = folder.suffix.lower() in (*IMAGE_EXTENSIONS, *SHARD_EXTENSIONS)
@@ -80,6 +80,11 @@ def load_folder(
         others.update(os.path.splitext(path)[1].lower() for path in paths)
     remarks += unused_files(others, len(files), kind)
     if kind == "image":
+        if config.dataset_config is not None:
+            raise ConfigurationError(
+                f"--dataset_config {config.dataset_config}: --dataset {folder} holds image files, whose "
+                "configurations are not read: leave the flag out, and give the folder of the images that are wanted"
+            )
         return load_image_files(folder, files, found.called_train, config, remarks)
     groups = configured_files(folder, files, config) or group_files(files, config)
     check_train(folder, list(groups), found.called_train, files, config)

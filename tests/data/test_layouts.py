@@ -366,9 +366,36 @@ def test_a_copy_of_a_repository_with_two_configurations(tmp_path, streaming):
     assert "in small/part-0.parquet; evaluation on 4 others (small/part-1.parquet" in images.note
 
 
+@pytest.mark.parametrize(
+    ("fields", "chosen"),
+    [
+        ("data_dir: en", "en/1.parquet … en/2.parquet"),
+        ("data_dir: ./en/", "en/1.parquet … en/2.parquet"),
+        ("data_dir: en, data_files: '2*'", "en/2.parquet"),
+    ],
+)
+def test_the_files_of_a_configuration_are_in_its_folder(tmp_path, fields, chosen):
+    make(tmp_path, "en/1.parquet en/2.parquet fr/2.parquet english/2.parquet")
+    configs = f"[{{config_name: en, {fields}}}, {{config_name: fr, data_dir: fr}}]"
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {configs}\n---\n")
+    assert f"in {chosen}" in load(tmp_path, dataset_config="en").note
+
+
 def test_a_configuration_is_refused_where_there_is_none(tmp_path):
-    make(tmp_path, "0.parquet")
+    make(tmp_path / "rows", "0.parquet")
     with pytest.raises(ConfigurationError, match=r"--dataset_config small: .* has no such configuration"):
+        load(tmp_path / "rows", dataset_config="small")
+    make(tmp_path / "images", "small/1.png large/2.png")
+    with pytest.raises(ConfigurationError, match=r"--dataset_config small: .* holds image files, .*: leave the flag"):
+        load(tmp_path / "images", dataset_config="small")
+
+
+@pytest.mark.parametrize("small", ["data_files: 'small/*'", "data_dir: small"])
+def test_a_configuration_that_is_not_in_the_copy_is_refused(tmp_path, small):
+    make(tmp_path, "large/0.parquet")
+    configs = f"[{{config_name: large, data_dir: large}}, {{config_name: small, {small}}}]"
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {configs}\n---\n")
+    with pytest.raises(ConfigurationError, match=r"--dataset_config small: .* of its files, small/\*?: download"):
         load(tmp_path, dataset_config="small")
 
 
