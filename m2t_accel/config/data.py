@@ -96,6 +96,11 @@ class ImageSettings:
         return True
 
     @property
+    def uses_labels(self) -> bool:
+        """Return whether labels will be used if there are some."""
+        return self.evaluates
+
+    @property
     def or_no_evaluation(self) -> str:
         """Return the end of an advice about images for evaluation: pretraining also works without them."""
         return ", or type --evaluate_every 0" if hasattr(self, "evaluate_every") else ""

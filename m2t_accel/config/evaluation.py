@@ -260,6 +260,10 @@ class EmbedConfig(EvaluationSettings):
     def evaluates(self) -> bool:
         return False
 
+    @property
+    def uses_labels(self) -> bool:
+        return True
+
 
 def build_embed(given: Mapping[str, object]) -> EmbedConfig:
     """Create the configuration of an embedding; it raises the errors of `build_knn`."""

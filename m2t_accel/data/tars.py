@@ -229,7 +229,7 @@ def find_label_members(folder: Path, files: Sequence[str], config: ImageSettings
     if extension is not None:
         return LabelMembers(extension)
     key = next((word for word in LABEL_COLUMNS if label_text(contents.json.get(word)) is not None), None)
-    return LabelMembers(".json", key) if key is not None and config.evaluates else None
+    return LabelMembers(".json", key) if key is not None and config.uses_labels else None
 
 
 def find_labels(
@@ -262,7 +262,7 @@ def find_labels(
     elif folders_of_tars_are_classes(train.used_files()):
         read, source = functools.partial(labels_of_files, class_of=class_of_folder), "the folders of the tars"
     else:
-        remarks += why_no_labels(train, contents) if config.evaluates else []
+        remarks += why_no_labels(train, contents) if config.uses_labels else []
         return {}
     labels = {train_name: read(train)}
     if missing := labels[train_name].null_count:

@@ -1,3 +1,4 @@
+import json
 import os
 import tarfile
 from pathlib import Path
@@ -5,9 +6,11 @@ from pathlib import Path
 import pytest
 from helpers import add_member, documented, load, pixel, settings, write_tar
 
+from m2t_accel.config.evaluation import build_embed, build_knn
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.data import tars
 from m2t_accel.data.decode import DecodeError, decode_image
+from m2t_accel.data.sources import load_images
 from m2t_accel.data.tars import TarShards
 from m2t_accel.data.views import read_rows
 
@@ -41,6 +44,20 @@ def test_tars_with_labels(tmp_path, streaming):
         samples, rows = images.train.open(2)(3, 5)
         assert samples.tolist() == [73, 74]
         assert [decode_image(row)[0, 0, 0] for row in rows] == [73, 74]
+
+
+def test_an_embedding_has_the_labels_of_an_evaluation_and_holds_nothing_out(tmp_path):
+    """Without the keys of .json the names of the tars would be the labels."""
+    for name, label in (("cats", "tabby"), ("dogs", "beagle")):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for i in range(4):
+                add_member(tar, f"{name}{i}.png", i)
+                add_member(tar, f"{name}{i}.json", json.dumps({"label": label}).encode())
+    given = {"encoder": "any", "dataset": str(tmp_path)}
+    images, evaluated = (load_images(build(given)) for build in (build_embed, build_knn))
+    assert images.class_names == evaluated.class_names == ["beagle", "tabby"]
+    assert images.train["label"] == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert images.validation is None
 
 
 def test_tars_without_labels(tmp_path):
