@@ -137,8 +137,9 @@ def _convert(module: nn.Module, name: str, done: dict[nn.Module, nn.Module], sta
         if module not in done:  # a layer that is used in two places stays one layer
             done[module] = _momentum_batch_norm(module, name, statistics)
         return done[module]
-    for child_name, child in module.named_children():
-        setattr(module, child_name, _convert(child, f"{name}.{child_name}", done, statistics))
+    for child_name, child in list(module._modules.items()):  # named_children() names a repeated child once
+        if child is not None:
+            setattr(module, child_name, _convert(child, f"{name}.{child_name}", done, statistics))
     return module
 
 

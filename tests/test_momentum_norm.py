@@ -258,6 +258,13 @@ def test_a_compiled_layer_computes_the_same_and_compiles_once(dtype, kind):
     assert len(graphs) == 1
 
 
+def test_a_layer_that_a_module_holds_twice_is_converted_in_both_places():
+    shared = nn.BatchNorm1d(4)
+    converted = convert_batch_norm(nn.Sequential(nn.Linear(4, 4), shared, nn.Linear(4, 4), shared))
+    assert converted[1] is converted[3]
+    assert momentum_layers(converted) == [converted[1]]
+
+
 def test_every_batch_norm_of_a_module_is_converted_with_its_weights():
     shared = nn.BatchNorm2d(4)
     module = nn.ModuleDict(
