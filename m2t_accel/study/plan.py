@@ -133,8 +133,7 @@ def plan_run(
     settings: Mapping[str, object], varied: Mapping[str, object], linear_probe: Mapping | None, runs_dir: Path
 ) -> StudyRun:
     """Return one run of a study: its settings, those of the grid among them, and its linear probe."""
-    given = {**settings, **varied}
-    convert_all(PretrainConfig, given)  # before the values are part of a name
+    given = convert_all(PretrainConfig, {**settings, **varied})  # text may hold several values: a flag for each
     name = "_".join(f"{setting}-{plain_text(value)}" for setting, value in varied.items()) or "run"
     name = re.sub(r"[^\w.-]+", "-", name)
     config = build_config({**given, "output_dir": str(runs_dir / name)})
@@ -145,7 +144,7 @@ def plan_run(
         for item in fields_by_heading(LinearProbeConfig)["data"]:  # the same images
             if getattr(config, item.name) != item.default:
                 probe[item.name] = values[item.name]
-        probe |= linear_probe
+        probe |= convert_all(LinearProbeConfig, linear_probe)
         build_linear_probe(probe)
     return StudyRun(name, {setting: values[setting] for setting in varied}, given, config, probe)
 

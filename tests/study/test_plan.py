@@ -32,7 +32,7 @@ def test_a_run_is_planned_for_each_combination_in_the_order_of_the_grid(tmp_path
     assert (run.config.seed, run.config.device_batch_size, run.config.epochs) == (1, 8, 20)
     assert run.folder == tmp_path / "runs" / run.name
     assert (run.cell, run.of_random_weights) == ({"device_batch_size": 8}, {"seed": 1})
-    words = "--recipe digits --crop_scale 0.3 1 --dataset digits --epochs 20 --seed 1 --device_batch_size 8"
+    words = "--recipe digits --crop_scale 0.3 1.0 --dataset digits --epochs 20 --seed 1 --device_batch_size 8"
     assert list(flag_words(run.given)) == words.split()
     assert run.probe == {"encoder": str(run.folder), "dataset": "digits", "seed": 1}
     assert run.probe_config().protocol == "digits"
@@ -61,9 +61,9 @@ def test_runs_of_other_networks_have_other_random_weights(tmp_path):
 
 
 def test_values_are_words_that_the_command_line_reads_back(tmp_path):
-    text = "settings: {max_steps: null, streaming: false, blur_probability: [1, 0.1]}"
-    (run,) = read_study(write(tmp_path, text), {}, tmp_path / "runs").runs
-    words = "--max_steps none --streaming false --blur_probability 1 0.1"
+    text = "settings: {max_steps: null, streaming: false, blur_probability: [1, 0.1], crop_scale: 0.2 1}"
+    (run,) = read_study(write(tmp_path, text), {"keep": "1 0"}, tmp_path / "runs").runs
+    words = "--max_steps none --streaming false --blur_probability 1.0 0.1 --crop_scale 0.2 1.0 --keep 1 0"
     assert list(flag_words(run.given)) == words.split()
 
 
