@@ -6,12 +6,20 @@ This module imports no torch.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import yaml
 
-from m2t_accel.config.fields import ConfigurationError, check_all_limits, count, fields_by_heading, is_hub_id, setting
+from m2t_accel.config.fields import (
+    ConfigurationError,
+    check_all_limits,
+    convert_all,
+    count,
+    fields_by_heading,
+    is_hub_id,
+    setting,
+)
 
 MAX_IMAGE_PIXELS = 89_478_485  # above it PIL warns; decoded, these are 268 MB
 
@@ -69,6 +77,11 @@ class ImageSettings:
     )
 
     def __post_init__(self) -> None:
+        # From Python, "tensorboard" or [0.2, 1] may stand for a tuple, as in YAML.
+        tuples = {item.name: getattr(self, item.name) for item in fields(self) if str(item.type).startswith("tuple")}
+        given = {name: value for name, value in tuples.items() if isinstance(value, str | list)}
+        for name, value in convert_all(type(self), given).items() if given else ():
+            object.__setattr__(self, name, value)
         check_all_limits(self)
         if self.dataset is None:
             raise ConfigurationError(
@@ -85,8 +98,8 @@ class ImageSettings:
 
     def to_yaml(self) -> str:
         """Return the settings as YAML, in the order of `--help`; `--config` reads it."""
-        fields = [item for group in fields_by_heading(type(self)).values() for item in group]
-        values = {item.name: getattr(self, item.name) for item in fields}
+        items = [item for group in fields_by_heading(type(self)).values() for item in group]
+        values = {item.name: getattr(self, item.name) for item in items}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.config.pretrain import check_inputs
+from m2t_accel.config.pretrain import PretrainConfig, check_inputs
 from m2t_accel.config.recipes import build_config
 
 
@@ -77,6 +77,16 @@ def test_intervals_between_checkpoints(words, intervals):
 def test_wrong_intervals_are_refused(words):
     with pytest.raises(ConfigurationError, match=f"^--checkpoint_every {re.escape(' '.join(words))}: .*500steps"):
         build_config({"checkpoint_every": words})
+
+
+def test_text_and_lists_stand_for_tuples_from_python():
+    config = PretrainConfig(
+        dataset="digits", checkpoint_every="500steps 1epoch", report_to="none", crop_scale=[0.2, 1], keep="1 0"
+    )
+    assert (config.checkpoint_every, config.report_to) == (("500steps", "1epoch"), ("none",))
+    assert (config.crop_scale, config.keep) == ((0.2, 1.0), (1, 0))
+    with pytest.raises(ConfigurationError, match="--keep 1: 2 numbers are needed"):
+        PretrainConfig(dataset="digits", keep="1")
 
 
 def test_at_least_one_checkpoint_is_kept():
