@@ -190,7 +190,8 @@ def knn_accuracy(
     num_correct = torch.zeros((), dtype=torch.int64, device=labels.device)
     for start in range(0, len(labels), MAX_BLOCK):
         rows = slice(start, start + MAX_BLOCK)
-        weights = (similarities[rows, :k] / temperature).exp()
+        # Divided by the weight of the nearest neighbour, because exp(cosine / 0.01) overflows float32.
+        weights = ((similarities[rows, :k] - similarities[rows, :1]) / temperature).exp()
         votes = weights.new_zeros(len(weights), num_classes)
         votes.scatter_add_(1, neighbour_labels[rows, :k], weights)
         num_correct += (votes.argmax(dim=1) == labels[rows]).sum()

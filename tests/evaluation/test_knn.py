@@ -59,6 +59,13 @@ def test_the_vote_equals_one_by_hand(points, block, chunk):
         assert knn.knn_accuracy(similarities, bank_labels[samples], labels, 5, 20, 0.07) == expected
 
 
+def test_a_low_temperature_is_the_vote_of_the_nearest():
+    similarities = torch.tensor([[0.99, 0.95, 0.9]])
+    labels = torch.tensor([[2, 0, 0]])
+    assert knn.knn_accuracy(similarities, labels, torch.tensor([2]), 3, 3, 1e-3) == 1
+    assert knn.knn_accuracy(similarities, labels, torch.tensor([0]), 3, 3, 1.0) == 1  # two against one
+
+
 def test_two_processes_find_the_neighbours_of_one(points):
     bank, _, queries, _ = points
     blocks = to_blocks(bank, 30)
