@@ -154,7 +154,7 @@ def train_model(model: nn.Module, train: Dataset, evaluation: Evaluation) -> tup
                 if not math.isfinite(mean):
                     raise ConfigurationError(
                         f"the loss is {mean} in epoch {step // steps_per_epoch}: try a --learning_rate_per_256 below "
-                        f"{config.learning_rate_per_256:g}"
+                        f"{config.learning_rate_per_256:g}, in another --output_dir"
                     )
                 state = {"step": step, "seconds": time.perf_counter() - started}
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
