@@ -222,6 +222,20 @@ def create_student(
     return Student(encoder, feature_size, hidden_size, projection_size)
 
 
+def is_stock(encoder: PreTrainedModel, image_size: int) -> bool:
+    """Return whether the configuration of a transformers model describes it: a new one computes the same features."""
+    was_training = encoder.training
+    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():  # a new model draws random weights
+            expected, features = embed(encoder.eval(), images), embed(plain_encoder(encoder), images)
+    except RuntimeError:  # other tensors
+        return False
+    finally:
+        encoder.train(was_training)
+    return expected.shape == features.shape and torch.allclose(features, expected, rtol=1e-4, atol=1e-5)
+
+
 def plain_encoder(encoder: nn.Module, student_encoder: nn.Module | None = None) -> nn.Module:
     """Return a teacher's encoder with plain BatchNorm, in evaluation mode; the history is its running statistics.
 

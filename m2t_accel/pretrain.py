@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from m2t_accel import __version__
 from m2t_accel.config.data import check_enough_images
@@ -36,7 +36,7 @@ from m2t_accel.distributed.interruption import (
 from m2t_accel.distributed.launch import collective_timeout, command, hardware, start_accelerator
 from m2t_accel.distributed.processes import broadcast_object, check_same_images, on_all_processes
 from m2t_accel.hub.warm_start import load_warm_start
-from m2t_accel.model import Teacher, create_encoder, create_student
+from m2t_accel.model import Teacher, create_encoder, create_student, is_stock
 from m2t_accel.optim import create_optimizer
 from m2t_accel.run import resume
 from m2t_accel.run.completion import VERSIONS, finish
@@ -149,11 +149,17 @@ def create_step(
         ConfigurationError: the encoder cannot be created, has no BatchNorm, or takes no images of this size.
     """
     set_seed(config.seed)
+    is_given = encoder is not None
     if encoder is None:
         encoder = on_all_processes(accelerator, lambda: create_encoder(config.encoder, architecture))
-    if weights is not None:
-        encoder.load_state_dict(weights, strict=True)
+        if weights is not None:
+            encoder.load_state_dict(weights, strict=True)
     student = create_student(encoder, config.image_size, config.hidden_size, config.projection_size, config.encoder)
+    if is_given and isinstance(encoder, PreTrainedModel) and not is_stock(encoder, config.image_size):
+        raise ConfigurationError(
+            f"the {type(encoder).__name__} that pretrain() was given has been changed, so its configuration would load "
+            "another network: put it into a module of your own that returns its features (N, C)"
+        )
     try:
         teacher = Teacher(student, config.teacher_statistics)
     except ValueError as error:

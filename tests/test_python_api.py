@@ -5,13 +5,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers import ROOT, tiny
 from torch import nn
+from transformers import AutoModel, ResNetConfig
 
 import m2t_accel
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.config.recipes import build_config
 from m2t_accel.data import sources
+from m2t_accel.model import is_stock
 
 
 def test_every_public_name_can_be_imported():
@@ -60,6 +63,21 @@ def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch):
     assert names["knn"]["figures"]["top1_k20"] > 0.7
     assert names["probe"]["figures"]["top1"] > 0.3
     assert (tmp_path / "runs" / "own" / "encoder" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("change", ["no pooling", "another first convolution"])
+def test_a_changed_transformers_model_is_refused_before_the_training(tmp_path, change):
+    encoder = AutoModel.from_config(ResNetConfig(depths=[1, 1], hidden_sizes=[8, 16], embedding_size=8))
+    state = torch.get_rng_state()
+    assert is_stock(encoder, 24)
+    assert torch.get_rng_state().equal(state)
+    if change == "no pooling":  # no tensor changes
+        encoder.embedder.pooler = nn.Identity()
+    else:
+        encoder.embedder.embedder.convolution = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+    with pytest.raises(ConfigurationError, match=r"the ResNetModel .* has been changed, .*module of your own"):
+        m2t_accel.pretrain(build_config(tiny(tmp_path / "run")), encoder=encoder)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_encoder_without_batch_norm_is_one_line(tmp_path):
