@@ -174,6 +174,8 @@ def create_step(
         config.weight_decay,
         fused=accelerator.scaler is None,
     )
+    if accelerator.process_index > 0:  # the networks are the same on all processes, the masks of dropout are not
+        set_seed(config.seed + accelerator.process_index)
     return TrainingStep(student, teacher, optimizer, accelerator)
 
 
