@@ -16,6 +16,7 @@ from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.files import atomic_write
 from m2t_accel.hub.folder import image_processor
+from m2t_accel.hub.tensor_names import first_names
 from m2t_accel.model import quiet_transformers
 from m2t_accel.schedules import cosine
 
@@ -103,6 +104,13 @@ def build_classifier(encoder: PreTrainedModel, linear: nn.Linear, class_names: S
     body, last = encoder_of(model), last_linear(model)
     if last is None or last.weight.shape != linear.weight.shape or type(body) is not type(encoder):
         raise ConfigurationError(f"{type(model).__name__} does not end in one linear layer on the features")
+    # A ViTModel's features come from its pooler, which the encoder in a ViTForImageClassification lacks.
+    other = sorted(body.state_dict().keys() ^ encoder.state_dict().keys())
+    if other:
+        raise ConfigurationError(
+            f"{type(model).__name__} computes other features than {type(encoder).__name__}, because only one of them "
+            f"has {first_names(other)}"
+        )
     body.load_state_dict(encoder.state_dict(), strict=True)
     last.load_state_dict(linear.state_dict())
     return model.eval()

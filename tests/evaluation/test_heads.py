@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, ViTConfig, ViTModel
 
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.evaluation.heads import Heads, build_classifier, fold_batch_norm, rate_factor
@@ -131,3 +131,9 @@ def test_an_encoder_without_a_stock_classifier_is_refused(change, message):
     change(encoder)
     with pytest.raises(ConfigurationError, match=message):
         build_classifier(encoder, linear, ["cat", "dog", "owl"])
+
+
+def test_an_encoder_whose_classifier_has_no_pooler_is_refused():
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=32)
+    with pytest.raises(ConfigurationError, match=r"ViTForImageClassification computes other features .* pooler\."):
+        build_classifier(ViTModel(config), torch.nn.Linear(8, 3), ["cat", "dog", "owl"])
