@@ -39,6 +39,7 @@ WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 MAIN_NETWORKS = ("encoder_q.", "base_encoder.", "backbone.")
 # Classifiers and projectors: modules after the encoder, which may stay unused.
 HEADS = re.compile(r"(fc|classifier|heads?|linear|mlp|prototypes)$|.*(proj|predict)")
+NOT_BILINEAR = "{} does not resize bilinearly; m2t_accel does"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -156,6 +157,7 @@ def load_timm(source: str, config: Mapping[str, object]) -> LoadedEncoder:
     """
     name = f"--encoder {source}, timm's {config['architecture']}"
     try:
+        check_plain_timm(config)
         if os.path.isdir(source):
             file = Path(source) / "model.safetensors"
         else:
@@ -166,12 +168,32 @@ def load_timm(source: str, config: Mapping[str, object]) -> LoadedEncoder:
         if channels != 3 or height != width:
             raise ConfigurationError(f"images of {pretrained['input_size']} (three channels and a square are needed)")
         mean, std = tuple(pretrained["mean"]), tuple(pretrained["std"])
-        preprocessing = Preprocessing(height, pretrained.get("crop_pct", 0.875), mean, std)
+        remark = "" if pretrained.get("interpolation", "bilinear") == "bilinear" else NOT_BILINEAR.format("timm")
+        preprocessing = Preprocessing(height, pretrained.get("crop_pct", 0.875), mean, std, remark)
     except ConfigurationError as error:
         raise ConfigurationError(f"{name}: {error}") from None
     except Exception as error:  # errors of huggingface_hub and httpx, or a configuration with other fields
         raise ConfigurationError(f"{name}, cannot be loaded ({one_line(error)})") from error
     return loaded_encoder(model, preprocessing, "as loaded", source, unused)
+
+
+def check_plain_timm(config: Mapping[str, object]) -> None:
+    """Check that timm builds a plain ResNet from a config.json, as far as the tensors cannot tell.
+
+    Raises:
+        ConfigurationError: layers or strides differ from those of a plain ResNet.
+    """
+    if str(config["architecture"]).startswith(("resnetaa", "resnetblur")):  # pooling has no tensors
+        raise ConfigurationError("an anti-aliased ResNet computes other features: give a plain one, such as resnet50")
+    allowed = {"num_classes", "in_chans"}
+    other = {name: value for name, value in (config.get("model_args") or {}).items() if name not in allowed}
+    if other.get("global_pool") in ("avg", ""):  # timm itself writes it
+        del other["global_pool"]
+    if other:
+        raise ConfigurationError(
+            f"model_args in its config.json make it another network than a plain ResNet ({', '.join(other)}): give a "
+            "model without them"
+        )
 
 
 def load_weight_file(path: Path) -> LoadedEncoder:
@@ -367,7 +389,7 @@ def read_preprocessing(processor: Mapping[str, object]) -> Preprocessing:
     if not isinstance(shorter, int) or not isinstance(crop_size, int) or not 8 <= crop_size <= shorter:
         raise ValueError(f"sizes {size} and {processor.get('crop_size')}")
     if processor.get("resample", 2) not in (2, None):
-        remarks.append("its processor does not resize bilinearly; m2t_accel does")
+        remarks.append(NOT_BILINEAR.format("its processor"))
     share = crop_size / shorter
     while int(crop_size / share) < shorter:  # rounding may lose a pixel
         share = math.nextafter(share, 0)

@@ -90,11 +90,33 @@ def test_a_timm_folder_loads(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "pretrained_cfg": given}))
     loaded = load_encoder(str(tmp_path))
     assert (loaded.image_size, loaded.evaluation_crop, loaded.image_mean) == (160, 0.95, (0.5, 0.5, 0.5))
+    assert "bilinear" not in loaded.note
     given["input_size"] = [1, 28, 28]
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "pretrained_cfg": given}))
     assert "timm's resnet18: images of [1, 28, 28]" in refused(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18"}))
     assert "timm's resnet18, cannot be loaded (KeyError: 'mean')" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": "resnetaa50"}, "timm's resnetaa50: an anti-aliased ResNet"),
+        ({"architecture": "resnetblur18"}, "timm's resnetblur18: an anti-aliased ResNet"),
+        ({"model_args": {"num_classes": 0, "aa_layer": "blurpool"}}, "another network than a plain ResNet (aa_layer)"),
+        ({"model_args": {"output_stride": 16, "global_pool": "avg"}}, "a plain ResNet (output_stride)"),
+        ({"model_args": {"global_pool": "max"}}, "a plain ResNet (global_pool)"),
+    ],
+)
+def test_a_timm_model_that_differs_from_a_plain_resnet_in_no_tensor_is_refused(tmp_path, change, message):
+    save_file(torchvision_state(), tmp_path / "model.safetensors")
+    given = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic"}
+    plain = {"architecture": "resnet18", "pretrained_cfg": given}
+    plain["model_args"] = {"num_classes": 10, "in_chans": 3, "global_pool": "avg"}  # as timm writes them
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    assert "timm does not resize bilinearly; m2t_accel does" in load_encoder(str(tmp_path)).note
+    (tmp_path / "config.json").write_text(json.dumps(plain | change))
+    assert message in refused(tmp_path)
 
 
 PROCESSORS = [
