@@ -142,6 +142,8 @@ def load_transformers(source: str, config: Mapping[str, object]) -> LoadedEncode
     network = (config.get("momentum2_teacher") or {}).get("network", "as loaded")
     try:
         preprocessing = read_preprocessing(BaseImageProcessor.get_image_processor_dict(source)[0])
+    except ConfigurationError as error:  # a ValueError, too
+        raise ConfigurationError(f"--encoder {source}: {error}") from None
     except (OSError, TypeError, ValueError):
         preprocessing = Preprocessing(
             remark="without an image processor: 224 pixels and ImageNet's mean and deviation are assumed"
@@ -365,11 +367,14 @@ def read_preprocessing(processor: Mapping[str, object]) -> Preprocessing:
     """Convert a preprocessor_config.json; `remark` lists the differences from the processor.
 
     Raises:
-        TypeError, ValueError: the processor has no usable sizes.
+        ConfigurationError: the processor changes the order of the channels.
+        TypeError, ValueError: the processor has no usable sizes or numbers.
     """
     remarks = []
     size, crop_size = processor.get("size"), processor.get("crop_size")
     kind = str(processor.get("image_processor_type") or processor.get("feature_extractor_type") or "")
+    if processor.get("do_flip_channel_order", kind.startswith("MobileViT")):
+        raise ConfigurationError("its image processor makes BGR images: give an encoder of RGB images")
     shorter = size.get("shortest_edge") if isinstance(size, Mapping) else size
     if isinstance(crop_size, Mapping):
         crop_size = crop_size.get("height")
@@ -379,8 +384,9 @@ def read_preprocessing(processor: Mapping[str, object]) -> Preprocessing:
         crop_size, squashes = shorter, shorter >= 384
         shorter = shorter if squashes else int(shorter / processor.get("crop_pct", 224 / 256))
     elif isinstance(size, Mapping) and "height" in size:
-        shorter = crop_size = size["height"]
-        squashes = True
+        shorter, squashes = size["height"], True
+        if not processor.get("do_center_crop") or crop_size is None:
+            crop_size = shorter
     elif not processor.get("do_center_crop", True) or crop_size is None:
         crop_size = shorter
         remarks.append("its processor does not crop the centre; m2t_accel does")
@@ -396,6 +402,10 @@ def read_preprocessing(processor: Mapping[str, object]) -> Preprocessing:
     mean, std = (0.0,) * 3, (1.0,) * 3
     if processor.get("do_normalize", True):
         mean, std = tuple(processor.get("image_mean", IMAGENET_MEAN)), tuple(processor.get("image_std", IMAGENET_STD))
+    # The processor normalises pixels from 0 to `white`, m2t_accel from 0 to 1.
+    white = 255 * (1 if processor.get("do_rescale") is False else processor.get("rescale_factor") or 1 / 255)
+    if abs(white - 1) > 1e-6:
+        mean, std = tuple(value / white for value in mean), tuple(value / white for value in std)
     return Preprocessing(crop_size, share, mean, std, "; ".join(remarks))
 
 

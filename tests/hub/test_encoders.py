@@ -132,13 +132,29 @@ PROCESSORS = [
     },
     {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 48}, "crop_pct": 0.875},
     {"feature_extractor_type": "ConvNextFeatureExtractor", "size": 48, "crop_pct": 0.9},
+    {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": 55},
+        "crop_size": {"height": 48, "width": 48},
+        "do_rescale": False,
+        "image_mean": [102.0, 127.5, 153.0],
+        "image_std": [51.0, 63.75, 76.5],
+    },
+    {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": 55},
+        "crop_size": {"height": 48, "width": 48},
+        "rescale_factor": 1 / 127.5,
+        "image_mean": [0.8, 1.0, 1.2],
+        "image_std": [0.4, 0.5, 0.6],
+    },
 ]
 
 
-@pytest.mark.parametrize("processor", PROCESSORS, ids=lambda processor: str(processor["size"]))
+@pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize("shape", [(90, 120), (75, 60)])
 def test_images_look_as_the_processor_shows_them(run, processor, shape):
-    described = processor | {"resample": 2, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
+    described = {"resample": 2, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]} | processor
     (run / "encoder" / "preprocessor_config.json").write_text(json.dumps(described))
     loaded = load_encoder(str(run))
     config = ImageSettings(dataset="digits", **loaded.preprocessing)
@@ -147,6 +163,31 @@ def test_images_look_as_the_processor_shows_them(run, processor, shape):
     theirs = AutoImageProcessor.from_pretrained(run / "encoder")
     expected = theirs(Image.fromarray(picture), return_tensors="pt").pixel_values
     assert (evaluation_view(crop[None], config) - expected).abs().mean() < 1 / 255 / 0.25
+
+
+def test_a_processor_may_squash_and_then_crop(run):
+    described = {"size": {"height": 64, "width": 64}, "crop_size": {"height": 48, "width": 48}, "do_center_crop": True}
+    (run / "encoder" / "preprocessor_config.json").write_text(json.dumps(described | {"rescale_factor": 0.00392156862}))
+    loaded = load_encoder(str(run))
+    assert (loaded.image_size, int(loaded.image_size / loaded.evaluation_crop)) == (48, 64)
+    assert loaded.image_mean == (0.485, 0.456, 0.406), "a rounded 1 / 255 changes nothing"
+    (run / "encoder" / "preprocessor_config.json").write_text(json.dumps(described | {"do_center_crop": False}))
+    assert load_encoder(str(run)).image_size == 64
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        {"image_processor_type": "MobileViTImageProcessor", "size": {"shortest_edge": 64}, "crop_size": 48},
+        {"image_processor_type": "BitImageProcessor", "size": 64, "crop_size": 48, "do_flip_channel_order": True},
+    ],
+    ids=lambda described: described["image_processor_type"],
+)
+def test_a_processor_that_makes_bgr_images_is_refused(run, described):
+    (run / "encoder" / "preprocessor_config.json").write_text(json.dumps(described))
+    assert "its image processor makes BGR images" in refused(run / "encoder")
+    (run / "encoder" / "preprocessor_config.json").write_text(json.dumps(described | {"do_flip_channel_order": False}))
+    assert load_encoder(str(run)).image_size == 48
 
 
 def test_the_note_names_differences_from_the_processor(tmp_path):
