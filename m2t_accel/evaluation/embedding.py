@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow
+import torch
 from datasets import Dataset
 from pyarrow import parquet
 from safetensors.torch import save_file
@@ -66,8 +67,10 @@ def write_embedding(evaluation: Evaluation, images: Dataset, features: Features)
     rows = images.select_columns(["image"])["image"]
     paths = [row and row["path"] for row in rows]
     paths = [paths[sample] for sample in samples]
+    in_files = [name for name in ("offset", "size") if name in images.features]  # many images have the path of a tar
+    places = {name: images.with_format("arrow")[name][:].to_numpy()[samples] for name in in_files}
     file = folder / f"features.{config.format}"
-    write_features(file, features, paths, labels, names)
+    write_features(file, features, paths, places, labels, names)
     lines = [f"{file}: {count(len(samples), 'image')}, {features.features.shape[1]} features each"]
     if len(samples) < len(images):
         lines.append(f"{count(len(images) - len(samples), 'image')} cannot be decoded, and left out")
@@ -91,12 +94,22 @@ def evenly_spaced(number: int, limit: int) -> np.ndarray:
 
 
 def write_features(
-    file: Path, features: Features, paths: Sequence[str | None], labels: np.ndarray | None, names: list[str] | None
+    file: Path,
+    features: Features,
+    paths: Sequence[str | None],
+    places: Mapping[str, np.ndarray],
+    labels: np.ndarray | None,
+    names: list[str] | None,
 ) -> None:
-    """Write features with their sample numbers, paths and labels atomically, as parquet or safetensors."""
+    """Write features with their sample numbers, paths and labels atomically, as parquet or safetensors.
+
+    Args:
+        places: for images that are parts of files, their `offset` and `size` in bytes.
+    """
     with atomic_write(file) as temporary:
         if file.suffix == ".safetensors":
             tensors = {"features": features.features.contiguous(), "samples": features.samples.contiguous()}
+            tensors |= {f"{name}s": torch.from_numpy(numbers) for name, numbers in places.items()}
             if labels is not None:
                 tensors["labels"] = features.samples.new_tensor(labels)
             # safetensors stores text in its header only.
@@ -107,6 +120,7 @@ def write_features(
             columns = {
                 "sample": pyarrow.array(features.samples.numpy()),
                 "path": pyarrow.array(paths, pyarrow.string()),
+                **{name: pyarrow.array(numbers) for name, numbers in places.items()},
                 "features": pyarrow.FixedSizeListArray.from_arrays(values, features.features.shape[1]),
             }
             if labels is not None:

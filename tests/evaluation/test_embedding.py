@@ -6,9 +6,10 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-from helpers import write_image
+from helpers import encoded, write_image, write_tar
 from pyarrow import parquet
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from m2t_accel.config.evaluation import build_embed
 from m2t_accel.config.fields import ConfigurationError
@@ -68,6 +69,24 @@ def test_labels_are_optional(given, tmp_path):
         *("sample", "path", "features")
     }
     assert (tmp_path / "result" / "map.png").exists()
+
+
+@pytest.mark.parametrize("format", ["parquet", "safetensors"])
+def test_features_of_images_in_tars_have_their_places(given, tmp_path, format):
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars" / "a.tar", 0, 12)
+    settings = {"dataset": str(tmp_path / "tars"), "format": format, "map_images": 0, "query_images": 0}
+    embed_dataset(build_embed({**given, **settings}))
+    if format == "parquet":
+        table = parquet.read_table(tmp_path / "result" / "features.parquet").to_pydict()
+        assert table["class"] == ["0", "1"] * 6
+        places = table["offset"], table["size"]
+    else:
+        tensors = load_file(tmp_path / "result" / "features.safetensors")
+        places = tensors["offsets"].tolist(), tensors["sizes"].tolist()
+    content = (tmp_path / "tars" / "a.tar").read_bytes()
+    found = [content[offset : offset + size] for offset, size in zip(*places, strict=True)]
+    assert found == [image["bytes"] for image in encoded(0, 12)]
 
 
 def test_a_row_without_an_image_is_left_out(given, tmp_path):
