@@ -33,6 +33,7 @@ from m2t_accel.files import atomic_write
 from m2t_accel.pictures import plain_words, thumbnail
 
 THUMBNAIL_SIZE = 96  # pixels
+MIN_MAPPED = 10  # images on a map
 
 
 @device_errors_in_one_line
@@ -74,10 +75,12 @@ def write_embedding(evaluation: Evaluation, images: Dataset, features: Features)
     lines = [f"{file}: {count(len(samples), 'image')}, {features.features.shape[1]} features each"]
     if len(samples) < len(images):
         lines.append(f"{count(len(images) - len(samples), 'image')} cannot be decoded, and left out")
-    if config.map_images and len(samples) >= 10:
-        chosen = evenly_spaced(len(samples), config.map_images)
+    chosen = evenly_spaced(len(samples), config.map_images)
+    if len(chosen) >= MIN_MAPPED:
         draw_map(folder / "map.png", features.features[chosen], None if labels is None else labels[chosen], names)
         lines.append(f"{folder / 'map.png'}: t-SNE of {len(chosen):,} images")
+    elif config.map_images:
+        lines.append(f"no map.png: a map takes at least {MIN_MAPPED} images, not {len(chosen)}")
     if config.query_images and len(samples) > 1:
         draw_neighbours(folder / "neighbours.png", images, features, labels, names, config)
         lines.append(f"{folder / 'neighbours.png'}: images, and their nearest neighbours by cosine")

@@ -60,10 +60,14 @@ def test_features_of_the_validation_split_as_safetensors(given, tmp_path):
     assert not (folder / "map.png").exists()
 
 
-def test_labels_are_optional(given, tmp_path):
+def test_labels_are_optional_and_few_images_make_no_map(given, tmp_path):
     for i in range(12):
         write_image(tmp_path / "plain" / f"{i}.png", value=20 * i)
-    lines = embed_dataset(build_embed({**given, "dataset": str(tmp_path / "plain")}))
+    settings = {**given, "dataset": str(tmp_path / "plain"), "query_images": 0}
+    for number in (1, 9):
+        few = {"map_images": number, "output_dir": str(tmp_path / f"few{number}")}
+        assert "no map.png" in embed_dataset(build_embed({**settings, **few}))[1]
+    lines = embed_dataset(build_embed(settings))
     assert "12 images" in lines[0]
     assert set(parquet.read_table(tmp_path / "result" / "features.parquet").column_names) == {
         *("sample", "path", "features")
