@@ -115,9 +115,11 @@ def write_features(
             tensors |= {f"{name}s": torch.from_numpy(numbers) for name, numbers in places.items()}
             if labels is not None:
                 tensors["labels"] = features.samples.new_tensor(labels)
-            # safetensors stores text in its header only.
-            metadata = {"paths": "\n".join(path or "" for path in paths)}
-            save_file(tensors, temporary, metadata=metadata | ({"classes": "\n".join(names)} if names else {}))
+            # safetensors has no tensors of text, and its header holds 100 MB at most.
+            texts = [(path or "").encode() for path in paths]
+            tensors["paths"] = torch.from_numpy(np.frombuffer(bytearray().join(texts), np.uint8))
+            tensors["path_lengths"] = torch.tensor([len(text) for text in texts])
+            save_file(tensors, temporary, metadata={"classes": "\n".join(names)} if names else None)
         else:
             values = pyarrow.array(features.features.numpy().ravel())
             columns = {
