@@ -124,6 +124,9 @@ class Handler(BaseHTTPRequestHandler):
                 content = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 content = self.server.large[value["oid"]]
+            elif line["key"] == "deletedFile":
+                (folder / value["path"]).unlink()
+                continue
             else:
                 continue
             (folder / value["path"]).parent.mkdir(parents=True, exist_ok=True)

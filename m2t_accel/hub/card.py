@@ -18,6 +18,10 @@ from m2t_accel.config.recipes import RECIPES
 SECTION_START = "<!-- m2t_accel: each push replaces the text from this line to the end mark -->"
 SECTION_END = "<!-- m2t_accel: end mark -->"
 
+# Names of results that `evaluation_results` writes.
+WHILE_TRAINING = "kNN top-1 (k=20, T=0.07), while training"
+OWN_METRICS = re.compile(rf"{re.escape(WHILE_TRAINING)}|(knn|linear probe|fine-tuning) top\d(_k\d+)?")
+
 # Settings of an evaluation that the table of results shows.
 TABLE_SETTINGS = (
     *("protocol", "learning_rates", "chosen_learning_rate", "epochs", "max_steps", "max_images", "batch_size"),
@@ -214,7 +218,7 @@ def evaluation_results(
     found = []
     results = [result for result in results if not result.get("protocol", {}).get("random_weights")]
     if accuracies and not any(result["evaluation"] == "knn" for result in results):
-        found.append(evaluation_result(config.dataset, "kNN top-1 (k=20, T=0.07), while training", accuracies[-1]))
+        found.append(evaluation_result(config.dataset, WHILE_TRAINING, accuracies[-1]))
     for result in results:
         protocol = without_paths(result.get("protocol", {}))
         for figure, share in result["figures"].items():
@@ -241,7 +245,8 @@ def evaluation_result(
 def merge_cards(published: str, new: str) -> str:
     """Return the published card with the marked section and the results of the new one.
 
-    The rest of the published card stays: other text, other metadata, and results of other datasets or metrics. If
+    The rest of the published card stays: other text, other metadata, and results under names that m2t_accel does not
+    write. Its own earlier results, and the base model that its own section names, go: they may be of other weights. If
     somebody has removed the marks, the whole published text stays. If the published card has no text, the new text is
     used.
 
@@ -256,10 +261,14 @@ def merge_cards(published: str, new: str) -> str:
     results = card.data.eval_results or []
     replaced = {(result.dataset_name, result.metric_name) for result in results}
     for result in old.data.eval_results or []:
-        if (result.dataset_name, result.metric_name) not in replaced:
+        is_own = OWN_METRICS.fullmatch(str(result.metric_name))
+        if not is_own and (result.dataset_name, result.metric_name) not in replaced:
             results.append(result)
+    dropped = ["eval_results", "model_name"]
+    if card.data.base_model or f"| started from | {old.data.base_model} |" in old.text:
+        dropped.append("base_model")
     for name, value in vars(old.data).items():
-        if value is not None and name not in ("eval_results", "model_name"):
+        if value is not None and name not in dropped:
             card.data[name] = value
     card.data.eval_results = results or None
     return card.content

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import save_file
 from transformers import ResNetModel
@@ -36,6 +37,11 @@ from m2t_accel.pages.run_page import write_run_page
 
 ENCODER_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 RUN_FILES = ("metrics.jsonl", "curves.png")
+# Files that describe the weights of one run, and that another run may lack.
+OWN_FILES = re.compile(
+    r"metrics\.jsonl|curves\.png|report\.html|torchvision\.safetensors|"
+    r"results/(knn|linear_probe|finetuning)(_random_weights)?\.json"
+)
 
 # The script loads the folder as a user without m2t_accel does, and writes the pixels and features of the given images.
 LOADING_SCRIPT = """
@@ -241,6 +247,7 @@ def send(staged: Path, card: str, repo_id: str, private: bool, revision: str | N
     """Send a folder and its card to the Hub in one commit. Return the URL of the commit.
 
     Create the repository and the branch if they do not exist. If there is a card already, merge the two.
+    Delete the files of an earlier push that the folder lacks: they may be of other weights.
 
     Raises:
         ConfigurationError: the repository should be private, but exists and is public.
@@ -260,7 +267,9 @@ def send(staged: Path, card: str, repo_id: str, private: bool, revision: str | N
     except (EntryNotFoundError, RevisionNotFoundError, RepositoryNotFoundError):
         pass  # the first push
     (staged / "README.md").write_text(card, encoding="utf-8")
-    files = sorted(path for path in staged.rglob("*") if path.is_file())
-    operations = [CommitOperationAdd(str(path.relative_to(staged)), path) for path in files]
+    files = {str(path.relative_to(staged)): path for path in sorted(staged.rglob("*")) if path.is_file()}
+    there = [file.rfilename for file in api.model_info(repo_id, revision=revision).siblings]
+    operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+    operations += [CommitOperationDelete(name) for name in there if OWN_FILES.fullmatch(name) and name not in files]
     commit = api.create_commit(repo_id, operations, commit_message="Publish a run of m2t_accel", revision=revision)
     return commit.commit_url

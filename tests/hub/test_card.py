@@ -159,6 +159,27 @@ def test_metadata_that_others_added_stays():
     assert metric_values(merged) == [0.7, 0.9]
 
 
+def test_results_of_earlier_weights_go():
+    published = ModelCard(card(results=[result(top1=0.7), result("fine-tuning", 0.6)]))
+    theirs = EvalResult("image-classification", "cub", "CUB", "accuracy", 0.9, metric_name="linear probe of theirs")
+    published.data.eval_results.append(theirs)
+    knn = {**result("knn"), "figures": {"top1_k20": 0.5, "top1_k200": 0.4}}
+    assert metric_values(merge_cards(published.content, card())) == [0.4, 0.9]
+    assert metric_values(merge_cards(published.content, card(results=[knn]))) == [0.5, 0.4, 0.9]
+    assert metric_values(merge_cards(card(results=[knn]), card(accuracies=(0.1, 0.2)))) == [0.2]
+    assert not ModelCard(merge_cards(card(), card(accuracies=()))).data.eval_results
+
+
+def test_the_base_model_of_earlier_weights_goes():
+    warm = card(parts=[{"init_from": {"hub_id": "you/r50"}}], init_from="you/r50", encoder="resnet50")
+    other = warm.replace("you/r50", "you/r50-v2")
+    for published, new, expected in ((warm, card(), None), (warm, other, "you/r50-v2"), (card(), warm, "you/r50")):
+        assert ModelCard(merge_cards(published, new)).data.base_model == expected
+    theirs = ModelCard(card())
+    theirs.data.base_model = "me/theirs"
+    assert ModelCard(merge_cards(theirs.content, card())).data.base_model == "me/theirs"
+
+
 @pytest.mark.parametrize("published", ["Just words.", "---\nlicense: mit\n---\nwords", "---\nlicense: mit\n---\n", ""])
 def test_any_card_may_be_published_already(published):
     merged = merge_cards(published, card())

@@ -157,6 +157,20 @@ def test_a_second_push_updates_the_figures_and_keeps_the_users_words(run, hub, n
     assert len(hub.commits) == 3, "one commit for each push"
 
 
+def test_a_push_of_other_weights_removes_the_files_of_the_earlier_ones(run, hub, no_clean_process):
+    publish(run, "me/digits")
+    there = hub.folder / "me" / "digits"
+    for name in ("torchvision.safetensors", "results/finetuning.json", "results/theirs.json", "theirs.bin"):
+        (there / name).write_text("{}")
+    shutil.rmtree(run / "knn")
+    (run / "curves.png").unlink()
+    publish(run, "me/digits")
+    names = {path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()}
+    assert {"results/knn_random_weights.json", "results/theirs.json", "theirs.bin", "model.safetensors"} <= names
+    assert names.isdisjoint({"results/knn.json", "results/finetuning.json", "curves.png", "report.html"})
+    assert len(hub.commits) == 2, "one commit for each push"
+
+
 @pytest.mark.parametrize(
     ("problem", "words"),
     [
