@@ -217,6 +217,13 @@ def check_dataset(dataset: str) -> None:
         )
 
 
+def public_name(dataset: str) -> str:
+    """Return the Hub id of a dataset, or the name of its folder; the working directory is the run's."""
+    if is_hub_id(dataset) and not os.path.exists(dataset):
+        return dataset
+    return os.path.basename(os.path.abspath(dataset))  # absolute, because `.` has no name
+
+
 def check_push(repo_id: str | None) -> None:
     """Check that a push to the Hub at the end of the run has a valid name and a login.
 

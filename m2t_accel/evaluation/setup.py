@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from m2t_accel.config.data import TrainingSettings, check_dataset
+from m2t_accel.config.data import TrainingSettings, check_dataset, public_name
 from m2t_accel.config.evaluation import EvaluationSettings, check_encoder
 from m2t_accel.config.fields import ConfigurationError, count
 from m2t_accel.data.loader import dead_workers_in_one_line
@@ -190,6 +190,7 @@ def write_result(
         "encoder": config.encoder,
         "weights": evaluation.weights,
         "dataset": config.dataset,
+        "dataset_name": public_name(config.dataset),
         "data": dict(data),
         "sources": evaluation.sources,
         "protocol": {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from m2t_accel.config.data import public_name
 from m2t_accel.config.fields import command_without_paths, plain_text, without_paths
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.config.recipes import RECIPES
@@ -68,7 +68,9 @@ def model_card(
         with_curves: whether curves.png and report.html are published beside the card.
         metrics: lines of the run's metrics.jsonl.
     """
-    title = f"Momentum² Teacher {without_paths(config.encoder)}, {Path(config.dataset).name}"
+    dataset = str(training.get("dataset") or public_name(config.dataset))  # earlier versions did not record it
+    images = str(training["data"]).removeprefix(f"{config.dataset}: ")
+    title = f"Momentum² Teacher {without_paths(config.encoder)}, {Path(dataset).name}"
     start = next((part["init_from"] for part in training.get("parts", ()) if "init_from" in part), {})
     data = ModelCardData(
         model_name=title,
@@ -76,11 +78,11 @@ def model_card(
         pipeline_tag="image-feature-extraction",
         tags=["self-supervised-learning", "momentum2-teacher", "byol"],
         base_model=start.get("hub_id"),
-        eval_results=evaluation_results(config, accuracies, results) or None,
+        eval_results=evaluation_results(dataset, accuracies, results) or None,
     )
     facts = {
         "recipe": config.recipe,
-        "data": without_paths(str(training["data"]).replace(config.dataset, Path(config.dataset).name)),
+        "data": without_paths(f"{Path(dataset).name}: {images}"),
         **({"started from": without_paths(config.init_from)} if config.init_from is not None else {}),
         "epochs" if config.max_steps is None else "steps": str(config.max_steps or config.epochs),
         "images seen": f"{training['images_seen']:,}",
@@ -197,7 +199,7 @@ def results_text(config: PretrainConfig, accuracies: Sequence[float], results: S
         protocol = result.get("protocol", {})
         settings = [f"{key} {plain_text(protocol[key])}" for key in TABLE_SETTINGS if protocol.get(key) is not None]
         num_images = result.get("data", {}).get("test", {}).get("images", "?")
-        data = f"{Path(str(result['dataset'])).name}, {num_images} images"
+        data = f"{Path(evaluated_dataset(result)).name}, {num_images} images"
         kind = f"{result['evaluation']}{', random weights' if protocol.get('random_weights') else ''}"
         lines.append(f"| {kind} | {data} | {figures} | {', '.join(settings)} |")
     if not lines:
@@ -211,18 +213,28 @@ def results_text(config: PretrainConfig, accuracies: Sequence[float], results: S
     return "\n".join(lines)
 
 
+def evaluated_dataset(result: Mapping[str, object]) -> str:
+    """Return the Hub id or the name of the dataset of a result; earlier versions did not record it."""
+    return str(result.get("dataset_name") or public_name(str(result["dataset"])))
+
+
 def evaluation_results(
-    config: PretrainConfig, accuracies: Sequence[float], results: Sequence[Mapping[str, object]]
+    dataset: str, accuracies: Sequence[float], results: Sequence[Mapping[str, object]]
 ) -> list[EvalResult]:
-    """Return the results for the card's metadata, without those of random weights."""
+    """Return the results for the card's metadata, without those of random weights.
+
+    Args:
+        dataset: Hub id or name of the dataset that the encoder was trained on.
+    """
     found = []
     results = [result for result in results if not result.get("protocol", {}).get("random_weights")]
     if accuracies and not any(result["evaluation"] == "knn" for result in results):
-        found.append(evaluation_result(config.dataset, WHILE_TRAINING, accuracies[-1]))
+        found.append(evaluation_result(dataset, WHILE_TRAINING, accuracies[-1]))
     for result in results:
         protocol = without_paths(result.get("protocol", {}))
         for figure, share in result["figures"].items():
-            found.append(evaluation_result(str(result["dataset"]), f"{result['evaluation']} {figure}", share, protocol))
+            name = f"{result['evaluation']} {figure}"
+            found.append(evaluation_result(evaluated_dataset(result), name, share, protocol))
     return found
 
 
@@ -230,10 +242,9 @@ def evaluation_result(
     dataset: str, name: str, share: float, protocol: Mapping[str, object] | None = None
 ) -> EvalResult:
     """Return one accuracy, a share from 0 to 1, as the Hub's metadata describes it."""
-    is_on_hub = "/" in dataset and not Path(dataset).exists() and not os.path.isabs(dataset)
     return EvalResult(
         task_type="image-feature-extraction",
-        dataset_type=dataset if is_on_hub else Path(dataset).name,  # the Hub groups results of one type
+        dataset_type=dataset,  # the Hub groups results of one type
         dataset_name=Path(dataset).name,
         metric_type="accuracy",
         metric_name=name,

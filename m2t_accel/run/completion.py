@@ -15,6 +15,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from m2t_accel import __version__
+from m2t_accel.config.data import public_name
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.data.sources import ImageData
 from m2t_accel.distributed.launch import command
@@ -55,6 +56,7 @@ def finish(
     # A start that trained nothing wrote files that were missing, maybe on another machine.
     trained = [part for part in parts if part["step"] < num_steps]
     training = {
+        "dataset": public_name(config.dataset),
         "data": data.note,
         "images_seen": images_seen,
         "hardware": ", then ".join(dict.fromkeys(part["hardware"] for part in trained)),

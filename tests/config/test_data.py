@@ -1,6 +1,6 @@
 import pytest
 
-from m2t_accel.config.data import TrainingSettings, check_enough_images, check_num_processes
+from m2t_accel.config.data import TrainingSettings, check_enough_images, check_num_processes, public_name
 from m2t_accel.config.fields import ConfigurationError
 
 
@@ -46,3 +46,14 @@ def test_there_must_be_images_for_a_batch():
         check_enough_images(13, settings())
     with pytest.raises(ConfigurationError, match="--dataset digits has one image"):
         check_enough_images(1, settings())
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [("digits", "digits"), ("data/cats", "cats"), ("data/cats/", "cats"), (".", "home"), ("me/birds", "me/birds")],
+)
+def test_the_name_of_a_dataset_tells_a_folder_from_the_hub(tmp_path, monkeypatch, dataset, name):
+    (tmp_path / "home" / "data" / "cats").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "home")
+    assert public_name(dataset) == name
+    assert public_name(str(tmp_path / "home")) == "home"

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -55,6 +56,7 @@ def test_a_result_states_its_protocol_and_is_not_measured_again(given, tmp_path,
     assert json.loads((tmp_path / "result" / "result.json").read_text()) == result
     expected = {"k": [20, 200], "temperature": 0.07, "image_size": 16, "more": "so", "network": "teacher"}
     assert {**result["protocol"], **expected, "precision": "float32"} == result["protocol"]
+    assert result["dataset_name"] == Path(result["dataset"]).name
     assert set(result["versions"]) >= {"python", "torch", "transformers", "m2t_accel"}
     assert {"hardware", "command", "date", "weights", "data", "seed"} <= result.keys()
     assert f"{given['encoder']}, knn on {given['dataset']}: top1_k20 50.00 % (3 images" in capsys.readouterr().out

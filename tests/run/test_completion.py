@@ -34,6 +34,7 @@ def test_all_parts_of_a_run_are_recorded(ended, tmp_path, capsys):
     finish(*ended)
     training = json.loads((tmp_path / "training.json").read_text())
     assert training["hardware"] == "a, then b"
+    assert training["dataset"] == "digits"
     assert training["config"] == yaml.safe_load(ended[0].to_yaml())
     weights = tmp_path / "encoder" / "model.safetensors"
     assert training["files"] == {
