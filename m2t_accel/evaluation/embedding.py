@@ -52,7 +52,8 @@ def embed_dataset(config: EmbedConfig) -> list[str]:
         return [f"{config.output_dir} is already complete"]
     accelerator.print(f"{evaluation.loaded.note}\n{data.introduction}")
     with dead_workers_in_one_line():
-        features = gather_features(list(embed_images(evaluation.encoder, images, config, accelerator)), accelerator)
+        batches = embed_images(evaluation.encoder, images, config, accelerator)
+        features = gather_features(batches, len(images), accelerator, torch.device("cpu"))
     if not len(features.samples):
         raise none_decoded("images", images, config)
     return write_embedding(evaluation, images, features) if accelerator.is_main_process else []
@@ -61,7 +62,6 @@ def embed_dataset(config: EmbedConfig) -> list[str]:
 def write_embedding(evaluation: Evaluation, images: Dataset, features: Features) -> list[str]:
     """Write the files and pictures on the main process. Return lines for the user."""
     config, folder = evaluation.config, Path(evaluation.config.output_dir)
-    features = Features(*(rows.cpu() for rows in features))
     samples = features.samples.numpy()
     labels = read_labels(images)[samples] if "label" in images.features else None
     names = images.features["label"].names if labels is not None else None

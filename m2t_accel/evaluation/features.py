@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from m2t_accel.distributed.launch import num_cores
 from m2t_accel.model import embed
 
 BATCH_SIZE = 128  # images that go through the encoder together
+GATHERED_BATCHES = 64  # batches of a process whose features are gathered together, 67 MB of ResNet-50's
 
 
 class Features(NamedTuple):
@@ -96,12 +98,35 @@ def process_batches(process_index: int, num_images: int, num_processes: int, bat
     return [list(part[start : start + BATCH_SIZE]) for part in turns for start in range(0, len(part), BATCH_SIZE)]
 
 
-def gather_features(parts: Sequence[Features], accelerator: Accelerator) -> Features:
-    """Return the features of all processes, sorted by sample, on each process's device. A collective call."""
-    width = torch.tensor([part.features.shape[1] for part in parts[:1]] or [0], device=accelerator.device)
+def gather_features(
+    batches: Iterable[Features], num_images: int, accelerator: Accelerator, device: torch.device
+) -> Features:
+    """Return the features of all processes, sorted by sample, in the memory of `device`. A collective call.
+
+    They are gathered while they are computed, so they are in memory only once. A block of batches is copied at once,
+    because each copy to main memory waits for the accelerator's device.
+
+    Args:
+        batches: this process's batches, as `embed_images` yields them if a process takes one batch in a turn.
+        num_images: number of images, with those that cannot be decoded.
+    """
+    batches = iter(batches)
+    most_batches = len(process_batches(0, num_images, accelerator.num_processes, 1))
     no_numbers = torch.empty(0, dtype=torch.int64)
-    no_features = torch.empty(0, int(accelerator.gather(width).max()), dtype=torch.float32)
-    return Features(*gather_rows(Features(no_numbers, no_features, no_numbers), parts, accelerator))
+    found = None
+    # Each process gathers equally often. One batch more than the most, so that `batches` comes to its end.
+    for _ in range(0, most_batches + 1, GATHERED_BATCHES):
+        block = list(itertools.islice(batches, GATHERED_BATCHES))
+        if found is None:
+            width = torch.tensor(block[0].features.shape[1] if block else 0, device=accelerator.device)
+            empty = Features(no_numbers, torch.empty(0, int(accelerator.gather(width).max())), no_numbers)
+            found = Features(*(rows.new_empty(num_images, *rows.shape[1:], device=device) for rows in empty))
+            found.samples.fill_(-1)
+        columns = [rows.to(device) for rows in gather_rows(empty, block, accelerator)]
+        for rows, column in zip(found, columns, strict=True):
+            rows[columns[0]] = column
+    decoded = found.samples >= 0
+    return found if decoded.all() else Features(*(rows[decoded] for rows in found))
 
 
 def gather_rows(empty: Sequence[Tensor], parts: Iterable[Sequence[Tensor]], accelerator: Accelerator) -> list[Tensor]:

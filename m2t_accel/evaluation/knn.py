@@ -70,9 +70,8 @@ def measure_knn(
     """
     size = block_size(len(bank))
     blocks = list(join_blocks(embed_images(encoder, bank, config, accelerator, size // BATCH_SIZE, after_batch), size))
-    found = gather_features(
-        list(embed_images(encoder, queries, config, accelerator, after_batch=after_batch)), accelerator
-    )
+    batches = embed_images(encoder, queries, config, accelerator, after_batch=after_batch)
+    found = gather_features(batches, len(queries), accelerator, accelerator.device)
     no_numbers = torch.empty(0, dtype=torch.int64)
     bank_columns = [(block.samples, block.digests) for block in blocks]
     bank_samples, bank_digests = gather_rows((no_numbers, no_numbers), bank_columns, accelerator)

@@ -204,7 +204,8 @@ class CachedFeatures:
 
     def __init__(self, evaluation: Evaluation, train: Dataset) -> None:
         config, accelerator = evaluation.config, evaluation.accelerator
-        found = gather_features(list(embed_images(evaluation.encoder, train, config, accelerator)), accelerator)
+        batches = embed_images(evaluation.encoder, train, config, accelerator)
+        found = gather_features(batches, len(train), accelerator, accelerator.device)
         self.config = config
         self.features = found.features
         self.labels = sample_labels(train, found.samples)

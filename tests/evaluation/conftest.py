@@ -56,6 +56,7 @@ TWO_PROCESSES = {
     "knn": {},
     "linear_probe": {"epochs": 2, "batch_size": 16, "device_batch_size": 4, "learning_rates": (0.1, 1)},
     "finetune": {"epochs": 2, "batch_size": 16, "device_batch_size": 8, "labels": 1.0},
+    "embed": {},
 }
 
 

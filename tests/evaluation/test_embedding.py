@@ -113,3 +113,11 @@ def test_a_missing_split_and_broken_images_are_refused(given, tmp_path):
     (tmp_path / "plain" / "a.png").write_bytes(b"broken")
     with pytest.raises(ConfigurationError, match=r"--dataset .* none of the 1 images .*a\.png \(no known image format"):
         embed_dataset(build_embed(settings))
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_features(given, tmp_path, two_processes):
+    settings, folder = two_processes("embed")
+    embed_dataset(build_embed({**given, **settings}))
+    alone, two = (parquet.read_table(path / "features.parquet") for path in (tmp_path / "result", folder))
+    assert alone.equals(two)

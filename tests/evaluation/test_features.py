@@ -2,6 +2,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -42,13 +43,62 @@ def test_features_are_in_the_order_of_the_images_and_broken_images_are_left_out(
     monkeypatch.setattr(features, "BATCH_SIZE", 3)
     parts = list(features.embed_images(encoder, images, config, accelerator))
     assert [len(part.samples) for part in parts] == [3, 2, 2]
-    found = features.gather_features(parts, accelerator)
+    monkeypatch.setattr(features, "GATHERED_BATCHES", 2)
+    found = features.gather_features(parts, len(images), accelerator, accelerator.device)
     assert found.samples.tolist() == [0, 1, 2, 3, 5, 6, 7]
     assert torch.allclose(found.features[:, 0] * 255, found.samples.float(), atol=1e-4)
     assert encoder.training
     result = measure_knn(encoder, images, images, 2, config, accelerator, ks=(1, 4))
     assert (result.num_bank, result.num_queries, result.num_broken) == (7, 7, 2)
     assert result.accuracies[1] == 1.0, "each image is its own nearest neighbour"
+
+
+@pytest.mark.parametrize("number", [7, 8, 9])
+def test_features_are_gathered_while_they_are_computed(monkeypatch, number):
+    """At most the features of two blocks are in memory besides the result, and the encoder returns to its mode."""
+    images = Dataset.from_list([{"image": row, "label": 0} for row in encoded(0, number)])
+    config = ImageSettings(dataset="digits", image_size=8, num_workers=0)
+    accelerator, encoder, computed, alive = Accelerator(), MeanColour(), [], []
+    monkeypatch.setattr(features, "BATCH_SIZE", 1)
+    monkeypatch.setattr(features, "GATHERED_BATCHES", 2)
+
+    def batches():
+        for batch in features.embed_images(encoder, images, config, accelerator):
+            computed.append(weakref.ref(batch.features))
+            alive.append(sum(reference() is not None for reference in computed))
+            yield batch
+
+    found = features.gather_features(batches(), number, accelerator, torch.device("cpu"))
+    assert found.samples.tolist() == list(range(number))
+    assert max(alive) <= 4
+    assert encoder.training
+
+
+@pytest.mark.parametrize("number", [1, 3, 4, 5])
+def test_two_processes_make_their_collective_calls_in_the_same_order(monkeypatch, number):
+    """With two batches at a time, some numbers leave one process with fewer batches, or with fewer blocks."""
+    images = Dataset.from_list([{"image": row, "label": 0} for row in encoded(0, number)])
+    config = ImageSettings(dataset="digits", image_size=8, num_workers=0)
+    monkeypatch.setattr(features, "BATCH_SIZE", 1)
+    monkeypatch.setattr(features, "GATHERED_BATCHES", 2)
+    calls, samples = [[], []], []
+    for process_index in range(2):
+        made = calls[process_index]
+        accelerator = SimpleNamespace(
+            process_index=process_index,
+            num_processes=2,
+            device=torch.device("cpu"),
+            autocast=contextlib.nullcontext,
+            pad_across_processes=lambda rows, pad_index: rows,
+            gather=lambda rows, made=made: made.append("gather") or rows,
+        )
+        batches = features.embed_images(
+            MeanColour(), images, config, accelerator, after_batch=lambda made=made: made.append("batch")
+        )
+        found = features.gather_features(batches, number, accelerator, accelerator.device)
+        samples += found.samples.tolist()
+    assert calls[0] == calls[1]
+    assert sorted(samples) == list(range(number))
 
 
 @pytest.mark.gpu
@@ -133,9 +183,8 @@ def test_a_fingerprint_of_files_is_that_of_their_features(monkeypatch):
     images = Dataset.from_list([{"image": row, "label": i % 2} for i, row in enumerate(rows)])
     config = ImageSettings(dataset="digits", image_size=8, num_workers=0)
     accelerator = Accelerator()
-    found = features.gather_features(
-        list(features.embed_images(MeanColour(), images, config, accelerator)), accelerator
-    )
+    batches = features.embed_images(MeanColour(), images, config, accelerator)
+    found = features.gather_features(batches, len(images), accelerator, accelerator.device)
     expected = fingerprint(found.digests, found.samples % 2)
     assert features.fingerprint_of_files(images, {4}, accelerator) == expected
     assert features.fingerprint_of_files(images, set(), accelerator) != expected
