@@ -128,4 +128,4 @@ def test_the_studies_of_the_repository_are_read(root, tmp_path):
         file.parent.name: len(read_study(str(file), {"dataset": "digits"}, tmp_path / file.parent.name).runs)
         for file in files
     }
-    assert numbers == {"statistics": 12, "cifar10-recipe": 1}
+    assert numbers == {"statistics": 12, "cifar10-recipe": 1, "digits-statistics": 8}
