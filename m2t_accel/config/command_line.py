@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import select
 import signal
 import sys
 import time
@@ -284,7 +285,8 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         if sys.platform == "win32":  # no fcntl, no SIGUSR1
             raise ConfigurationError("Windows is not supported: type `wsl --install`, and use Linux in WSL 2")
-        yield
+        with quiet_without_reader():
+            yield
     except (ConfigurationError, Interrupted) as error:
         is_error = isinstance(error, ConfigurationError)
         if os.environ.get("LOCAL_RANK", "0") != "0":
@@ -304,6 +306,25 @@ def errors_in_one_line() -> Iterator[None]:
         raise SystemExit(STATUS_CTRL_C) from None
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@contextlib.contextmanager
+def quiet_without_reader() -> Iterator[None]:
+    """End in silence, as Unix tools do, if the program that reads the output has ended: `| head`, `| less`."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(sys.stdout, 0)
+        if not output.poll(0):  # the broken pipe was another one
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter still flushes
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            os._exit(128 + signal.SIGPIPE)
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def handle_ctrl_c(number: int, frame: types.FrameType | None) -> None:

@@ -1,6 +1,9 @@
 import argparse
 import dataclasses
+import os
 import re
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -65,6 +68,24 @@ with errors_in_one_line():
 def test_ctrl_c_prints_one_line_even_while_libraries_are_imported(run_script, imports):
     done = run_script("-c", INTERRUPTED.format(imports=imports))
     assert (done.returncode, done.stderr) == (130, "some.py: interrupted\n")
+
+
+@pytest.mark.parametrize("unbuffered", ["1", ""])
+@pytest.mark.parametrize("arguments", [("pretrain.py", "--help"), ("pretrain.py", "--recipe", "list")])
+def test_output_that_nobody_reads_is_no_error(unbuffered, arguments):
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` has done when it ends
+    command = [sys.executable, f"scripts/{arguments[0]}", *arguments[1:]]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.stderr == ""
+    assert done.returncode in (0, 128 + signal.SIGPIPE)  # argparse ignores it
+
+
+def test_a_broken_pipe_elsewhere_keeps_its_traceback():
+    with pytest.raises(BrokenPipeError), errors_in_one_line():
+        raise BrokenPipeError
 
 
 def test_help_shows_the_default_of_the_script(ask):
