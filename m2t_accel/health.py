@@ -31,7 +31,7 @@ class StepHealth:
     def add_sub_batch(self, view_1: Tensor, view_2: Tensor, embeddings: Tensor) -> None:
         """Add the views (N, 3, H, W), normalised, and the teacher's embeddings (N, C) of view 2."""
         difference = (view_1[:COMPARED_IMAGES] - view_2[:COMPARED_IMAGES]).abs().flatten(1).amax(dim=1)
-        self.same_views.append((difference < GREY_LEVEL).to(difference.dtype).mean())
+        self.same_views.append((difference < GREY_LEVEL).float().mean())
         self.embeddings.append(embeddings.detach())
 
     @torch.no_grad()

@@ -187,7 +187,7 @@ def train(run: Run) -> None:
         ConfigurationError: a loss is not finite, or too many images cannot be decoded or read.
     """
     config, accelerator, step, progress = run.config, run.accelerator, run.step, run.progress
-    encoder, dtype = step.teacher.encoder, next(step.student.parameters()).dtype
+    encoder = step.teacher.encoder
     loader = create_loader(TwoViews(run.data.train, config), run.requests, config, accelerator.device)
     num_sub_batches = config.num_virtual_devices // accelerator.num_processes
     with dead_workers_in_one_line():
@@ -206,7 +206,7 @@ def train(run: Run) -> None:
             step.begin(now, measures_health=run.report.monitor.is_due(progress.step + 1))
             results, samples = [], []
             for batch in run.report.monitor.data_wait.watch(islice(batches, num_sub_batches)):
-                views = photometry(batch.crops, batch.photometry, config).to(dtype)
+                views = photometry(batch.crops, batch.photometry, config).to(step.view_dtype)
                 results.append(step.forward_backward(*views.chunk(2)))
                 samples.append(batch.samples)
                 run.report.bad += batch.bad

@@ -52,6 +52,9 @@ class TrainingStep:
         if accelerator.scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise ValueError("a fused optimizer does not report the steps that a gradient scaler skips: fused=False")
         self.accelerator = accelerator
+        # Of views in another dtype autocast makes copies, and the originals stay until the end of the backward, too.
+        forward_dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        self.view_dtype = forward_dtypes.get(accelerator.mixed_precision, next(student.parameters()).dtype)
         student.to(memory_format=torch.channels_last)
         teacher.to(memory_format=torch.channels_last)
         with warnings.catch_warnings():
@@ -81,7 +84,7 @@ class TrainingStep:
         self.teacher.set_statistics_momentum(now.statistics_momentum)
 
     def forward_backward(self, view_1: Tensor, view_2: Tensor) -> SubBatchResult:
-        """Add the gradient of one sub-batch to the student's; views (N, 3, H, W), normalised.
+        """Add the gradient of one sub-batch to the student's; views (N, 3, H, W), normalised, of `view_dtype`.
 
         The last sub-batch of a step synchronises the gradients over the processes.
         """

@@ -33,6 +33,7 @@ class FakeAccelerator:
 
     def __init__(self, dtype):
         self.dtype = dtype
+        self.mixed_precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
     def prepare(self, student, optimizer):
         optimizer.step_was_skipped = False
@@ -79,12 +80,13 @@ def small_encoder():
 
 
 def check_convolutions(network, dtype):
-    """Fail if a convolution does not see and return channels_last tensors in the dtype of autocast."""
+    """Fail if a convolution does not get and return channels_last tensors in the dtype of autocast."""
 
     def check(layer, args, out):
         for name, tensor in (("input", args[0]), ("weight", layer.weight), ("output", out)):
             assert tensor.is_contiguous(memory_format=torch.channels_last), f"{name} of {layer} is not channels_last"
         assert out.dtype == dtype, f"{layer} computes in {out.dtype}"
+        assert args[0].dtype == dtype, f"autocast copies the input of {layer}"
 
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
@@ -114,7 +116,7 @@ def train_one_step(optimizer="sgd", dtype=torch.bfloat16, fault=lambda step: Non
                 now = CONFIG.schedule(number, 2)
                 step.begin(now, measures_health=number == 1)
                 crops = torch.zeros(2 * N, 32, 32, 3, dtype=torch.uint8, device="cuda")
-                views = photometry_batched(crops, parameters(), CONFIG)
+                views = photometry_batched(crops, parameters(), CONFIG).to(step.view_dtype)
                 for _ in range(2):  # two sub-batches
                     result = step.forward_backward(*views.chunk(2))
                 step.update(now)
@@ -181,6 +183,10 @@ def contiguous_views(step):
     wrap(step, "student_forward", lambda forward: lambda *views: forward(*(view.contiguous() for view in views)))
 
 
+def views_in_full_precision(step):
+    step.view_dtype = torch.float32
+
+
 def value_read(step):
     wrap(
         step.teacher,
@@ -240,6 +246,7 @@ def statistics_in_half_precision(step):
         (sums_in_main_memory, "(same device|different devices).*cuda:0( and|,) cpu"),
         (contiguous_weights, "weight of Conv2d.* is not channels_last"),
         (contiguous_views, "input of Conv2d.* is not channels_last"),
+        (views_in_full_precision, "autocast copies the input of Conv2d"),
         (value_read, "_local_scalar_dense"),
         (health_read, "_local_scalar_dense"),
         (value_branched_on, "_local_scalar_dense"),
@@ -293,7 +300,7 @@ def test_a_step_of_the_probe_is_on_the_gpu(monkeypatch, dtype):
     with fake_cuda(mode), Transfers() as transfers, torch.no_grad():
         crops = torch.zeros(N, 32, 32, 3, dtype=torch.uint8, device="cuda")
         evaluation_view(crops, CONFIG)
-        views = flipped_view(crops, torch.zeros(N, dtype=torch.bool, device="cuda"), CONFIG)
+        views = flipped_view(crops, torch.zeros(N, dtype=torch.bool, device="cuda"), CONFIG).to(dtype)
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", dtype)
         try:

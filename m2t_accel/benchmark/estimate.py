@@ -123,7 +123,7 @@ def count(training: TrainingStep, config: PretrainConfig) -> Counter:
             solarize=torch.empty(num_views, dtype=torch.bool),
         )
         with Counter() as counter:
-            views = photometry_batched(crops, parameters, config)
+            views = photometry_batched(crops, parameters, config).to(training.view_dtype)
             training.forward_backward(*views.chunk(2))
             training.update(now)
     return counter

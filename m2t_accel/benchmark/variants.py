@@ -39,7 +39,7 @@ Step = Callable[[], object]
 
 
 class Work(NamedTuple):
-    """The batch and the settings that all variants share."""
+    """The batch and the settings that all variants share. Each copies its input, which so counts in its memory."""
 
     config: PretrainConfig
     accelerator: Accelerator
@@ -100,15 +100,16 @@ def create_ours(work: Work, backend: str, is_monitored: bool = False) -> Step:
 def our_step(training: TrainingStep, work: Work, is_monitored: bool = False) -> Step:
     """Return the step of pretraining by these networks: one sub-batch, from its crops to the moved teacher."""
     annotate(training)
+    own_batch = work.batch._replace(crops=work.batch.crops.clone())
     monitor = Monitor(work.config, work.accelerator, training, Progress(), STEPS_PER_EPOCH)
     number = 0
 
-    def step(batch: ViewBatch = work.batch) -> TrainingStep:
+    def step(batch: ViewBatch = own_batch) -> TrainingStep:
         nonlocal number
         now, number = work.schedule(number), number + 1
         training.begin(now, measures_health=is_monitored)
         with record_function("photometry"):
-            views = photometry(batch.crops, batch.photometry, work.config).to(work.views.dtype)
+            views = photometry(batch.crops, batch.photometry, work.config).to(training.view_dtype)
         result = training.forward_backward(*views.chunk(2))
         result.loss_on_host.item()
         reach_agreement(collective_timeout(work.config))
@@ -151,7 +152,7 @@ def create_plain(work: Work) -> Step:
     optimizer = create_optimizer(
         student, config.optimizer, config.learning_rate, config.optimizer_momentum, config.weight_decay, fused=False
     )
-    view_1, view_2 = work.views.contiguous().chunk(2)
+    view_1, view_2 = work.views.clone(memory_format=torch.contiguous_format).chunk(2)
     number = 0
 
     def step() -> Student:
@@ -251,7 +252,7 @@ def create_peer(work: Work) -> Step:
     )
     forward, optimizer = work.accelerator.prepare(byol, optimizer)
     criterion = NegativeCosineSimilarity()
-    view_1, view_2 = work.views.chunk(2)
+    view_1, view_2 = work.views.clone().chunk(2)
 
     def step() -> None:
         with record_function("teacher's weights"):
@@ -278,7 +279,7 @@ def create_floor(work: Work) -> Step:
     student = Student(encoder, size, config.hidden_size, config.projection_size)
     student.to(device, memory_format=torch.channels_last)
     encoder, projector = copy.deepcopy(student.encoder).eval(), copy.deepcopy(student.projector).eval()
-    view_1, view_2 = work.views.chunk(2)
+    view_1, view_2 = work.views.clone().chunk(2)
 
     def step() -> None:
         student.zero_grad()
