@@ -47,6 +47,22 @@ def test_help_recipes_and_wrong_flags_are_answered_without_heavy_imports(run_scr
             assert [name for name in PretrainConfig.__dataclass_fields__ if f"--{name} " not in help] == []
 
 
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_every_flag_that_help_shows_is_known(ask, path):
+    commands = [["data"], ["step"], ["estimate"]] if path.stem == "benchmark" else [[]]
+    for command in commands:
+        script = f"scripts/{path.name}"
+        help = ask(script, *command, "--help").out
+        found = dict(re.findall(r"^ +(--\w+)(?: (\S+))?", help.replace("-h, --help", ""), re.MULTILINE))
+        assert found, help
+        for flag, value in found.items():
+            error = ask(script, *command, flag, "--no_such_flag").err
+            if value == "" or value.startswith("["):  # a switch
+                assert f"unknown flag {flag}" not in error, error
+            else:
+                assert f" {flag}: expected " in error, error
+
+
 # Takes the modules and names that Windows lacks away, runs each script, and prints the errors.
 ON_WINDOWS = """
 import argparse, contextlib, io, json, multiprocessing, runpy, shutil, signal, subprocess, sys, tempfile

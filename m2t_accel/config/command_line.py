@@ -234,12 +234,10 @@ class OneLineParser(argparse.ArgumentParser):
         words = list(sys.argv[1:] if args is None else args)
         flags = [i for i, word in enumerate(words) if is_flag(word)]
         parts = [words[i].partition("=") for i in flags]
-        known = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
+        known = {flag.lstrip("-"): flag for action in self._actions for flag in action.option_strings}
         names = own_names([flag.lstrip("-") for flag, _, _ in parts], known)
         for i, name, (flag, equals, value) in zip(flags, names, parts, strict=True):
-            if name in known:
-                flag = f"--{name}" if len(name) > 1 else f"-{name}"
-            words[i] = f"{flag}{equals}{value}"
+            words[i] = f"{known.get(name, flag)}{equals}{value}"
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> typing.NoReturn:

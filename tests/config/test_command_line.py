@@ -9,7 +9,8 @@ import sys
 import pytest
 import yaml
 
-from m2t_accel.config.command_line import errors_in_one_line, parse_command_line
+from m2t_accel.config.command_line import errors_in_one_line, parse_command_line, parse_settings
+from m2t_accel.config.evaluation import KnnConfig, build_knn
 from m2t_accel.config.fields import ConfigurationError, Interrupted
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.config.recipes import RECIPES, build_config
@@ -251,6 +252,12 @@ def test_a_switch_needs_no_value():
     switches = [parse(*flags).streaming for flags in ([], ["--streaming"], ["--streaming", "false"])]
     assert switches == [False, True, False]
     assert parse("--streaming", "--epochs", 20).epochs == 20
+
+
+@pytest.mark.parametrize("words", ["--k 5", "-k 5", "--k=5"])
+def test_a_setting_of_one_letter_is_a_flag(words):
+    words = ["--encoder", "any", "--dataset", "digits", *words.split()]
+    assert parse_settings("", "", KnnConfig, build_knn, arguments=words)[0].k == (5,)
 
 
 def test_a_script_may_have_its_own_options_and_default_recipe():
