@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument(
         "--set",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=VALUE",
         help="settings of every run for a trial, such as epochs=2; its results are written to --runs_dir",

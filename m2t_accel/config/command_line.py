@@ -215,7 +215,7 @@ def add_flag(
     letter = {int: "N", float: "X", str: "NAME", bool: "true|false"}[items[0] if items else hint]
     count = {"nargs": len(items), "metavar": (letter,) * len(items)} if items else {"metavar": letter}
     if ... in items:  # any number of values
-        count = {"nargs": "+", "metavar": letter}
+        count = {"nargs": "+", "metavar": letter, "action": "extend"}  # the flag may be repeated
     if hint is bool or item.name in ("push_to_hub", "resume"):
         count |= {"nargs": "?", "const": True}  # the flag without a value
     text = (item.metadata["help"] + shown).replace("%", "%%") if is_shown else argparse.SUPPRESS

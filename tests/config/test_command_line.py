@@ -148,6 +148,12 @@ def test_every_setting_is_a_flag_and_a_key():
     assert by_yaml == by_flags
 
 
+def test_a_flag_of_any_number_of_values_may_be_repeated():
+    config = parse("--checkpoint_every", "500steps", "--checkpoint_every=15min")
+    assert config.checkpoint_every == ("500steps", "15min")
+    assert parse("--crop_scale", 0.1, 1, "--crop_scale", 0.2, 1).crop_scale == (0.2, 1.0)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_saved_configuration_is_read_back_unchanged(name, tmp_path):
     config = build_config({"recipe": name, "dataset": "digits"})

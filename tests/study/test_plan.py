@@ -104,6 +104,7 @@ def test_a_wrong_study_is_refused_in_one_line_before_anything_is_written(ask, tm
         (["--set", "epochs"], "--set epochs: needs NAME=VALUE"),
         (["--set", "epoch=2"], "unknown setting epoch, did you mean epochs"),
         (["--set", "seed=1"], "seed is in the grid and also"),
+        (["--set", "epoch=2", "--set", "num_workers=0", "--collect"], "unknown setting epoch, did you mean epochs"),
         (["--job", "2"], "--job"),
     ],
 )
