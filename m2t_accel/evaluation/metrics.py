@@ -31,6 +31,10 @@ class TopKAccuracy(evaluate.Metric):
             ),
         )
 
+    def _build_data_dir(self) -> str:
+        # The original creates a folder there, which is never used in memory, and fails if HF_HOME is read-only.
+        return self._data_dir_root
+
     def _compute(self, predictions: list[list[int]], references: list[int]) -> dict[str, float]:
         hits = np.asarray(predictions) == np.asarray(references)[:, None]
         figures = {"top1": float(hits[:, 0].mean())}

@@ -20,3 +20,10 @@ def test_top_1_and_top_5_of_ten_classes(metric_of):
 
 def test_up_to_five_classes_have_no_top_5(metric_of):
     assert metric_of(num_classes=3).compute(predictions=[[2, 1, 0], [0, 1, 2]], references=[2, 2]) == {"top1": 0.5}
+
+
+def test_no_cache_is_written(metric_of, monkeypatch, tmp_path):
+    """HF_HOME may be read-only; the accuracy is computed after all training."""
+    monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", tmp_path / "metrics")
+    assert metric_of(num_classes=2).compute(predictions=[[1, 0]], references=[1]) == {"top1": 1.0}
+    assert not any(tmp_path.iterdir())
