@@ -143,7 +143,7 @@ def test_libraries_add_nothing_to_the_line_of_an_error(folders, run_script):
 # Programs that take the place of SLURM's and of the launcher in scripts/pretrain.sbatch.
 COMMANDS = {
     "scontrol": 'if [ "$1" = show ]; then printf "node%s\\n" 7 8; else echo "$@" >> "$RECORD/requeued"; fi',
-    "srun": 'SLURM_NODEID=1 exec "$@"',
+    "srun": 'echo "$1" > "$RECORD/srun"; shift; SLURM_NODEID=1 exec "$@"',
     "accelerate": 'printf "%s\\n" "$@" > "$RECORD/launched"; kill -USR1 $$; eval "$LAUNCHER"; exit 1',
 }
 
@@ -153,7 +153,8 @@ def submit(tmp_path, launcher, *words):
     for name, text in COMMANDS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    environment = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "5", "LAUNCHER": launcher}
+    environment = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "5"}
+    environment |= {"SLURM_CPUS_PER_TASK": "64", "LAUNCHER": launcher}
     environment |= {"RECORD": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "scripts/pretrain.sbatch", *words], cwd=ROOT, env={**os.environ, **environment}, capture_output=True
@@ -179,6 +180,13 @@ def test_a_job_that_has_saved_a_checkpoint_is_queued_again(tmp_path):
     }
     _, requeued = submit(tmp_path, f"mkdir -p '{run}/checkpoints/step-9'", str(run))
     assert requeued == "requeue 5\n" * 2
+
+
+def test_a_job_has_eight_cores_for_each_gpu(tmp_path):
+    words = (ROOT / "scripts" / "pretrain.sbatch").read_text().split()
+    assert {"--gpus-per-node=8", "--cpus-per-task=64"} <= set(words)
+    submit(tmp_path, "true", str(tmp_path / "run"))
+    assert (tmp_path / "srun").read_text() == "--cpus-per-task=64\n"
 
 
 def test_a_job_that_has_saved_nothing_or_is_complete_is_not_queued_again(tmp_path):
