@@ -16,7 +16,7 @@ from m2t_accel.study.results import FIGURES, Results, collect, distinct, summary
 WORDS = {"knn_top1": "kNN top-1", "linear_top1": "linear top-1"}
 # Okabe and Ito's colours, which colour-blind readers can tell apart; each has its own marker, too.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKERS = "os^DvPX"
+MARKERS = "os^DvPX*"  # one more than the colours, so that 56 values of a setting look different
 GREY = "#6e6e6e"
 SMALL = {"color": GREY, "fontsize": 13}
 

@@ -11,7 +11,7 @@ from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.run.output_dir import FILES
 from m2t_accel.study.driver import PRETRAINING, PROBE, RANDOM_WEIGHTS, next_task
 from m2t_accel.study.plan import plain_settings, read_study
-from m2t_accel.study.report import markdown_table, report, spread_out
+from m2t_accel.study.report import COLOURS, MARKERS, markdown_table, report, spread_out
 from m2t_accel.study.results import collect, different_images, is_trained, read_results
 
 NONE = {"runs": [], "random_weights": []}
@@ -52,6 +52,11 @@ def half_done(tmp_path):
             probe(run, 0.9 + 0.01 * number)
     probe(study.runs[0], 0.5, random_weights=True)
     return study
+
+
+def test_more_values_than_colours_have_another_marker():
+    looks = {(COLOURS[kind % len(COLOURS)], MARKERS[kind % len(MARKERS)]) for kind in range(50)}
+    assert len(looks) == 50
 
 
 def test_tasks_come_in_the_order_of_the_grid_and_none_twice(half_done):
