@@ -28,12 +28,18 @@ def main() -> None:
         if not given.output.endswith(".html"):
             raise ConfigurationError(f"--output {given.output}: a page is written, so its name must end in .html")
         check_writable("output", given.output)
-        from m2t_accel.pages.comparison import comparison_table, group_runs, text_table, write_comparison
+        from m2t_accel.pages.comparison import (
+            comparison_table,
+            group_runs,
+            protocol_notes,
+            text_table,
+            write_comparison,
+        )
         from m2t_accel.pages.record import read_run
 
         folders = {Path(run).resolve(): run for run in given.runs}  # a run that is given twice is one
         groups = group_runs([replace(read_run(Path(run)), name=run.rstrip("/")) for run in folders.values()])
-        print(text_table(*comparison_table(groups)))
+        print(text_table(*comparison_table(groups)), *protocol_notes(groups), sep="\n")
         write_comparison(groups, Path(given.output))
         print(f"\nCurves: {given.output}, {Path(given.output).with_suffix('.png')}")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -23,36 +25,53 @@ from m2t_accel.pictures import plain_words
 # Settings of two runs that may differ although both compute the same.
 IGNORED = ("output_dir", "resume", "num_workers", "push_to_hub", "hub_private_repo", "report_to", "checkpoint_every")
 IGNORED += ("keep", "collective_timeout", "log_every", "evaluate_every", "stop_on_collapse", "deterministic", "tracker")
+# Entries of the protocol of an evaluation that depend on the encoder, or on how it did.
+OF_ENCODER = ("network", "held_out_top1", "chosen_learning_rate")
 COLOURS = ("#1f5fa8", "#d9770b", "#2e8b57", "#a8327a", "#6b5b95", "#8a6d3b", "#24292f", "#17a2b8")  # by group
+LINE_STYLES = {"solid": "solid", "dash": "dashed", "dot": "dotted"}  # plotly's: that of matplotlib and CSS
 GRID = 500  # points of the mean of a group
 DRAWN = ("loss", "knn", "embeddings", "rank", "schedules", "speed")  # charts of the picture; the page has all
 
 
 class Group(NamedTuple):
-    """Runs whose settings differ in the seed only."""
+    """Runs whose settings differ in the seed only; each seed occurs once."""
 
     label: str
     records: list[RunRecord]
     colour: str
+    dash: str  # a key of LINE_STYLES
 
 
 def group_runs(records: Sequence[RunRecord]) -> list[Group]:
-    """Return the runs in groups that differ by seed only, in the order in which they were given."""
-    found: dict[str, list[RunRecord]] = {}
+    """Return the runs in groups that differ by seed only, in the order in which they were given.
+
+    A run with the seed of an earlier one is no further sample, so the second run of each seed is in a second group.
+    """
+    found: dict[tuple[str, int], list[RunRecord]] = {}
+    repeats: Counter[tuple[str, str]] = Counter()
     for record in records:
-        key = {name: text for name, text in settings_text(record).items() if name != "seed"}
-        found.setdefault(repr(sorted(key.items())), []).append(record)
+        settings = settings_text(record)
+        seed, others = settings.pop("seed"), repr(sorted(settings.items()))
+        found.setdefault((others, repeats[others, seed]), []).append(record)
+        repeats[others, seed] += 1
     groups = []
     for i, members in enumerate(found.values()):
         label = members[0].name if len(members) == 1 else f"{members[0].name} and {len(members) - 1} of other seeds"
-        groups.append(Group(label, members, COLOURS[i % len(COLOURS)]))
+        dash = list(LINE_STYLES)[i // len(COLOURS) % len(LINE_STYLES)]
+        groups.append(Group(label, members, COLOURS[i % len(COLOURS)], dash))
     return groups
 
 
 def settings_text(record: RunRecord) -> dict[str, str]:
-    """Return the settings that decide what a run computes, as text; runs of earlier versions have the defaults."""
+    """Return the settings that decide what a run computes, as text; runs of earlier versions have the defaults.
+
+    Two of them are no settings of their own: the precision of the launch, and whether images were held out for kNN.
+    """
     defaults = {item.name: item.default for item in dataclasses.fields(PretrainConfig)}
     settings = {**defaults, **record.settings}
+    precision = re.search(r", (\w+)$", record.hardware)
+    settings["precision"] = precision[1] if precision else "float32"
+    settings["holds_out_images"] = settings["evaluate_every"] != 0
     return {name: plain_text(value) for name, value in settings.items() if name not in IGNORED}
 
 
@@ -67,13 +86,45 @@ def differences(records: Sequence[RunRecord]) -> dict[str, list[str]]:
 def results(record: RunRecord) -> dict[str, float]:
     """Return the results of a run, by the words of the table's columns."""
     found = {"loss": record.last("loss"), "kNN top-1 %": scaled(record.last("knn_top1"))}
-    for name, result in record.results.items():
-        if not (result.get("protocol") or {}).get("random_weights"):
-            for figure, share in result["figures"].items():
-                found[f"{name} {figure} %"] = scaled(share)
+    for name, result in evaluations(record).items():
+        for figure, share in result["figures"].items():
+            found[f"{name} {figure} %"] = scaled(share)
     speeds = record.series("images_per_second")[1]
     found["images/s"] = statistics.median(speeds) if speeds else None
     return {name: value for name, value in found.items() if value is not None}
+
+
+def evaluations(record: RunRecord) -> dict[str, Mapping[str, object]]:
+    """Return the results of the evaluations of a run's encoder, by the names of their folders."""
+    return {
+        name: result
+        for name, result in record.results.items()
+        if not (result.get("protocol") or {}).get("random_weights")
+    }
+
+
+def protocol_differences(records: Sequence[RunRecord]) -> dict[str, list[str]]:
+    """Return what differs in the protocols of an evaluation that several runs have, by its name.
+
+    What an earlier version has not recorded is not compared.
+    """
+    protocols: dict[str, list[dict[str, object]]] = {}
+    for record in records:
+        for name, result in evaluations(record).items():
+            images = {"images": result["data"]} if "data" in result else {}
+            protocols.setdefault(name, []).append({**(result.get("protocol") or {}), **images})
+    found = {}
+    for name, each in protocols.items():
+        shared = [key for key in each[0] if key not in OF_ENCODER and all(key in protocol for protocol in each)]
+        if different := [key for key in shared if any(protocol[key] != each[0][key] for protocol in each)]:
+            found[name] = different
+    return found
+
+
+def protocol_notes(groups: Sequence[Group]) -> list[str]:
+    """Return a line for each evaluation whose figures cannot be compared, because its protocols differ."""
+    differing = protocol_differences([record for group in groups for record in group.records])
+    return [f"* {name}: the runs differ in {', '.join(parts)} of this evaluation" for name, parts in differing.items()]
 
 
 def scaled(share: float | None) -> float | None:
@@ -96,7 +147,8 @@ class Line(NamedTuple):
 def comparison_table(groups: Sequence[Group]) -> tuple[list[str], list[Line]]:
     """Return the header and the lines of the table of runs.
 
-    A group of several runs has a line with mean ± standard deviation of those that have got furthest.
+    A group of several runs has a line with mean ± standard deviation of those that have got furthest. A `*` marks the
+    figures of an evaluation whose protocols differ.
     """
     records = [record for group in groups for record in group.records]
     differing = differences(records)
@@ -117,6 +169,8 @@ def comparison_table(groups: Sequence[Group]) -> tuple[list[str], list[Line]]:
             means = [mean_and_deviation(name, [found[name] for found in ended if name in found]) for name in columns]
             same = [each[index - 1] if name != "seed" else "" for name, each in differing.items()]
             lines.append(Line([f"mean of {len(ended)}", *same, *means, f"step {step:,}"], group, is_mean=True))
+    unlike = tuple(f"{name} " for name in protocol_differences(records))
+    columns = [f"{name} *" if name.startswith(unlike) else name for name in columns]
     return ["run", *differing, *columns, "status"], lines
 
 
@@ -200,10 +254,12 @@ def group_series(group: Group, figure: str, scale: float) -> list[dict[str, obje
             mode = "lines+markers" if len(values) <= 30 and mean is None else "lines"
             style = {"width": 1, "opacity": 0.45} if mean is not None else {}
             curve = downsample(epochs, [scale * value for value in values])
-            series.append({"name": record.name, "color": group.colour, "mode": mode, **style, **curve})
+            look = {"color": group.colour, "dash": group.dash, "mode": mode, **style}
+            series.append({"name": record.name, **look, **curve})
     if mean is not None:
         scaled_mean = mean | {name: [scale * value for value in mean[name]] for name in ("y", "low", "high")}
-        series.append({"name": f"mean of {group.label}", "color": group.colour, "width": 2.4, **scaled_mean})
+        look = {"color": group.colour, "dash": group.dash, "width": 2.4}
+        series.append({"name": f"mean of {group.label}", **look, **scaled_mean})
     return series
 
 
@@ -217,7 +273,8 @@ def write_comparison(groups: Sequence[Group], page: Path) -> None:
     charts = comparison_charts(groups)
     rows = []
     for line in lines:
-        swatch = f'<span class="swatch" style="background:{line.group.colour}"></span>'
+        style = f"border-top:3px {LINE_STYLES[line.group.dash]} {line.group.colour}"
+        swatch = f'<span class="swatch" style="{style}"></span>'
         cells = [escape(cell) for cell in line.cells]
         cells = [f"<strong>{cell}</strong>" for cell in cells] if line.is_mean else cells
         rows.append([swatch + cells[0], *cells[1:]])
@@ -229,8 +286,9 @@ def write_comparison(groups: Sequence[Group], page: Path) -> None:
         f"<h1>{escape(title)}</h1>",
         f'<p class="muted">Written {now()}. The columns between run and loss are the settings that differ.</p>',
         table([escape(name) for name in header], rows, "compact"),
+        *(f'<p class="muted">{escape(line)}</p>' for line in protocol_notes(groups)),
         f'<div class="controls"><h2>Curves</h2>{smoothing_slider()}</div>' if charts else "",
-        f'<p class="muted">The colours are those of the table.{note}</p>'
+        f'<p class="muted">The colours and line styles are those of the table.{note}</p>'
         if charts
         else "<p>No run has a line of metrics yet.</p>",
         chart_cards(charts),
@@ -258,7 +316,11 @@ def draw_comparison(groups: Sequence[Group], picture: Path) -> None:
     for panel, (title, curves) in zip(panels, charts, strict=False):
         draw_panel(panel, title, curves)
     handles = [
-        {"color": group.colour, "label": group.label if len(group.records) == 1 else f"{group.label} (mean)"}
+        {
+            "color": group.colour,
+            "linestyle": LINE_STYLES[group.dash],
+            "label": group.label if len(group.records) == 1 else f"{group.label} (mean)",
+        }
         for group in groups
     ]
     if charts:
@@ -275,8 +337,8 @@ def draw_panel(panel: object, title: str, curves: Sequence[Mapping[str, object]]
     for curve in curves:
         alpha, width = curve.get("opacity", 1), curve.get("width", 1.6)
         x, y = (curve.get(f"mean_{name}", curve[name]) for name in ("x", "y"))
-        marker = "o" if "markers" in curve.get("mode", "") else None
-        panel.plot(x, y, color=curve["color"], alpha=alpha, linewidth=width, marker=marker, markersize=3)
+        style = {"color": curve["color"], "linestyle": LINE_STYLES[curve["dash"]], "linewidth": width, "alpha": alpha}
+        panel.plot(x, y, marker="o" if "markers" in curve.get("mode", "") else None, markersize=3, **style)
         if "low" in curve:
             panel.fill_between(curve["x"], curve["low"], curve["high"], color=curve["color"], alpha=0.15, linewidth=0)
     panel.set_title(title)

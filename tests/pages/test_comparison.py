@@ -5,7 +5,7 @@ import pytest
 from helpers import write_run
 from PIL import Image
 
-from m2t_accel.pages.comparison import comparison_table, group_curve, group_runs, text_table
+from m2t_accel.pages.comparison import comparison_table, group_curve, group_runs, protocol_notes, text_table
 from m2t_accel.pages.record import read_run
 
 
@@ -30,6 +30,46 @@ def test_runs_that_differ_by_seed_only_are_one_group(tmp_path, seeds):
     assert text_table(header, lines).splitlines()[0].split()[:3] == ["run", "seed", "weight_momentum"]
 
 
+def test_runs_of_another_precision_or_that_hold_out_no_images_are_other_groups(tmp_path):
+    folders = [write_run(tmp_path / name, seed=seed) for seed, name in enumerate(("float32", "bf16"))]
+    folders.append(write_run(tmp_path / "all images", seed=2, evaluate_every=0))
+    (folders[1] / "training.json").write_text(json.dumps({"hardware": "8 × NVIDIA H200, bf16", "seconds": 1}))
+    groups = group_runs([read_run(folder) for folder in folders])
+    assert [group.label for group in groups] == ["float32", "bf16", "all images"]
+    header, lines = comparison_table(groups)
+    assert header[1:4] == ["seed", "precision", "holds_out_images"]
+    assert [line.cells[2:4] for line in lines] == [["float32", "True"], ["bf16", "True"], ["float32", "False"]]
+
+
+def test_a_seed_counts_once_in_a_group(tmp_path, seeds):
+    again = write_run(tmp_path / "again", seed=1)
+    groups = group_runs([read_run(folder) for folder in (*seeds[:2], again, seeds[2])])
+    assert [group.label for group in groups] == ["seed0 and 2 of other seeds", "again"]
+
+
+def test_each_of_many_groups_has_its_own_colour_and_line_style(tmp_path):
+    groups = group_runs(
+        [read_run(write_run(tmp_path / str(i), num_steps=2, weight_momentum=i / 20)) for i in range(20)]
+    )
+    assert len({(group.colour, group.dash) for group in groups}) == 20
+
+
+def test_results_of_different_protocols_are_marked(seeds):
+    for folder, epochs in zip(seeds, (40, 40, 90), strict=True):
+        for name, protocol in (("linear", {"epochs": epochs, "network": folder.name}), ("knn", {"k": [20]})):
+            (folder / name).mkdir()
+            result = {
+                "figures": {"top1": 0.9},
+                "protocol": protocol,
+                "data": {"train": epochs if name == "linear" else 5},
+            }
+            (folder / name / "result.json").write_text(json.dumps(result))
+    groups = group_runs([read_run(folder) for folder in seeds])
+    header, _ = comparison_table(groups)
+    assert header[-4:-2] == ["knn top1 %", "linear top1 % *"]
+    assert protocol_notes(groups) == ["* linear: the runs differ in epochs, images of this evaluation"]
+
+
 def test_the_mean_of_a_curve_is_that_of_the_runs_that_have_reached_the_epoch(seeds):
     lines = (seeds[2] / "metrics.jsonl").read_text().splitlines(keepends=True)
     (seeds[2] / "metrics.jsonl").write_text("".join(lines[:21]))
@@ -47,7 +87,7 @@ def test_the_mean_of_a_curve_is_that_of_the_runs_that_have_reached_the_epoch(see
 
 
 def test_a_run_of_an_earlier_version_has_the_defaults(tmp_path):
-    folders = [write_run(tmp_path / name) for name in ("old", "new")]
+    folders = [write_run(tmp_path / name, seed=seed) for seed, name in enumerate(("old", "new"))]
     text = (folders[0] / "config.yaml").read_text()
     lines = [line for line in text.splitlines() if not line.startswith(("init_from", "max_image_pixels", "keep"))]
     (folders[0] / "config.yaml").write_text("\n".join(lines))
