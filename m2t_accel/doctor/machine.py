@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import resource
@@ -29,6 +30,11 @@ from m2t_accel.run.checkpoint import list_checkpoints
 from m2t_accel.run.folder import Start
 
 SHARED_MEMORY = "/dev/shm"
+# The files of a container's limit, use and kinds of memory, and the word for inactive files; of cgroups 2 and 1.
+MEMORY_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
 LOCKS = (32_000, 12_000)  # bytes in SHARED_MEMORY: of a loader, and of each of its workers
 NCCL_SHARED = 64 * 2**20  # Docker's default, which NCCL exceeds between several GPUs
 FILES, FILES_PER_WORKER = 128, 8  # open files: of a run with its dataset, and of each worker
@@ -107,13 +113,18 @@ def workers_of(config: PretrainConfig) -> int:
 
 
 def available_memory() -> int:
-    """Return the bytes of main memory that are free, also within the limit of a container."""
+    """Return the bytes of main memory that are free, also within the limit of a container.
+
+    What a container uses includes the files that it has read. The kernel drops those that are inactive when memory is
+    needed, so they count as free, as in Kubernetes.
+    """
     free = psutil.virtual_memory().available
-    try:
-        limit, used = ((CGROUPS / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return free if limit == "max" else min(free, int(limit) - int(used))
-    except (OSError, ValueError):
-        return free
+    for limit, used, statistics, inactive in MEMORY_FILES:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or the word `max`
+            limit, used = (int((CGROUPS / name).read_text()) for name in (limit, used))
+            found = dict(line.split() for line in (CGROUPS / statistics).read_text().splitlines())
+            return min(free, limit - used + int(found.get(inactive, 0)))
+    return free
 
 
 def free_bytes(folder: str | Path) -> int:

@@ -73,12 +73,16 @@ def test_too_little_memory_for_the_batches_is_bad(tmp_path, monkeypatch):
     assert next(machine.check_memory(config)).mark == GOOD
 
 
-def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
+@pytest.mark.parametrize("files", machine.MEMORY_FILES, ids=["cgroup 2", "cgroup 1"])
+def test_the_limit_of_a_container_counts_without_its_inactive_files(tmp_path, monkeypatch, files):
     monkeypatch.setattr(machine, "CGROUPS", tmp_path)
-    (tmp_path / "memory.max").write_text("300000\n")
-    (tmp_path / "memory.current").write_text("100000\n")
+    (tmp_path / "memory").mkdir()
+    limit, used, statistics, inactive = files
+    (tmp_path / limit).write_text("300000\n")
+    (tmp_path / used).write_text("299000\n")
+    (tmp_path / statistics).write_text(f"anon 90000\n{inactive} 199000\nactive_file 10000\n")
     assert machine.available_memory() == 200_000
-    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / limit).write_text("max\n" if limit == "memory.max" else "9223372036854771712\n")
     assert machine.available_memory() > 200_000
 
 
