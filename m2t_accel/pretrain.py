@@ -38,6 +38,7 @@ from m2t_accel.distributed.processes import broadcast_object, check_same_images,
 from m2t_accel.hub.warm_start import load_warm_start
 from m2t_accel.model import Teacher, create_encoder, create_student, is_stock
 from m2t_accel.optim import create_optimizer
+from m2t_accel.output import lasting_output
 from m2t_accel.run import resume
 from m2t_accel.run.completion import VERSIONS, finish
 from m2t_accel.run.folder import RunFolder, Start
@@ -112,6 +113,7 @@ def pretrain(
     step = create_step(config, accelerator, encoder, architecture, warm.state if warm is not None else None)
     with (
         StopSignals() as signals,
+        lasting_output(),
         contextlib.closing(folder),
         contextlib.ExitStack() as stack,  # closes the run after lost processes are reported: a save may take long
         report_lost_processes(accelerator, timeout),

@@ -73,6 +73,13 @@ def stop_in_step(patch, number, received=signal.SIGTERM):
     patch.setattr(TrainingStep, "begin", begin_and_signal)
 
 
+def without_reader():
+    """Return a text stream to a pipe whose reader has ended, as `| tee` does at Ctrl-C."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w", buffering=1)
+
+
 def settings(dataset, **others):
     """Return a configuration of pretraining: three epochs in batches of four."""
     return build_config(

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 
 import cv2
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from helpers import stop_in_step, tiny, write_image, write_parquet, write_tar
+from helpers import stop_in_step, tiny, without_reader, write_image, write_parquet, write_tar
 from survive import different, last_tensors, metrics
 from transformers import AutoModel
 
@@ -324,6 +325,16 @@ def test_a_run_stopped_in_any_step_resumes_bit_for_bit(trained_run, tmp_path, mo
     assert checkpoint_names(tmp_path / "run") == [f"step-{step}"]
     train(tiny(tmp_path / "run"))
     assert_same_run(trained_run, tmp_path / "run")
+
+
+def test_a_run_whose_output_is_not_read_any_more_goes_on_and_saves(small, tmp_path, monkeypatch):
+    stop_in_step(monkeypatch, 7, signal.SIGINT)
+    with without_reader() as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        with pytest.raises(Interrupted, match=r"SIGINT, after step 7 of 10\. "):
+            train(small(tmp_path / "run"))
+    assert checkpoint_names(tmp_path / "run") == ["step-7"]
 
 
 def write_hub_tars(folder):

@@ -31,6 +31,7 @@ from m2t_accel.config.fields import (
 from m2t_accel.config.other_names import is_flag, own_names, own_values, refuse_unknown, unknown_flags
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.config.recipes import RECIPES, build_config
+from m2t_accel.output import LastingStream, discard
 
 Settings = TypeVar("Settings")
 
@@ -276,7 +277,6 @@ def errors_in_one_line() -> Iterator[None]:
     wait. If the first one fails too, the launcher ends the others meanwhile, so the error is printed once. An error
     found before the processes have joined needs the longer wait: on a busy machine they start many seconds apart.
     """
-    name = Path(sys.argv[0]).name
     previous = signal.getsignal(signal.SIGINT)
     if previous is signal.default_int_handler:
         signal.signal(signal.SIGINT, handle_ctrl_c)
@@ -291,8 +291,7 @@ def errors_in_one_line() -> Iterator[None]:
             time.sleep(30 if is_error else 3)
         line = " ".join(str(error).split())  # the given value may contain line breaks
         kind, status = ("error: ", 2) if is_error else ("", error.status)
-        sys.stderr.write(f"{name}: {kind}{line}\n")  # in one piece, so that processes do not mix their lines
-        sys.stderr.flush()
+        print_error(f"{kind}{line}")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # The interpreter would now destroy the process group. It can abort in a thread of gloo, and NCCL warns, or
             # waits for a lost process. The kernel closes the connections of a process that ends at once.
@@ -300,7 +299,7 @@ def errors_in_one_line() -> Iterator[None]:
             os._exit(status)
         raise SystemExit(status) from None
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr, flush=True)
+        print_error("interrupted")
         raise SystemExit(STATUS_CTRL_C) from None
     finally:
         signal.signal(signal.SIGINT, previous)
@@ -319,10 +318,17 @@ def quiet_without_reader() -> Iterator[None]:
         output.register(sys.stdout, 0)
         if not output.poll(0):  # the broken pipe was another one
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter still flushes
+        discard(sys.stdout)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             os._exit(128 + signal.SIGPIPE)
         raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def print_error(text: str) -> None:
+    """Print a line to stderr after the name of the script, if anything still reads it."""
+    stderr = LastingStream(sys.stderr)
+    stderr.write(f"{Path(sys.argv[0]).name}: {text}\n")  # in one piece, so that processes do not mix their lines
+    stderr.flush()
 
 
 def handle_ctrl_c(number: int, frame: types.FrameType | None) -> None:
@@ -332,7 +338,7 @@ def handle_ctrl_c(number: int, frame: types.FrameType | None) -> None:
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+            print_error("interrupted")
             os._exit(STATUS_CTRL_C)
         frame = frame.f_back
     raise KeyboardInterrupt

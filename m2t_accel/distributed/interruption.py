@@ -77,8 +77,9 @@ class StopSignals:
             self.received, self.received_at = number, time.monotonic()
             signal.setitimer(signal.ITIMER_REAL, 1, 1)
             again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
-            # os.write, because the signal may interrupt a print.
-            os.write(2, f"\n{signal.Signals(number).name}: the run ends after this step and saves{again}\n".encode())
+            line = f"\n{signal.Signals(number).name}: the run ends after this step and saves{again}\n"
+            with contextlib.suppress(OSError):  # Ctrl-C has also ended `| tee`, or the terminal is closed
+                os.write(2, line.encode())  # not print, which the signal may have interrupted
 
     def check_wait(self, number: int, frame: FrameType | None) -> None:
         """End a wait that takes too long; called every second after a signal.

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import yaml
+from helpers import without_reader
 
 from m2t_accel.config.command_line import errors_in_one_line, parse_command_line, parse_settings
 from m2t_accel.config.evaluation import KnnConfig, build_knn
@@ -74,14 +75,19 @@ def test_ctrl_c_prints_one_line_even_while_libraries_are_imported(run_script, im
 @pytest.mark.parametrize("unbuffered", ["1", ""])
 @pytest.mark.parametrize("arguments", [("pretrain.py", "--help"), ("pretrain.py", "--recipe", "list")])
 def test_output_that_nobody_reads_is_no_error(unbuffered, arguments):
-    reader, writer = os.pipe()
-    os.close(reader)  # as `| head` has done when it ends
     command = [sys.executable, f"scripts/{arguments[0]}", *arguments[1:]]
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
-    done = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
-    os.close(writer)
+    with without_reader() as out:
+        done = subprocess.run(command, env=environment, stdout=out, stderr=subprocess.PIPE, text=True, check=False)
     assert done.stderr == ""
     assert done.returncode in (0, 128 + signal.SIGPIPE)  # argparse ignores it
+
+
+def test_an_error_that_nobody_reads_keeps_its_status():
+    command = [sys.executable, "scripts/preview.py", "--no_such_flag"]
+    with without_reader() as stderr:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
 
 
 def test_a_broken_pipe_elsewhere_keeps_its_traceback():

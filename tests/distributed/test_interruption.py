@@ -41,6 +41,16 @@ def test_the_second_ctrl_c_is_not_caught(capfd):
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
 
+def test_a_signal_is_recorded_if_nothing_reads_stderr(monkeypatch):
+    def fail(file, line):
+        raise BrokenPipeError
+
+    with StopSignals() as signals:
+        monkeypatch.setattr(os, "write", fail)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+
+
 def test_outside_the_main_thread_handlers_stay_as_they_are():
     previous = signal.getsignal(signal.SIGTERM)
     found = []

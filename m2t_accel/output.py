@@ -1,0 +1,63 @@
+"""Printing that outlives the reader of the output: a pipe such as `| tee`, or a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from typing import TextIO
+
+READER_IS_GONE = (errno.EPIPE, errno.EIO)  # errors of a pipe whose reader has ended, and of a closed terminal
+
+
+class LastingStream:
+    """A text stream that drops what cannot be written, where the stream itself raises an OSError."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write the text if possible. Return its length."""
+        with self.errors_ignored():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream if possible."""
+        with self.errors_ignored():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def errors_ignored(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # on a full disk, a later line may fit again
+            if error.errno in READER_IS_GONE:
+                discard(self.stream)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+
+def discard(stream: TextIO) -> None:
+    """Send the rest of a stream to /dev/null, also what it still buffers: the interpreter flushes it at its end."""
+    with contextlib.suppress(OSError, ValueError):  # not a stream of a file
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Continue the block without output if its reader ends: at Ctrl-C, `| tee` ends before the program does."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (None if stream is None else LastingStream(stream) for stream in before)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None and not stream.closed:
+                stream.flush()
+        sys.stdout, sys.stderr = before
