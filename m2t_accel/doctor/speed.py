@@ -284,24 +284,26 @@ def describe_loader(loader: LoaderSpeed, in_place: bool) -> Iterator[Finding]:
 def describe_limit(loader: LoaderSpeed, step: StepSpeed) -> Iterator[Finding]:
     """Yield which of the two limits the run, by how much, and how many workers it needs."""
     delivered, used = loader.images_per_second, step.images_per_second
-    needed = max(1, math.ceil(used / step.num_processes / loader.of_each))
+    fewest = max(1, math.ceil(used / step.num_processes / loader.of_each))  # each of several may be slower
     if loader.workers == 0:
         share = used / (used + delivered)
         spare = num_cores() // num_local_processes() - 1
-        more = f"--num_workers {min(needed, spare)}" if spare > 0 else "it has no core for a worker"
+        more = f"--num_workers {min(fewest, spare)}" if spare > 0 else "it has no core for a worker"
         yield Finding(DOUBTFUL, "limit", f"the step waits {share:.0%} of the time while its process decodes: {more}")
     elif delivered >= used:
-        enough = "1 worker is" if needed == 1 else f"{needed} workers are"
+        # The other numbers of workers are not measured.
+        enough = "1 worker is" if fewest == 1 else f"{count(loader.workers, 'worker')} are"
         text = f"the step: the loader delivers {delivered / used:,.1f} times as many images; {enough} enough"
         yield Finding(GOOD, "limit", text)
     else:
         cores = num_cores() // num_local_processes()
+        needed = max(loader.workers + 1, math.ceil(loader.workers * used / delivered))
         more = f"--num_workers {needed}"
         if needed >= cores:
             more = (
-                f"{needed} workers a process would be enough, but it has {count(cores, 'core')}: smaller images on the "
+                f"it needs {needed} workers a process, which has {count(cores, 'core')}: smaller images on the disk, "
+                "or more cores"
             )
-            more += "disk, or more cores"
         yield Finding(
             DOUBTFUL, "limit", f"the loader: the step waits {1 - delivered / used:.0%} of the time for images: {more}"
         )
