@@ -90,6 +90,15 @@ def none_decoded(what: str, images: Dataset, config: ImageSettings) -> Configura
     return ConfigurationError(f"--dataset {config.dataset}: none of the {len(images):,} {what} can be decoded{first}")
 
 
+def not_finite(accelerator: Accelerator) -> ConfigurationError:
+    """Return the error for features that are NaN or infinite. Their neighbours and classes would be arbitrary."""
+    precision = accelerator.mixed_precision
+    overflow = (
+        "" if precision == "no" else f", or {precision} overflows: type `accelerate launch --mixed_precision no …`"
+    )
+    return ConfigurationError(f"the encoder's features are not finite: its weights are damaged{overflow}")
+
+
 def process_batches(process_index: int, num_images: int, num_processes: int, batches_per_turn: int) -> list[list[int]]:
     """Return the batches of one process as lists of sample numbers. No process has more batches than the first."""
     turn = batches_per_turn * BATCH_SIZE
@@ -109,6 +118,9 @@ def gather_features(
     Args:
         batches: this process's batches, as `embed_images` yields them if a process takes one batch in a turn.
         num_images: number of images, with those that cannot be decoded.
+
+    Raises:
+        ConfigurationError: the features are not finite; the same on every process.
     """
     batches = iter(batches)
     most_batches = len(process_batches(0, num_images, accelerator.num_processes, 1))
@@ -122,7 +134,10 @@ def gather_features(
             empty = Features(no_numbers, torch.empty(0, int(accelerator.gather(width).max())), no_numbers)
             found = Features(*(rows.new_empty(num_images, *rows.shape[1:], device=device) for rows in empty))
             found.samples.fill_(-1)
-        columns = [rows.to(device) for rows in gather_rows(empty, block, accelerator)]
+        gathered = gather_rows(empty, block, accelerator)
+        if not gathered[1].isfinite().all():
+            raise not_finite(accelerator)
+        columns = [rows.to(device) for rows in gathered]
         for rows, column in zip(found, columns, strict=True):
             rows[columns[0]] = column
     decoded = found.samples >= 0

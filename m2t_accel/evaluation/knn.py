@@ -24,6 +24,7 @@ from m2t_accel.evaluation.features import (
     gather_features,
     gather_rows,
     none_decoded,
+    not_finite,
     read_labels,
     sample_labels,
 )
@@ -66,7 +67,8 @@ def measure_knn(
         after_batch: see `embed_images`.
 
     Raises:
-        ConfigurationError: no image of the bank or of the queries can be decoded; the same on every process.
+        ConfigurationError: no image of the bank or of the queries can be decoded, or features are not finite; the same
+            on every process.
     """
     size = block_size(len(bank))
     blocks = list(join_blocks(embed_images(encoder, bank, config, accelerator, size // BATCH_SIZE, after_batch), size))
@@ -81,6 +83,8 @@ def measure_knn(
         raise none_decoded("validation images", queries, config)
     ks = list(dict.fromkeys(min(k, len(bank_samples)) for k in ks))
     similarities, neighbours = merge_shares(*find_nearest(blocks, found.features, max(ks)), accelerator)
+    if similarities.isnan().any():  # a feature of the bank; topk takes NaN for the largest value
+        raise not_finite(accelerator)
     labels = sample_labels(queries, found.samples)
     bank_labels = torch.from_numpy(read_labels(bank)).to(labels.device)
     return KnnResult(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 
@@ -42,7 +43,8 @@ def evaluate_linear(config: LinearProbeConfig) -> dict[str, object]:
     return the result. A checkpoint is written after each epoch; an interrupted probe resumes from it.
 
     Raises:
-        ConfigurationError: the launch, the encoder, the images or the output folder is not usable.
+        ConfigurationError: the launch, the encoder, the images or the output folder is not usable, or no loss is finite
+            any longer.
     """
     evaluation = start_evaluation(config)
     train, held_out = split_held_out(evaluation.images.train, len(config.learning_rates))
@@ -129,6 +131,9 @@ def train_heads(evaluation: Evaluation, train: Dataset) -> tuple[Heads, set[int]
 
     Returns:
         The heads, the images that this process could not decode, and the seconds of training in earlier runs.
+
+    Raises:
+        ConfigurationError: in an epoch the mean loss of no head is finite.
     """
     config, accelerator = evaluation.config, evaluation.accelerator
     source = CachedFeatures(evaluation, train) if config.features == "cached" else AugmentedFeatures(evaluation, train)
@@ -156,6 +161,12 @@ def train_heads(evaluation: Evaluation, train: Dataset) -> tuple[Heads, set[int]
                 mean = torch.stack(losses).mean(dim=0).tolist()
                 losses = []
                 bar.set_postfix_str("loss " + " ".join(f"{loss:.3f}" for loss in mean), refresh=False)
+                if not any(map(math.isfinite, mean)):
+                    raise ConfigurationError(
+                        f"the loss is {mean[0]} in epoch {step // steps_per_epoch + 1}: the encoder overflows in "
+                        f"{evaluation.precision}, or --learning_rates {min(config.learning_rates):g} is too high: type "
+                        "`accelerate launch --mixed_precision no …` or a lower rate, with another --output_dir"
+                    )
                 state = {"step": step + 1, "seconds": time.perf_counter() - started}
                 state |= {"heads": heads.state_dict(), "optimizer": heads.optimizer.state_dict()}
                 checkpoint.save(state, source.broken)

@@ -96,10 +96,23 @@ def start_evaluation(config: EvaluationSettings) -> Evaluation:
     set_seed(getattr(config, "seed", 0))
     encoder = random_weights(loaded.model) if config.random_weights else loaded.model
     encoder.requires_grad_(False).eval().to(accelerator.device, memory_format=torch.channels_last)
-    with torch.no_grad(), kernel_search(False):
-        blank = torch.zeros(1, 3, config.image_size, config.image_size, device=accelerator.device)
-        num_features = embed(encoder, blank).shape[1]
+    num_features = on_all_processes(accelerator, lambda: count_features(encoder, config, accelerator.device))
     return Evaluation(config, accelerator, encoder, loaded, weights_fingerprint(encoder), num_features, images)
+
+
+def count_features(encoder: nn.Module, config: EvaluationSettings, device: torch.device) -> int:
+    """Return the number of features that an encoder gives for an image.
+
+    Raises:
+        ConfigurationError: the features of a blank image are not finite.
+    """
+    with torch.no_grad(), kernel_search(False):
+        features = embed(encoder, torch.zeros(1, 3, config.image_size, config.image_size, device=device))
+    if not features.isfinite().all():
+        raise ConfigurationError(
+            f"--encoder {config.encoder}: its features are not finite, so its weights are damaged: give another encoder"
+        )
+    return features.shape[1]
 
 
 def run_once(evaluation: Evaluation, measure: Callable[[], dict[str, object]]) -> dict[str, object]:

@@ -24,6 +24,7 @@ from m2t_accel.evaluation.features import (
     fingerprint_of_files,
     gather_rows,
     none_decoded,
+    not_finite,
     read_labels,
     sample_labels,
 )
@@ -172,17 +173,22 @@ def rank_classes(encoder: nn.Module, heads: Sequence[nn.Module], images: Dataset
     Each image is counted once, on any number of processes.
 
     Raises:
-        ConfigurationError: no image can be decoded; the same on every process.
+        ConfigurationError: no image can be decoded, or features are not finite; the same on every process.
     """
     parts = []
     for samples, features, digests in embed_images(encoder, images, evaluation.config, evaluation.accelerator):
         logits = torch.stack([head(features) for head in heads], dim=1)
-        parts.append((samples, logits.topk(min(5, logits.shape[2]), dim=2).indices, digests))
+        ranked = logits.topk(min(5, logits.shape[2]), dim=2).indices
+        # Numbers, because the padding of processes with fewer rows would turn booleans into numbers.
+        parts.append((samples, ranked, digests, features.isfinite().all(dim=1).long()))
     no_numbers = torch.empty(0, dtype=torch.int64)
     no_classes = torch.empty(0, len(heads), min(5, len(evaluation.images.class_names)), dtype=torch.int64)
-    samples, classes, digests = gather_rows((no_numbers, no_classes, no_numbers), parts, evaluation.accelerator)
+    empty = (no_numbers, no_classes, no_numbers, no_numbers)
+    samples, classes, digests, finite = gather_rows(empty, parts, evaluation.accelerator)
     if not len(samples):
         raise none_decoded("validation images", images, evaluation.config)
+    if not finite.all():
+        raise not_finite(evaluation.accelerator)
     return Ranking(classes, sample_labels(images, samples), digests)
 
 

@@ -13,6 +13,7 @@ from helpers import ROOT, encoded
 from torch import nn
 
 from m2t_accel.config.data import ImageSettings
+from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.data.buffers import Buffers
 from m2t_accel.data.sources import load_images
 from m2t_accel.distributed.device import set_up_computation
@@ -99,6 +100,27 @@ def test_two_processes_make_their_collective_calls_in_the_same_order(monkeypatch
         samples += found.samples.tolist()
     assert calls[0] == calls[1]
     assert sorted(samples) == list(range(number))
+
+
+class Overflowing(MeanColour):
+    """An encoder with an infinite feature of every image that is brighter than 5 of 255."""
+
+    def forward(self, images):
+        found = super().forward(images)
+        return torch.where(found > 5.5 / 255, torch.inf, found)
+
+
+def test_features_that_are_not_finite_are_refused():
+    """Their neighbours and classes would be arbitrary."""
+    images = Dataset.from_list([{"image": row, "label": i % 2} for i, row in enumerate(encoded(0, 8))])
+    config = ImageSettings(dataset="digits", image_size=8, image_mean=(0, 0, 0), image_std=(1, 1, 1), num_workers=0)
+    accelerator, encoder, dark = Accelerator(), Overflowing(), images.select(range(4))
+    assert measure_knn(encoder, dark, dark, 2, config, accelerator).num_bank == 4
+    for bank, queries in ((images, dark), (dark, images)):
+        with pytest.raises(ConfigurationError, match=r"features are not finite: its weights are damaged$"):
+            measure_knn(encoder, bank, queries, 2, config, accelerator)
+    accelerator = SimpleNamespace(mixed_precision="fp16")
+    assert "or fp16 overflows: type `accelerate launch --mixed_prec" in str(features.not_finite(accelerator))
 
 
 @pytest.mark.gpu

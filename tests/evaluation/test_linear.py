@@ -158,6 +158,18 @@ def test_a_probe_whose_classifier_is_refused_or_not_written_only_measures_again(
     assert not (Path(config.output_dir) / "checkpoint.pt").exists()
 
 
+def test_features_that_are_not_finite_stop_the_probe(given, monkeypatch):
+    """In the training and in the measurement, as if some images overflowed that are not blank."""
+    evaluation = start_evaluation(config := probe(given))
+    for module in ("linear", "features"):
+        monkeypatch.setattr(f"m2t_accel.evaluation.{module}.embed", lambda *inputs: embed(*inputs) * torch.nan)
+    with pytest.raises(ConfigurationError, match="loss is nan in epoch 1: the encoder overflows in float32, or"):
+        linear.evaluate_linear(config)
+    head = torch.nn.Linear(evaluation.num_features, 3)
+    with pytest.raises(ConfigurationError, match="features are not finite"):
+        rank_classes(evaluation.encoder, [head], evaluation.images.validation, evaluation)
+
+
 def test_gathered_batches_are_in_the_order_of_the_virtual_devices():
     # The other process has the devices 1 and 3; this one has 0 and 2, of two images each.
     two_processes = SimpleNamespace(num_processes=2, gather=lambda rows: torch.cat([rows, rows + 10]))

@@ -1,11 +1,13 @@
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import write_image, write_parquet
+from safetensors.torch import load_file, save_file
 
 from m2t_accel.config.evaluation import build_knn, build_linear_probe
 from m2t_accel.config.fields import ConfigurationError
@@ -38,6 +40,16 @@ def test_images_without_labels_or_validation_split_are_refused(given, tmp_path):
     write_parquet(tmp_path / "shards" / "train.parquet", 0, 20, row_group_size=5)
     with pytest.raises(ConfigurationError, match=r"--dataset .* no validation split.*--validation_fraction"):
         start_evaluation(build_knn({**given, "dataset": str(tmp_path / "shards"), "validation_fraction": 0}))
+
+
+def test_damaged_weights_are_refused(given, tmp_path):
+    shutil.copytree(given["encoder"], tmp_path / "run")
+    weights = tmp_path / "run" / "encoder" / "model.safetensors"
+    state = load_file(weights)
+    next(tensor for tensor in state.values() if tensor.dim() == 4)[0] = torch.nan
+    save_file(state, weights, metadata={"format": "pt"})
+    with pytest.raises(ConfigurationError, match=r"--encoder .*run: its features are not finite"):
+        start_evaluation(build_knn({**given, "encoder": str(tmp_path / "run")}))
 
 
 def test_a_fingerprint_of_weights_changes_with_any_of_them():
