@@ -61,7 +61,7 @@ def parse_command_line(
     description: str,
     arguments: Sequence[str] | None = None,
     options: argparse.ArgumentParser | None = None,
-    recipe: str = "digits",
+    recipe: str | None = "digits",
     shown: Collection[str] | None = None,
     build: Callable[[Mapping[str, object]], PretrainConfig] = build_config,
     **defaults: object,
@@ -72,7 +72,7 @@ def parse_command_line(
         description: text at the top of `--help`.
         arguments: words of the command line (default: those of the process).
         options: the script's own options.
-        recipe: the default recipe.
+        recipe: the default recipe; None: `build` chooses it.
         shown: names of the settings that `--help` shows (default: all); the others are accepted, too.
         build: function that makes the configuration from the given settings.
         defaults: the script's other defaults.
@@ -90,7 +90,7 @@ def parse_command_line(
         PretrainConfig,
         build,
         preset="recipe",
-        defaults={"recipe": recipe, **defaults},
+        defaults=({} if recipe is None else {"recipe": recipe}) | defaults,
         table=recipe_table,
         options=options,
         arguments=arguments,

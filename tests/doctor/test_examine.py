@@ -118,6 +118,10 @@ def test_wrong_flags_end_with_status_2_in_one_line(ask, tmp_path):
         (("--hours", 0), "--hours 0"),
         (("--dataset", "/nowhere"), "--dataset /nowhere"),
         (("--json", "/nowhere/x.json"), "--json /nowhere/x.json cannot be written"),
+        (("--hours", "x"), "--hours: invalid float value: 'x'"),
+        # Settings that fit the recipe for photographs and not `digits` are accepted with --hours.
+        (("--hours", 5, "--dataset", "/nowhere", "--device_batch_size", 128, "--epochs", 12), "--dataset /nowhere"),
+        (("--hours", 5, "--recipe", "digits", "--dataset", "/nowhere", "--epochs", 12), "--warmup_epochs 13"),
     ):
         answer = ask(SCRIPT, *words)
         assert answer.status == 2
