@@ -12,7 +12,7 @@ from typing import TypeVar
 import psutil
 from accelerate import Accelerator
 
-from m2t_accel.config.fields import count
+from m2t_accel.config.fields import ConfigurationError, count
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.data.sources import ImageData, load_images
 from m2t_accel.distributed.interruption import end_with_launcher
@@ -218,6 +218,7 @@ class Examination:
         findings.check("loader", describe_loader, self.loader, self.in_place)
         self.step, error = attempt(measure_step, config, data, accelerator, self.architecture)
         if error is not None:
+            self.end_other_process("step", error)
             findings.add(failure("step", error))
             return
         findings.check("step", describe_step, config, self.step, accelerator)
@@ -225,7 +226,21 @@ class Examination:
         if data.validation is not None and config.evaluates:
             self.evaluation_seconds, error = attempt(measure_evaluation, config, data, self.step, accelerator)
             if error is not None:
+                self.end_other_process("evaluation", error)
                 findings.add(failure("evaluation", error))
+
+    def end_other_process(self, name: str, error: Exception) -> None:
+        """End a process whose measurement has failed, unless it is the first one, which reports its own error.
+
+        The others may be waiting for its gradients, up to the timeout of the backend. The script delays the message,
+        so that the first process can report the error if it has failed, too.
+
+        Raises:
+            ConfigurationError: this is not the first process.
+        """
+        if not self.findings.is_main:
+            process = self.accelerator.process_index
+            raise ConfigurationError(f"process {process}, {name}: {failure(name, error).text}") from error
 
     def check_recipe(self, ready_seconds: float, price_per_hour: float | None) -> dict[str, object]:
         """Check the settings of the run, and predict its time. Return the figures."""

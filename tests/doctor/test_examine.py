@@ -1,13 +1,16 @@
 import json
 import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, write_image, write_parquet
 
 import m2t_accel.benchmark.data as loader_benchmark
+from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.config.recipes import build_config
-from m2t_accel.doctor import machine, speed
+from m2t_accel.doctor import examine, machine, speed
+from m2t_accel.doctor.findings import Findings
 
 SCRIPT = "scripts/doctor.py"
 TINY = ("--hidden_size", 32, "--projection_size", 16, "--max_images", 320, "--num_workers", 0)
@@ -127,6 +130,27 @@ def test_wrong_flags_end_with_status_2_in_one_line(ask, tmp_path):
         assert answer.status == 2
         assert message in answer.err
         assert answer.err.count("\n") == 1
+
+
+def test_a_process_that_lacks_memory_alone_ends_instead_of_leaving_the_others_waiting(monkeypatch, capsys):
+    def lack_memory(*arguments):
+        raise ConfigurationError("out of memory")
+
+    config = build_config({"dataset": "digits"})
+    speeds = speed.LoaderSpeed(1, 100.0, 100.0)
+    monkeypatch.setattr(examine, "measure_loader", lambda *arguments: speeds)
+    monkeypatch.setattr(examine, "measure_step", lack_memory)
+    for is_main in (True, False):
+        findings = Findings(is_main)
+        findings.start_group("speed")
+        examination = examine.Examination(config, findings, SimpleNamespace(process_index=3))
+        examination.data = SimpleNamespace(train=range(1000))
+        if is_main:
+            examination.measure()
+            assert "step           out of memory" in capsys.readouterr().out
+        else:
+            with pytest.raises(ConfigurationError, match="process 3, step: out of memory"):
+                examination.measure()
 
 
 @pytest.mark.slow
