@@ -8,11 +8,14 @@ import base64
 import contextlib
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
+
+from huggingface_hub import ModelCard
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_a_token_that_nobody_may_see"
@@ -84,7 +87,10 @@ class Handler(BaseHTTPRequestHandler):
             self.server.large[hashlib.sha256(body).hexdigest()] = body
             self.send(b"")
         elif parts == ["api", "validate-yaml"]:
-            self.send(b'{"errors": [], "warnings": []}')
+            results = ModelCard(body["content"]).data.eval_results or []
+            wrong = [r for r in results if not re.fullmatch(r"([\w-]+/)?[\w.-]+", r.dataset_type, re.ASCII)]
+            errors = [{"message": f'"{r.dataset_type}" fails to match the required pattern'} for r in wrong]
+            self.send(json.dumps({"errors": errors, "warnings": []}).encode(), 400 if errors else 200)
         elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self.send(b'{"error": "Invalid credentials"}', 401)
         elif "somebody-else" in (*parts, body.get("organization") if isinstance(body, dict) else None):

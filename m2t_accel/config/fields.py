@@ -239,7 +239,7 @@ def plain_text(value: object) -> str:
 
 def is_hub_id(text: str) -> bool:
     """Return whether the text has the form of a Hub id, USER/NAME."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text, re.ASCII) is not None
 
 
 def without_paths(value: object) -> object:

@@ -244,7 +244,8 @@ def evaluation_result(
     """Return one accuracy, a share from 0 to 1, as the Hub's metadata describes it."""
     return EvalResult(
         task_type="image-feature-extraction",
-        dataset_type=dataset,  # the Hub groups results of one type
+        # The Hub groups results of one type, and refuses a card with other characters in it.
+        dataset_type=re.sub(r"[^A-Za-z0-9_./-]+", "-", dataset).strip("-") or "dataset",
         dataset_name=Path(dataset).name,
         metric_type="accuracy",
         metric_name=name,

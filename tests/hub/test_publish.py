@@ -224,6 +224,16 @@ def refused(run, repo_id="me/digits", *others):
     return str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "type"), [("My Photos", "My-Photos"), ("Bücher", "B-cher"), ("写真", "dataset")])
+def test_any_folder_of_images_gives_a_card_that_the_hub_takes(run, hub, no_clean_process, name, type):
+    training = json.loads((run / "training.json").read_text())
+    (run / "training.json").write_text(json.dumps({**training, "dataset": name}))
+    shutil.rmtree(run / "knn")  # leaves the accuracy while training, on this dataset
+    publish(run, "me/digits")
+    (found,) = ModelCard((hub.folder / "me/digits/README.md").read_text()).data.eval_results
+    assert (found.dataset_type, found.dataset_name) == (type, name)
+
+
 @pytest.fixture
 def logged_in(monkeypatch):
     """Provide a token, and fail if it is used."""
@@ -236,7 +246,7 @@ def test_a_push_needs_a_login(tmp_path, monkeypatch):
     assert "hf auth login" in refused(tmp_path)
 
 
-@pytest.mark.parametrize("repo_id", ["digits", "a/b/c", "../x", "me/", "me/x y", "https://huggingface.co/me/x"])
+@pytest.mark.parametrize("repo_id", ["digits", "a/b/c", "../x", "me/", "me/x y", "me/Bücher", "https://huggingface.co/me/x"])
 def test_a_name_without_a_user_is_refused(tmp_path, logged_in, repo_id):
     message = refused(tmp_path, repo_id)
     assert f"--repo_id {repo_id}:" in message
