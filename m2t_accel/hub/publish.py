@@ -202,7 +202,8 @@ def check_in_clean_process(run: Path, staged: Path) -> None:
     output = staged.parent / "found.npz"
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
     done = subprocess.run(
-        [sys.executable, "-I", "-c", LOADING_SCRIPT, str(staged), str(staged.parent / "images.npy"), str(output)],
+        # -P: the working directory is not importable. PYTHONPATH and the user's packages are, as for any user.
+        [sys.executable, "-P", "-c", LOADING_SCRIPT, str(staged), str(staged.parent / "images.npy"), str(output)],
         cwd=staged.parent,
         env={**environment, "HF_HUB_OFFLINE": "1"},
         capture_output=True,

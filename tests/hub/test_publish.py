@@ -246,7 +246,9 @@ def test_a_push_needs_a_login(tmp_path, monkeypatch):
     assert "hf auth login" in refused(tmp_path)
 
 
-@pytest.mark.parametrize("repo_id", ["digits", "a/b/c", "../x", "me/", "me/x y", "me/Bücher", "https://huggingface.co/me/x"])
+@pytest.mark.parametrize(
+    "repo_id", ["digits", "a/b/c", "../x", "me/", "me/x y", "me/Bücher", "https://huggingface.co/me/x"]
+)
 def test_a_name_without_a_user_is_refused(tmp_path, logged_in, repo_id):
     message = refused(tmp_path, repo_id)
     assert f"--repo_id {repo_id}:" in message
@@ -279,6 +281,16 @@ def test_changed_or_damaged_weights_are_refused(run, logged_in):
 def test_an_encoder_that_a_clean_process_cannot_load_is_refused(run, logged_in, monkeypatch, script):
     monkeypatch.setattr(module, "LOADING_SCRIPT", script)
     assert "a clean process cannot load the encoder" in refused(run)
+
+
+def test_a_clean_process_has_the_packages_of_the_user_but_not_m2t_accel(run, logged_in, tmp_path, monkeypatch):
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "of_the_user.py").touch()
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'packages'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    start = module.LOADING_SCRIPT.partition("import numpy")[0]
+    script = f"{start}import of_the_user, os\nassert not {{'', os.getcwd()}} & {{*sys.path}}\nimport m2t_accel"
+    monkeypatch.setattr(module, "LOADING_SCRIPT", script)
+    assert "(ModuleNotFoundError: import of m2t_accel halted; None in sys.modules)" in refused(run)
 
 
 def test_other_pixels_or_features_are_refused():
