@@ -29,7 +29,7 @@ from m2t_accel.evaluation.features import (
     read_labels,
 )
 from m2t_accel.evaluation.setup import Evaluation, open_folder, start_evaluation, write_result
-from m2t_accel.files import atomic_write
+from m2t_accel.files import atomic_write, let_others_read
 from m2t_accel.pictures import plain_words, thumbnail
 
 THUMBNAIL_SIZE = 96  # pixels
@@ -120,6 +120,7 @@ def write_features(
             tensors["paths"] = torch.from_numpy(np.frombuffer(bytearray().join(texts), np.uint8))
             tensors["path_lengths"] = torch.tensor([len(text) for text in texts])
             save_file(tensors, temporary, metadata={"classes": "\n".join(names)} if names else None)
+            let_others_read(temporary)
         else:
             values = pyarrow.array(features.features.numpy().ravel())
             columns = {

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.files import atomic_write
+from m2t_accel.files import atomic_write, let_others_read
 from m2t_accel.hub.folder import image_processor
 from m2t_accel.hub.tensor_names import first_names
 from m2t_accel.model import quiet_transformers
@@ -129,4 +129,6 @@ def save_classifier(classifier: PreTrainedModel, config: ImageSettings, folder: 
     with atomic_write(folder) as temporary:
         with quiet_transformers():
             classifier.save_pretrained(temporary)
+        for path in temporary.glob("*.safetensors"):
+            let_others_read(path)
         image_processor(config).save_pretrained(temporary)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from m2t_accel.config.fields import ConfigurationError, count, one_line
 from m2t_accel.config.pretrain import ENCODERS
-from m2t_accel.files import atomic_write, write_text
+from m2t_accel.files import atomic_write, let_others_read, write_text
 from m2t_accel.hub.encoders import LoadedEncoder
 from m2t_accel.hub.tensor_names import detectron2_name, resnet_config, to_torchvision
 from m2t_accel.model import embed
@@ -145,6 +145,7 @@ def write_state(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
     """Write tensors as .safetensors or .pth. Read the file again and return its tensors."""
     if file.suffix == ".safetensors":
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+        let_others_read(file)
         return load_file(file)
     torch.save(dict(state), file)
     return torch.load(file, weights_only=True)

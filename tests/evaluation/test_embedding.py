@@ -58,6 +58,7 @@ def test_features_of_the_validation_split_as_safetensors(given, small_images, tm
         assert np.bincount(file.get_tensor("labels")).tolist() == [7, 7, 7]
         assert file.metadata() == {"classes": "blue\ngreen\nred"}
         parts = np.split(file.get_tensor("paths"), np.cumsum(file.get_tensor("path_lengths"))[:-1])
+    assert (folder / "features.safetensors").stat().st_mode == (folder / "config.yaml").stat().st_mode
     assert [part.tobytes().decode() for part in parts] == sorted(map(str, (small_images / "val").rglob("*.png")))
     assert not (folder / "map.png").exists()
 

@@ -61,6 +61,8 @@ def test_a_linear_probe_equals_a_second_implementation(given):
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
     written = weights_of(config.output_dir)["classifier.1.weight"]
     torch.testing.assert_close(written, (linear_layer.weight * scale[:, None]).detach(), rtol=1e-4, atol=1e-6)
+    files = [*(Path(config.output_dir) / "classifier").iterdir(), Path(config.output_dir) / "result.json"]
+    assert len({file.stat().st_mode for file in files}) == 1, "others may read all files"
 
 
 @pytest.mark.parametrize("features", ["augmented", "cached"])

@@ -40,8 +40,9 @@ def features(loaded, images):
 
 @pytest.mark.parametrize("ending", ["safetensors", "pth"])
 def test_torchvision_computes_the_same(resnet18, tmp_path, ending):
-    output = tmp_path / f"weights.{ending}"
+    output = tmp_path / "new" / f"weights.{ending}"
     lines = export(resnet18, "torchvision", output)
+    assert output.stat().st_mode & 0o666 == output.parent.stat().st_mode & 0o666, "others may read it"
     assert lines[0].startswith(f"{output}: torchvision's resnet18 without its last layer; features differ by ")
     names = {}
     exec(f"{lines[2]}; {lines[3]}", names)  # the printed code
@@ -50,7 +51,7 @@ def test_torchvision_computes_the_same(resnet18, tmp_path, ending):
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(model(images), features(resnet18, images), rtol=0, atol=1e-5)
-    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
 
 
 def test_timm_computes_the_same(resnet18, tmp_path):
