@@ -69,8 +69,8 @@ def settings_text(record: RunRecord) -> dict[str, str]:
     """
     defaults = {item.name: item.default for item in dataclasses.fields(PretrainConfig)}
     settings = {**defaults, **record.settings}
-    precision = re.search(r", (\w+)$", record.hardware)
-    settings["precision"] = precision[1] if precision else "float32"
+    precisions = re.findall(r", (float32|bf16|fp16)\b", record.hardware)  # several if the run has resumed in another
+    settings["precision"] = ", then ".join(dict.fromkeys(precisions)) or "float32"
     settings["holds_out_images"] = settings["evaluate_every"] != 0
     return {name: plain_text(value) for name, value in settings.items() if name not in IGNORED}
 

@@ -33,12 +33,17 @@ def test_runs_that_differ_by_seed_only_are_one_group(tmp_path, seeds):
 def test_runs_of_another_precision_or_that_hold_out_no_images_are_other_groups(tmp_path):
     folders = [write_run(tmp_path / name, seed=seed) for seed, name in enumerate(("float32", "bf16"))]
     folders.append(write_run(tmp_path / "all images", seed=2, evaluate_every=0))
-    (folders[1] / "training.json").write_text(json.dumps({"hardware": "8 × NVIDIA H200, bf16", "seconds": 1}))
+    hardware = "8 × NVIDIA H200, bf16, then 4 × NVIDIA H200, float32"
+    (folders[1] / "training.json").write_text(json.dumps({"hardware": hardware, "seconds": 1}))
     groups = group_runs([read_run(folder) for folder in folders])
     assert [group.label for group in groups] == ["float32", "bf16", "all images"]
     header, lines = comparison_table(groups)
     assert header[1:4] == ["seed", "precision", "holds_out_images"]
-    assert [line.cells[2:4] for line in lines] == [["float32", "True"], ["bf16", "True"], ["float32", "False"]]
+    assert [line.cells[2:4] for line in lines] == [
+        ["float32", "True"],
+        ["bf16, then float32", "True"],
+        ["float32", "False"],
+    ]
 
 
 def test_a_seed_counts_once_in_a_group(tmp_path, seeds):
