@@ -267,7 +267,8 @@ class Run:
             | ({"resume": config.resume} if config.resume not in ("auto", "never") else {})
         )
         header = f"# m2t_accel {__version__}, torch {torch.__version__}, on {hardware(accelerator)}\n# {command()}\n"
-        text = header + dataclasses.replace(config, resume="auto").to_yaml()
+        # A run that is repeated with --config config.yaml must not be published over this one.
+        text = header + dataclasses.replace(config, resume="auto", push_to_hub=None).to_yaml()
         is_main = accelerator.is_main_process
         self.trackers = trackers = Trackers(config, config.trackers if is_main else ())
 

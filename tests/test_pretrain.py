@@ -174,14 +174,17 @@ def test_a_complete_run_writes_again_what_it_lacks(trained_run, tmp_path, capsys
     assert capsys.readouterr().out == f"{run} is complete: {run}/encoder\n"
 
 
-def test_saves_workers_and_trackers_do_not_change_a_run(whole_run, tmp_path):
+def test_saves_workers_and_trackers_do_not_change_a_run(whole_run, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     settings = yaml.safe_load((whole_run / "config.yaml").read_text())
     assert settings["evaluate_every"] == 1, "config.yaml holds the value that was used, not the one that was given"
     others = {"checkpoint_every": "3steps", "keep": (2, 2), "num_workers": 1, "report_to": "tensorboard"}
-    train({**settings, **others, "output_dir": str(tmp_path / "run")})
+    monkeypatch.setenv("HF_TOKEN", "hf_a")
+    train({**settings, **others, "output_dir": str(tmp_path / "run"), "push_to_hub": "me/first"})
     assert_same_run(whole_run, tmp_path / "run")
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["push_to_hub"] is None, "a repeated run would be published over this one"
     assert checkpoint_names(tmp_path / "run") == ["step-10", "step-9", "step-6"]
     losses = {}
     for path in (tmp_path / "run").rglob("events.out.tfevents*"):

@@ -168,7 +168,9 @@ def open_on_main(evaluation: Evaluation) -> dict[str, object] | None:
         missing = [name for name in (result or {}).get("files", ()) if not (folder / name).is_file()]
         if not changes and not config_file.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            write_text(config_file, config.to_yaml())
+            # An evaluation that is repeated with --config config.yaml must not be published over this one.
+            unpublished = {"push_to_hub": None} if hasattr(config, "push_to_hub") else {}
+            write_text(config_file, dataclasses.replace(config, **unpublished).to_yaml())
     except OSError as error:
         raise ConfigurationError(f"--output_dir {folder} cannot be written ({error.strerror})") from None
     except (ValueError, AttributeError, KeyError, TypeError, yaml.YAMLError):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from helpers import write_image, write_parquet
 from safetensors.torch import load_file, save_file
 
@@ -73,6 +74,12 @@ def test_a_result_states_its_protocol_and_is_not_measured_again(given, tmp_path,
     assert {"hardware", "command", "date", "weights", "data", "seed"} <= result.keys()
     assert f"{given['encoder']}, knn on {given['dataset']}: top1_k20 50.00 % (3 images" in capsys.readouterr().out
     assert run_once(evaluation, lambda: pytest.fail("measured again")) == result
+
+
+def test_a_repeated_evaluation_is_not_published_over_the_first_one(given, tmp_path):
+    evaluation = start_evaluation(build_linear_probe(given))
+    open_folder(evaluation._replace(config=dataclasses.replace(evaluation.config, push_to_hub="me/first")))
+    assert yaml.safe_load((tmp_path / "result" / "config.yaml").read_text())["push_to_hub"] is None
 
 
 def test_what_an_evaluation_lacks_is_named_and_written_again(given, tmp_path, capsys):
