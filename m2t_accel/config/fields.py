@@ -258,4 +258,9 @@ def without_paths(value: object) -> object:
 
 def command_without_paths(command: str) -> str:
     """Return a command line with each path of this machine cut to its last name; the paths may contain spaces."""
-    return shlex.join(without_paths(word) for word in shlex.split(command))
+
+    def clean(word: str) -> str:
+        name, equals, value = word.partition("=")  # --dataset=/my pictures/x
+        return f"{name}={without_paths(value)}" if equals and "/" not in name else without_paths(word)
+
+    return shlex.join(clean(word) for word in shlex.split(command))

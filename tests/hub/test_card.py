@@ -34,6 +34,8 @@ def test_paths_are_cut_to_their_last_name(text, clean):
 def test_a_command_is_published_without_paths():
     command = "accelerate launch --config_file /home/me/c.yaml scripts/pretrain.py --dataset '/mnt/my pictures/x'"
     assert command_without_paths(command) == "accelerate launch --config_file c.yaml scripts/pretrain.py --dataset x"
+    command = "python scripts/pretrain.py '--dataset=/home/John Smith/imagenet' '/home/a=b/John Smith/x' --seed=1"
+    assert command_without_paths(command) == "python scripts/pretrain.py --dataset=imagenet x --seed=1"
 
 
 TRAINING = {
