@@ -115,14 +115,14 @@ class Flag(NamedTuple):
         return size * (steps or 1) * self.num_processes, size
 
 
-def number(text: str) -> float:
-    """Return a positive number.
+def number(text: str, or_zero: bool = False) -> float:
+    """Return a positive number, or 0 if that is allowed.
 
     Raises:
         ValueError: the text is none.
     """
     with contextlib.suppress(ValueError):
-        if 0 < (value := float(text)) < math.inf:
+        if 0 < (value := float(text)) < math.inf or (or_zero and value == 0):
             return value
     raise ValueError("a positive number is needed")
 
@@ -152,16 +152,25 @@ def rate_per_256(flag: Flag) -> str:
 
 
 def share_of_epochs(flag: Flag) -> str:
-    return f"type --warmup_epochs {number(flag.value) * flag.config.epochs:g}"
+    return f"type --warmup_epochs {number(flag.value, or_zero=True) * flag.config.epochs:g}"
+
+
+def steps_of_warmup(flag: Flag) -> str:
+    return f"type --warmup_epochs {'0' if flag.value == '0' else 'N, with N = steps / steps per epoch'}"
 
 
 def newest_checkpoints(flag: Flag) -> str:
+    if flag.value == "0":  # of transformers: no limit
+        return "type --keep 1 1, which keeps all"
     return f"type --keep {whole_number(flag.value)} 0"
 
 
 def steps_of_checkpoints(flag: Flag) -> str:
-    every = "1epoch" if flag.value == "epoch" else f"{whole_number(flag.value)}steps"
-    return f"type --checkpoint_every {every}"
+    if flag.value == "epoch":
+        return "type --checkpoint_every 1epoch"
+    if re.fullmatch(r"0?\.\d+", flag.value):  # of transformers: a share of the run
+        return f"type --checkpoint_every {number(flag.value) * flag.config.epochs:g}epochs"
+    return f"type --checkpoint_every {whole_number(flag.value)}steps"
 
 
 NO_NEED = "leave it out"
@@ -172,7 +181,7 @@ ADVICE: tuple[tuple[str, str, str | Callable[[Flag], str]], ...] = (
     (f"{PER_DEVICE} {ACCUMULATION}", "device_batch_size", batches_of_all),
     ("learning_rate lr", "batch_size", rate_per_256),
     ("warmup_ratio", "warmup_epochs", share_of_epochs),
-    ("warmup_steps lr_warmup_steps", "warmup_epochs", "type --warmup_epochs N, with N = steps / steps per epoch"),
+    ("warmup_steps lr_warmup_steps", "warmup_epochs", steps_of_warmup),
     (
         "lr_scheduler_type lr_scheduler sched",
         "warmup_epochs",
