@@ -64,7 +64,8 @@ def load_image_files(
             "them away, or name the folder of photographs with --train_split"
         )
     names = class_paths(train)
-    if any((folder / f"{name}_stats.json").exists() for name in {path.split("/")[0] for path in images}):
+    tops = {path.split("/")[0] for path in images if "/" in path}
+    if any((folder / f"{name}_stats.json").exists() for name in tops):
         class_names = None
         remarks.append("no labels, because the folders are shards of img2dataset")
     else:

@@ -180,6 +180,17 @@ def test_the_note_says_why_there_are_no_labels(tmp_path, names, reason):
     assert f"no labels, because {reason}" in images.note
 
 
+def test_the_images_of_a_flat_folder_are_not_looked_at_one_by_one(tmp_path, monkeypatch):
+    """On a network disk, a call for each of millions of images takes minutes at every start."""
+    looked_at, stat = [], os.stat
+    for i in range(20):
+        write_image(tmp_path / f"{i}.png")
+    load(tmp_path)  # imports what is imported late
+    monkeypatch.setattr(os, "stat", lambda path, **others: looked_at.append(str(path)) or stat(path, **others))
+    load(tmp_path)
+    assert [path for path in looked_at if os.path.basename(path).split(".")[0].split("_")[0].isdigit()] == []
+
+
 def test_splits_that_are_deeper_are_found(tmp_path):
     """Kaggle's ImageNet has this layout, and users give its top folder."""
     for name in ("train/n01/1.JPEG", "train/n02/1.JPEG", "val/1.JPEG"):
