@@ -121,6 +121,9 @@ def create_loader(
             batch_sampler=BufferedRequests(batches, dataset.buffers),
             collate_fn=pack,
             num_workers=num_workers,
+            # Python 3.14 would start a server that forks the workers: each would load torch and a copy of the dataset,
+            # and live on if the training is killed, because its parent is the server.
+            multiprocessing_context="fork" if num_workers > 0 else None,
             pin_memory=is_gpu(device),
             prefetch_factor=PREFETCH if num_workers > 0 else None,
             worker_init_fn=set_up_worker,

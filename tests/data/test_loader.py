@@ -42,6 +42,19 @@ def test_a_loader_leaves_the_global_random_state_and_no_processes():
     assert multiprocessing.active_children() == []
 
 
+def test_workers_are_forked_whatever_the_default_of_python_is():
+    """The default of Python 3.14 is another one; then `end_with_parent` would watch the wrong process."""
+    usual = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        batches = read(loader_of(settings("digits", num_workers=1)))
+        next(batches)
+        assert [worker._popen.method for worker in multiprocessing.active_children()] == ["fork"]
+        batches.close()
+    finally:
+        multiprocessing.set_start_method(usual, force=True)
+
+
 @pytest.mark.parametrize("num_workers", [0, 3])
 def test_more_workers_than_cores_are_no_warning(num_workers, monkeypatch):
     """A warning would be an error under pytest."""
