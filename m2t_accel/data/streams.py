@@ -254,7 +254,7 @@ class StreamReader:
 
         Args:
             start: where the first pool starts. None: at the start of an epoch, or unknown; then the rows of the epoch
-                before the first pool are read and discarded.
+                before the first pool are read and discarded, a pool at a time.
         """
         self.stream, self.order, self.device, self.threads = stream, order, device, threads
         self.start = start
@@ -279,8 +279,9 @@ class StreamReader:
             self.position, self.rows = Position(), None
             if is_first and self.start is not None:
                 self.position = self.start
-            elif index:
-                self.take(index * self.order.pool_batches * self.order.size)
+            else:
+                for _ in range(index):  # one pool at a time, because all their images would fill the memory
+                    self.take(self.order.pool_batches * self.order.size)
         self.starts = {key: place for key, place in self.starts.items() if key >= (epoch, index - 3)}
         self.starts[epoch, index] = self.position
         samples, images = self.take(number)

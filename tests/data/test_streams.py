@@ -12,7 +12,7 @@ from m2t_accel.data import order, shards
 from m2t_accel.data.decode import decode_image
 from m2t_accel.data.loader import create_loader, read
 from m2t_accel.data.requests import DeviceBatches
-from m2t_accel.data.streams import MAX_ROWS, HubStream, StreamedOrder
+from m2t_accel.data.streams import MAX_ROWS, HubStream, StreamedOrder, StreamReader
 from m2t_accel.data.views import TwoViews
 
 
@@ -143,6 +143,15 @@ def test_a_resume_reads_its_shards_from_their_start_and_no_others():
     streamed = StreamedOrder(images, config)
     before = {streamed.shards(0, device)[i] for device in range(2) for i in range(2)}  # 24 rows of 40 each were shown
     assert not before & {shard for shard, _ in source.read}
+
+
+def test_a_resume_at_an_unknown_place_holds_one_skipped_pool_at_a_time(monkeypatch):
+    asked, take = [], StreamReader.take
+    monkeypatch.setattr(StreamReader, "take", lambda reader, number: asked.append(number) or take(reader, number))
+    images, config = Source([10] * 8).stream(), configuration(epochs=1, warmup_epochs=0)
+    whole, rest = (samples_of(DeviceBatches(images, config, 1, 0, first_step)) for first_step in (0, 8))
+    assert rest == whole[16:]
+    assert set(asked) == {8}  # a pool of a virtual device: two sub-batches of four images
 
 
 def test_an_image_is_named_by_its_key_and_its_shard():
