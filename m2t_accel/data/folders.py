@@ -43,7 +43,7 @@ VIDEO_EXTENSIONS = (".avi", ".mkv", ".mov", ".mp4", ".mpg", ".webm")
 # Thumbnails, metadata and deleted files of network storage, macOS and Windows.
 IGNORED_FOLDERS = ("@eaDir", "#recycle", "@Recycle", "@__thumb", "__MACOSX", "$RECYCLE.BIN", "lost+found")
 PROGRESS_INTERVAL = 10_000  # entries of a folder between two updates of the progress bar
-RUN_FILE = "metrics.jsonl"  # in the folder of every run
+RUN_FILES = ("metrics.jsonl", "config.yaml")  # in the folder of every run; other tools write one of them
 SETTLED = 2.0  # seconds; a folder that changed this recently may change again without a new time stamp
 
 
@@ -105,7 +105,7 @@ def scan(folder: Path) -> tuple[FoundFiles, dict[str, list[int] | None]]:
             status = os.stat(os.path.join(folder, below))
             if (status.st_dev, status.st_ino) in parents:  # a link to a folder that contains it
                 continue
-            if below and os.path.exists(os.path.join(folder, below, RUN_FILE)):
+            if below and all(os.path.exists(os.path.join(folder, below, name)) for name in RUN_FILES):
                 continue
             parents |= {(status.st_dev, status.st_ino)}
             times[below] = times_of_change(status)

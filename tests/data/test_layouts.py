@@ -406,7 +406,10 @@ NOTES = {
     "top/train/a/1.png top/train/b/b/2.png": "no labels, because top/train/b/b/2.png is not directly in a class folder",
     "a/1.png b/2.png #recycle/a/3.png $RECYCLE.BIN/4.png lost+found/5.png": "2 images of 2 classes; classes: a, b",
     "images_001/images/1.png images_002/images/2.png": "because images_001 and the folders beside it are parts",
-    "a/1.png b/2.png runs/x/metrics.jsonl runs/x/curves.png runs/x/knn/3.png": "2 images of 2 classes; classes: a, b",
+    "a/1.png b/2.png runs/x/metrics.jsonl runs/x/config.yaml runs/x/curves.png runs/x/knn/3.png": (
+        "2 images of 2 classes; classes: a, b"
+    ),
+    "a/1.png b/2.png b/metrics.jsonl": "2 images of 2 classes; not used: 1 *.jsonl; classes: a, b",
     "VOC/JPEGImages/1.png VOC/SegmentationClass/1.png": "classes: JPEGImages, SegmentationClass",
 }
 
