@@ -53,7 +53,7 @@ def evaluate_finetuned(config: FinetuneConfig) -> dict[str, object]:
     evaluation = start_evaluation(config)
     chosen = balanced_subset(read_labels(evaluation.images.train), config.labels, config.seed)
     train = evaluation.images.train.select(chosen)
-    return train_and_measure(evaluation, train, lambda: train_network(evaluation, train, chosen))
+    return train_and_measure(evaluation, train, lambda checkpoint: train_network(evaluation, train, chosen, checkpoint))
 
 
 def balanced_subset(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -74,7 +74,7 @@ def balanced_subset(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def train_network(evaluation: Evaluation, train: Dataset, chosen: np.ndarray) -> Trained:
+def train_network(evaluation: Evaluation, train: Dataset, chosen: np.ndarray, checkpoint: Checkpoint) -> Trained:
     """Train the encoder and a new linear layer on `train`, and write subset.json with the `chosen` sample numbers."""
     config, accelerator, class_names = evaluation.config, evaluation.accelerator, evaluation.images.class_names
     accelerator.print(
@@ -88,19 +88,19 @@ def train_network(evaluation: Evaluation, train: Dataset, chosen: np.ndarray) ->
     linear = nn.Linear(evaluation.num_features, len(class_names))
     nn.init.zeros_(linear.bias)
     model = build_classifier(evaluation.encoder, linear, class_names)
-    broken, seconds = train_model(model, train, evaluation)
+    broken = train_model(model, train, evaluation, checkpoint)
     model.eval().requires_grad_(False)
-    return Trained(encoder_of(model), last_linear(model), model, broken, seconds)
+    return Trained(encoder_of(model), last_linear(model), model, broken)
 
 
-def train_model(model: nn.Module, train: Dataset, evaluation: Evaluation) -> tuple[set[int], float]:
+def train_model(model: nn.Module, train: Dataset, evaluation: Evaluation, checkpoint: Checkpoint) -> set[int]:
     """Train the model in place, from the checkpoint if there is one.
 
     Gradients and statistics are averaged over the virtual devices, so every number of processes computes the same up
     to rounding.
 
     Returns:
-        The images that this process could not decode, and the seconds of training in earlier runs.
+        The images that this process could not decode.
 
     Raises:
         ConfigurationError: the mean loss of an epoch is not finite.
@@ -109,15 +109,17 @@ def train_model(model: nn.Module, train: Dataset, evaluation: Evaluation) -> tup
     model.requires_grad_(True).train().to(accelerator.device, memory_format=torch.channels_last)
     learning_rate = config.learning_rate_per_256 * config.batch_size / 256
     optimizer = SGD(model.parameters(), lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=config.weight_decay)
-    checkpoint, broken, first_step, earlier_seconds = Checkpoint(evaluation, train), set(), 0, 0.0
-    if (state := checkpoint.load(broken)) is not None:
+    steps_per_epoch = num_steps_per_epoch(len(train), config.batch_size)
+    total_steps = config.total_steps(steps_per_epoch)
+    broken, first_step = set(), 0
+    if (state := checkpoint.load(broken, total_steps)) is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        if accelerator.scaler is not None:
+        if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
-        first_step, earlier_seconds = state["step"], state["seconds"]
+        first_step = state["step"]
         seed_epoch(config, first_step)
-    started = time.perf_counter() - earlier_seconds
+    started = time.perf_counter() - checkpoint.seconds
     statistics = RunningStatistics(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -125,8 +127,6 @@ def train_model(model: nn.Module, train: Dataset, evaluation: Evaluation) -> tup
     labels = torch.from_numpy(read_labels(train))
     batches = DeviceBatches(train, config, accelerator.num_processes, accelerator.process_index, first_step)
     loader = create_loader(FlippedCrops(train, config), batches, config, accelerator.device)
-    steps_per_epoch = num_steps_per_epoch(len(train), config.batch_size)
-    total_steps = config.total_steps(steps_per_epoch)
     bar = progress_bar("step", total_steps, initial=first_step, disable=not accelerator.is_main_process)
     losses, step = [], first_step
     with contextlib.closing(bar):
@@ -161,7 +161,7 @@ def train_model(model: nn.Module, train: Dataset, evaluation: Evaluation) -> tup
                 state |= {"scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}
                 checkpoint.save(state, broken)
                 seed_epoch(config, step)
-    return broken, earlier_seconds
+    return broken
 
 
 def seed_epoch(config: FinetuneConfig, step: int) -> None:

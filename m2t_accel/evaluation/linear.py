@@ -48,7 +48,7 @@ def evaluate_linear(config: LinearProbeConfig) -> dict[str, object]:
     """
     evaluation = start_evaluation(config)
     train, held_out = split_held_out(evaluation.images.train, len(config.learning_rates))
-    return train_and_measure(evaluation, train, lambda: train_probe(evaluation, train, held_out))
+    return train_and_measure(evaluation, train, lambda checkpoint: train_probe(evaluation, train, held_out, checkpoint))
 
 
 def split_held_out(images: Dataset, num_rates: int) -> tuple[Dataset, Dataset | None]:
@@ -60,7 +60,7 @@ def split_held_out(images: Dataset, num_rates: int) -> tuple[Dataset, Dataset | 
     return images.select(np.sort(order[number:])), images.select(np.sort(order[:number]))
 
 
-def train_probe(evaluation: Evaluation, train: Dataset, held_out: Dataset | None) -> Trained:
+def train_probe(evaluation: Evaluation, train: Dataset, held_out: Dataset | None, checkpoint: Checkpoint) -> Trained:
     """Train a head for each learning rate, and choose the one with the best accuracy on `held_out`."""
     config, accelerator = evaluation.config, evaluation.accelerator
     accelerator.print("\n".join(introduction(evaluation, train, held_out)))
@@ -70,7 +70,7 @@ def train_probe(evaluation: Evaluation, train: Dataset, held_out: Dataset | None
     except ConfigurationError as error:
         model = None
         accelerator.print(f"no classifier/ will be written: {error}")
-    heads, broken, seconds = train_heads(evaluation, train)
+    heads, broken = train_heads(evaluation, train, checkpoint)
     chosen, protocol = 0, {}
     if held_out is not None:
         found = rank_classes(evaluation.encoder, heads.heads, held_out, evaluation)
@@ -83,7 +83,7 @@ def train_probe(evaluation: Evaluation, train: Dataset, held_out: Dataset | None
     head = heads.heads[chosen]
     if model is not None:
         on_all_processes(accelerator, lambda: insert_head(model, head, evaluation))
-    return Trained(evaluation.encoder, head, model, broken, seconds, protocol)
+    return Trained(evaluation.encoder, head, model, broken, protocol)
 
 
 def introduction(evaluation: Evaluation, train: Dataset, held_out: Dataset | None) -> list[str]:
@@ -123,14 +123,14 @@ def insert_head(model: PreTrainedModel, head: nn.Sequential, evaluation: Evaluat
         )
 
 
-def train_heads(evaluation: Evaluation, train: Dataset) -> tuple[Heads, set[int], float]:
+def train_heads(evaluation: Evaluation, train: Dataset, checkpoint: Checkpoint) -> tuple[Heads, set[int]]:
     """Train one head for each learning rate, the same on every process. A collective call.
 
     The processes share the work of the encoder. They exchange its features, which are smaller than the gradients of one
     head, and every process takes the same step on the whole batch.
 
     Returns:
-        The heads, the images that this process could not decode, and the seconds of training in earlier runs.
+        The heads, and the images that this process could not decode.
 
     Raises:
         ConfigurationError: in an epoch the mean loss of no head is finite.
@@ -143,13 +143,12 @@ def train_heads(evaluation: Evaluation, train: Dataset) -> tuple[Heads, set[int]
     )
     steps_per_epoch = num_steps_per_epoch(source.num_images, config.batch_size)
     total_steps = config.total_steps(steps_per_epoch)
-    checkpoint = Checkpoint(evaluation, train)
-    first_step, earlier_seconds = 0, 0.0
-    if (state := checkpoint.load(source.broken)) is not None:
+    first_step = 0
+    if (state := checkpoint.load(source.broken, total_steps)) is not None:
         heads.load_state_dict(state["heads"])
         heads.optimizer.load_state_dict(state["optimizer"])
-        first_step, earlier_seconds = state["step"], state["seconds"]
-    started = time.perf_counter() - earlier_seconds
+        first_step = state["step"]
+    started = time.perf_counter() - checkpoint.seconds
     bar = progress_bar("step", total_steps, initial=first_step, disable=not accelerator.is_main_process)
     with contextlib.closing(bar):
         losses = []
@@ -170,7 +169,7 @@ def train_heads(evaluation: Evaluation, train: Dataset) -> tuple[Heads, set[int]
                 state = {"step": step + 1, "seconds": time.perf_counter() - started}
                 state |= {"heads": heads.state_dict(), "optimizer": heads.optimizer.state_dict()}
                 checkpoint.save(state, source.broken)
-    return heads.eval(), source.broken, earlier_seconds
+    return heads.eval(), source.broken
 
 
 class AugmentedFeatures:

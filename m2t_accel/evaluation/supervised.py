@@ -42,7 +42,6 @@ class Trained(NamedTuple):
     head: nn.Module  # features (N, C) in, logits (N, classes) out
     model: PreTrainedModel | None  # both in one stock transformers model, if transformers has one
     broken: set[int]  # training images that this process could not decode
-    seconds: float = 0.0  # of training in earlier runs
     protocol: Mapping[str, object] = {}  # more entries of the result's protocol
 
 
@@ -54,7 +53,9 @@ class Ranking(NamedTuple):
     digests: Tensor  # (N,) int64: hashes of the image files
 
 
-def train_and_measure(evaluation: Evaluation, train: Dataset, fit: Callable[[], Trained]) -> dict[str, object]:
+def train_and_measure(
+    evaluation: Evaluation, train: Dataset, fit: Callable[[Checkpoint], Trained]
+) -> dict[str, object]:
     """Train a classifier, measure it once on the validation split, and return the result. A collective call.
 
     Write result.json, config.yaml and classifier/ (a stock transformers model), and print a summary. Remove the
@@ -62,6 +63,7 @@ def train_and_measure(evaluation: Evaluation, train: Dataset, fit: Callable[[], 
 
     Args:
         train: the images that `fit` trains on.
+        fit: trains the classifier, from the checkpoint if there is one.
 
     Raises:
         ConfigurationError: the images or the output folder is not usable.
@@ -71,7 +73,8 @@ def train_and_measure(evaluation: Evaluation, train: Dataset, fit: Callable[[], 
 
     def measure() -> dict[str, object]:
         started = time.perf_counter()
-        trained = fit()
+        checkpoint = Checkpoint(evaluation, train)
+        trained = fit(checkpoint)
         test = rank_classes(trained.encoder, [trained.head], images.validation, evaluation)
         broken = set().union(*gather_to_all(trained.broken))
         data = {
@@ -79,7 +82,9 @@ def train_and_measure(evaluation: Evaluation, train: Dataset, fit: Callable[[], 
             "test": {"images": len(test.labels), "fingerprint": fingerprint(test.digests, test.labels)},
             "undecodable": len(broken) + len(images.validation) - len(test.labels),
         }
-        seconds = trained.seconds + time.perf_counter() - started
+        seconds = checkpoint.seconds + time.perf_counter() - started
+        is_mixed = checkpoint.precision != evaluation.precision
+        protocol = {**trained.protocol, **({"training_precision": checkpoint.precision} if is_mixed else {})}
 
         def finish() -> dict[str, object] | None:
             if not accelerator.is_main_process:
@@ -88,7 +93,7 @@ def train_and_measure(evaluation: Evaluation, train: Dataset, fit: Callable[[], 
             try:
                 if trained.model is not None:
                     save_classifier(trained.model, config, Path(config.output_dir) / "classifier")
-                return write_result(evaluation, figures, data, seconds, **trained.protocol)
+                return write_result(evaluation, figures, data, seconds, **protocol)
             except (OSError, SafetensorError) as error:
                 raise ConfigurationError(
                     f"{config.output_dir} cannot be written ({getattr(error, 'strerror', None) or error}); it has the "
@@ -105,11 +110,18 @@ def train_and_measure(evaluation: Evaluation, train: Dataset, fit: Callable[[], 
 
 
 class Checkpoint:
-    """The file that an interrupted training resumes from, in its output folder."""
+    """The file that an interrupted training resumes from, in its output folder.
+
+    Attributes:
+        seconds: duration of the training in earlier runs.
+        precision: precision of the training. A complete training may be measured in another one.
+    """
 
     def __init__(self, evaluation: Evaluation, train: Dataset) -> None:
         self.path = Path(evaluation.config.output_dir) / CHECKPOINT
         self.accelerator = evaluation.accelerator
+        self.seconds = 0.0
+        self.precision = evaluation.precision
         settings = yaml.safe_load(evaluation.config.to_yaml())
         # The names and sizes of the files, and the labels. The contents are not read.
         images = hashlib.sha256(evaluation.images.fingerprint.encode() + read_labels(train).tobytes())
@@ -133,36 +145,46 @@ class Checkpoint:
             return
         try:
             with atomic_write(self.path) as temporary:
-                torch.save({"owner": self.owner, "broken": sorted(broken), **state}, temporary)
+                own = {"owner": self.owner, "broken": sorted(broken), "precision": self.precision}
+                torch.save({**own, **state}, temporary)
                 flush(temporary)
         except (OSError, RuntimeError) as error:  # torch turns some errors of the disk into a RuntimeError
             print(f"warning: {self.path} cannot be written ({one_line(error)}); the next epoch tries again", flush=True)
 
-    def load(self, broken: set[int]) -> dict[str, object] | None:
+    def load(self, broken: set[int], total_steps: int) -> dict[str, object] | None:
         """Return the saved state, or None if there is none, and add its broken images. A collective call.
 
         Raises:
-            ConfigurationError: the checkpoint cannot be read, or belongs to another encoder, other images or settings;
-                the same on every process.
+            ConfigurationError: the checkpoint cannot be read, or belongs to another encoder, other images or settings,
+                or has fewer than `total_steps` steps in another precision; the same on every process.
         """
-        state = broadcast_object(on_all_processes(self.accelerator, self.read))
+        state = broadcast_object(on_all_processes(self.accelerator, lambda: self.read(total_steps)))
         if state is not None:
             broken |= set(state["broken"])
+            self.seconds, self.precision = state["seconds"], state.get("precision", self.precision)
             self.accelerator.print(f"resumes after step {state['step']}, from {self.path}")
         return state
 
-    def read(self) -> dict[str, object] | None:
+    def read(self, total_steps: int) -> dict[str, object] | None:
         if not (self.accelerator.is_main_process and self.path.exists()):
             return None
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             other = [name for name, value in self.owner.items() if state["owner"][name] != value]
+            precision = state.get("precision", self.precision)  # earlier versions did not record it
+            is_complete = state["step"] >= total_steps
         except Exception as error:  # torch, zipfile and pickle raise many types
             raise ConfigurationError(
                 f"{self.path} cannot be read ({one_line(error)}): remove it to start again"
             ) from None
         if other:
             raise ConfigurationError(f"{self.path} belongs to {' and '.join(other)}: remove it to start again")
+        if precision != self.precision and not is_complete:
+            mixed = "no" if precision == "float32" else precision
+            raise ConfigurationError(
+                f"{self.path} is of a training in {precision}, not {self.precision}: type `accelerate launch "
+                f"--mixed_precision {mixed} …` to continue, or remove the file to start again"
+            )
         return state
 
 

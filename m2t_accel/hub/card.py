@@ -25,9 +25,9 @@ OWN_METRICS = re.compile(rf"{re.escape(WHILE_TRAINING)}|(knn|linear probe|fine-t
 # Settings of an evaluation that the table of results shows.
 TABLE_SETTINGS = (
     *("protocol", "learning_rates", "chosen_learning_rate", "epochs", "max_steps", "max_images", "batch_size"),
-    *("features", "k"),
+    *("features", "k", "temperature", "labels", "image_size", "evaluation_crop"),
+    *("network", "precision", "training_precision"),
 )
-TABLE_SETTINGS += ("temperature", "labels", "image_size", "evaluation_crop", "network", "precision")
 
 
 def loading_code(name: str) -> str:

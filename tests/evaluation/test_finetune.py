@@ -151,7 +151,11 @@ def test_a_training_that_is_interrupted_after_its_last_step_only_measures(given,
         with pytest.raises(KeyboardInterrupt):
             finetune.evaluate_finetuned(config)
     monkeypatch.setattr(finetune.RunningStatistics, "commit", interrupt)
-    assert finetune.evaluate_finetuned(config)["data"]["train"]["images"] == 42
+    state = torch.load(path := Path(config.output_dir) / "checkpoint.pt")
+    torch.save({**state, "precision": "bf16"}, path)
+    found = finetune.evaluate_finetuned(config)
+    assert found["data"]["train"]["images"] == 42
+    assert (found["protocol"]["training_precision"], found["protocol"]["precision"]) == ("bf16", "float32")
 
 
 @pytest.mark.slow

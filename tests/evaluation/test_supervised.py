@@ -41,7 +41,7 @@ def test_a_checkpoint_returns_what_was_saved_if_nothing_else_has_changed(evaluat
     train = evaluation.images.train
     Checkpoint(evaluation, train).save({"step": 4, "seconds": 1.5, "heads": {"w": torch.eye(3)}}, {7})
     broken = {2}
-    state = Checkpoint(*other_place(evaluation, train)).load(broken)
+    state = Checkpoint(*other_place(evaluation, train)).load(broken, 5)
     assert (state["step"], state["seconds"], broken) == (4, 1.5, {2, 7})
     assert torch.equal(state["heads"]["w"], torch.eye(3))
     for change, words in (
@@ -50,7 +50,22 @@ def test_a_checkpoint_returns_what_was_saved_if_nothing_else_has_changed(evaluat
         (other_settings, "other settings"),
     ):
         with pytest.raises(ConfigurationError, match=rf"checkpoint.pt belongs to {words}: remove it"):
-            Checkpoint(*change(evaluation, train)).load(set())
+            Checkpoint(*change(evaluation, train)).load(set(), 5)
+
+
+def test_a_checkpoint_in_another_precision_is_refused_unless_it_is_complete(evaluation):
+    """The second half of a training in another precision would be of no protocol."""
+    train = evaluation.images.train
+    saved = Checkpoint(evaluation, train)
+    saved.precision = "fp16"
+    saved.save({"step": 4, "seconds": 1.5}, set())
+    with pytest.raises(
+        ConfigurationError, match="in fp16, not float32: type `accelerate launch --mixed_precision fp16"
+    ):
+        Checkpoint(evaluation, train).load(set(), 5)
+    complete = Checkpoint(evaluation, train)
+    assert complete.load(set(), 4)["step"] == 4
+    assert complete.precision == "fp16"
 
 
 def test_a_damaged_checkpoint_is_refused(evaluation):
@@ -58,7 +73,7 @@ def test_a_damaged_checkpoint_is_refused(evaluation):
     checkpoint.save({"step": 4, "seconds": 1.5}, set())
     checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:1000])
     with pytest.raises(ConfigurationError, match=r"checkpoint.pt cannot be read .* remove it"):
-        checkpoint.load(set())
+        checkpoint.load(set(), 5)
 
 
 def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_the_old_one_stays(evaluation, small_disk, capsys):
@@ -68,7 +83,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_the_old_one_stays(
     checkpoint.save({"step": 5, "seconds": 1.5, "large": torch.zeros(100_000)}, set())
     assert "warning: " in (printed := capsys.readouterr().out)
     assert "checkpoint.pt cannot be written" in printed
-    assert checkpoint.load(set())["step"] == 4
+    assert checkpoint.load(set(), 5)["step"] == 4
     assert [path.name for path in checkpoint.path.parent.iterdir()] == ["checkpoint.pt"]
 
 
