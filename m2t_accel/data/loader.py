@@ -33,7 +33,7 @@ from m2t_accel.data.crops import Photometry
 from m2t_accel.data.requests import DeviceBatches, Request
 from m2t_accel.data.views import CentralBatch, CentralViews, TwoViews, ViewBatch
 from m2t_accel.distributed.device import keep_freed_memory
-from m2t_accel.distributed.interruption import NoBatchError, end_with_parent, waiting_for_a_batch
+from m2t_accel.distributed.interruption import SIGNALS, NoBatchError, end_with_parent, waiting_for_a_batch
 from m2t_accel.distributed.launch import num_cores, num_local_processes
 
 # Batches that each worker prepares ahead. With 1, 2, 4 and 8, two workers gave the same images/s within 6 %, with a
@@ -294,7 +294,7 @@ def set_up_worker(worker: int) -> None:
         sys.stderr = open(os.dup(2), "w", buffering=1, errors="backslashreplace")  # noqa: SIM115 (stays open)
         with open(os.devnull, "wb") as null:
             os.dup2(null.fileno(), 2)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)  # even if the worker hangs in a read
     keep_freed_memory(False)  # a worker would hold the memory of its largest image for good

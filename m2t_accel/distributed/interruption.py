@@ -24,8 +24,9 @@ from m2t_accel.config.fields import STATUS_CTRL_C, STATUS_RESUMABLE, Interrupted
 from m2t_accel.distributed.launch import launcher_arguments
 from m2t_accel.distributed.processes import control_group, groups
 
-# SLURM and other schedulers send one of the first two before they end a job; SIGINT is Ctrl-C.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# SLURM and other schedulers send one of the first two before they end a job. A terminal that closes, as that of a lost
+# ssh connection, sends SIGHUP. SIGINT is Ctrl-C.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 PR_SET_PDEATHSIG = 1  # option of Linux's prctl
 BATCH_TIMEOUT = 10  # seconds to wait for a batch of the workers after a signal
 RESPONSE_TIMEOUT = timedelta(seconds=10)  # for each process to respond after a collective call has failed
@@ -54,7 +55,7 @@ class NoBatchError(Exception):
 class StopSignals:
     """Context manager that records a signal to end the run. The run can then end between two steps.
 
-    A second Ctrl-C is not caught: it ends the process immediately.
+    A second Ctrl-C ends the process immediately; in an interactive session it raises KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
@@ -65,6 +66,8 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         with contextlib.suppress(ValueError):  # only the main thread can set handlers; in others nothing changes
             for number in SIGNALS:
+                if number == signal.SIGHUP and survives_terminal():
+                    continue
                 self.previous[number] = signal.signal(number, self.receive)
             self.previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.check_wait)
         return self
@@ -72,7 +75,8 @@ class StopSignals:
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Record the first signal, and print that the run will end."""
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            is_interactive = hasattr(sys, "ps1")  # also in a notebook, whose kernel must live on
+            signal.signal(signal.SIGINT, signal.default_int_handler if is_interactive else signal.SIG_DFL)
         if not self.received:
             self.received, self.received_at = number, time.monotonic()
             signal.setitimer(signal.ITIMER_REAL, 1, 1)
@@ -105,6 +109,15 @@ class StopSignals:
         """
         status = STATUS_CTRL_C if number == signal.SIGINT else STATUS_RESUMABLE
         return Interrupted(f"stopped by {signal.Signals(number).name}, {saved}", status)
+
+
+def survives_terminal() -> bool:
+    """Return whether this process ignores SIGHUP, as after `nohup`, and its launcher does not forward one.
+
+    torch's launcher of several processes handles SIGHUP even after `nohup`: it forwards the signal, and kills what has
+    not ended after 30 s.
+    """
+    return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def end_with_launcher() -> None:

@@ -1,6 +1,7 @@
 import os
 import re
 import signal
+import sys
 import threading
 from datetime import timedelta
 
@@ -18,7 +19,7 @@ from m2t_accel.distributed.interruption import (
 )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_is_recorded_and_printed_once(number, capfd):
     previous = signal.getsignal(number)
     with StopSignals() as signals:
@@ -34,11 +35,31 @@ def test_a_signal_is_recorded_and_printed_once(number, capfd):
     assert ("Ctrl-C again" in printed) == (number == signal.SIGINT)
 
 
-def test_the_second_ctrl_c_is_not_caught(capfd):
+def test_the_second_ctrl_c_is_not_caught(capfd, monkeypatch):
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.received == signal.SIGINT
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)  # as IPython and its kernels do
+    with StopSignals():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(("launcher", "received"), [(None, 0), ("1", signal.SIGHUP)])
+def test_after_nohup_a_closed_terminal_ends_only_what_the_launcher_ends_anyway(monkeypatch, launcher, received):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if launcher is not None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launcher)
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received == received
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 def test_a_signal_is_recorded_if_nothing_reads_stderr(monkeypatch):
