@@ -21,7 +21,8 @@ class EvaluationSettings(ImageSettings):
     """Settings of every evaluation. A view setting of None is read from the encoder's image processor.
 
     Raises:
-        ConfigurationError: the encoder is missing, or a value is not allowed.
+        ConfigurationError: the encoder is missing, or a value is not allowed, or the default `output_dir` is in the
+            folder of a run that the encoder does not belong to.
     """
 
     evaluation: ClassVar[str]  # name of the evaluation, in its result and its default output folder
@@ -58,7 +59,14 @@ class EvaluationSettings(ImageSettings):
         if self.output_dir is None:
             name = self.evaluation.replace(" ", "_").replace("-", "")
             name += "_random_weights" if self.random_weights else ""
-            object.__setattr__(self, "output_dir", str(run_folder(self.encoder) / name))
+            folder = run_folder(self.encoder)
+            is_run = (folder / "config.yaml").is_file() or (folder / "encoder").is_dir()
+            if is_run and not Path(self.encoder).resolve().is_relative_to(folder.resolve()):
+                raise ConfigurationError(
+                    f"--encoder {self.encoder} is not the encoder of the run {folder}, which has the same name: type "
+                    "--output_dir FOLDER for the result"
+                )
+            object.__setattr__(self, "output_dir", str(folder / name))
 
 
 def run_folder(encoder: str) -> Path:
@@ -68,7 +76,7 @@ def run_folder(encoder: str) -> Path:
         return path
     if path.is_dir() and path.resolve().name == "encoder":
         return path.parent
-    return Path("runs") / path.resolve().stem if path.exists() else Path("runs") / encoder.split("/")[-1]
+    return Path("runs") / (path.resolve().stem if path.is_file() else path.resolve().name)
 
 
 def check_encoder(encoder: str) -> None:

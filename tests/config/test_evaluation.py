@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from m2t_accel.config import evaluation
@@ -114,6 +116,24 @@ def test_results_go_to_the_folder_of_the_run(tmp_path):
     assert build_knn({**GIVEN, "output_dir": "mine"}).output_dir == "mine"
     (tmp_path / "resnet.pth").write_bytes(b"")
     assert build_knn({**GIVEN, "encoder": str(tmp_path / "resnet.pth")}).output_dir == "runs/resnet/knn"
+
+
+def test_results_of_another_encoder_do_not_go_to_a_run_of_the_same_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/resnet50-v1.5", "encoders/resnet50-v1.5", "encoders/resnet50"):
+        Path(name).mkdir(parents=True)
+    Path("resnet50.pth").touch()
+    others = ["encoders/resnet50", "resnet50.pth", "timm/resnet50"]
+    for encoder in others:
+        assert build_knn({**GIVEN, "encoder": encoder}).output_dir == "runs/resnet50/knn"
+    assert build_knn({**GIVEN, "encoder": "encoders/resnet50-v1.5"}).output_dir == "runs/resnet50-v1.5/knn"
+    Path("runs/resnet50/encoder").mkdir(parents=True)
+    for encoder in others:
+        with pytest.raises(ConfigurationError, match=f"--encoder {encoder} is not .* runs/resnet50, .*--output_dir"):
+            build_knn({**GIVEN, "encoder": encoder})
+        assert build_knn({**GIVEN, "encoder": encoder, "output_dir": "mine"}).output_dir == "mine"
+    for encoder in ("runs/resnet50", "runs/resnet50/encoder", tmp_path / "runs/resnet50"):
+        assert Path(build_knn({**GIVEN, "encoder": str(encoder)}).output_dir).resolve().parent.name == "resnet50"
 
 
 def test_results_can_be_published_only_with_their_completed_run(tmp_path, monkeypatch):
