@@ -68,7 +68,7 @@ class LARS(Optimizer):
 
 
 def create_optimizer(
-    module: nn.Module, name: str, learning_rate: float, momentum: float, weight_decay: float, fused: bool = True
+    module: nn.Module, name: str, learning_rate: float, momentum: float, weight_decay: float, fused: bool | None = True
 ) -> Optimizer:
     """Return SGD (`sgd`) or LARS (`lars`) over the module's trainable parameters.
 
@@ -76,8 +76,9 @@ def create_optimizer(
     that of one-dimensional parameters (BatchNorm, biases).
 
     Args:
-        fused: whether SGD reads and writes each tensor once, by one operator for all. False for a gradient scaler:
-            torch then calls `step` also for a step that is skipped, and Accelerate does not notice the skip.
+        fused: whether SGD reads and writes each tensor once, by one operator for all. Not for a gradient scaler: torch
+            then calls `step` also for a step that is skipped, and Accelerate does not notice the skip. None: torch's
+            default, operators over lists on a GPU. False: operators for each parameter.
 
     Raises:
         ValueError: the name is neither of them.

@@ -174,7 +174,7 @@ def create_step(
         config.learning_rate,
         config.optimizer_momentum,
         config.weight_decay,
-        fused=accelerator.scaler is None,
+        fused=True if accelerator.scaler is None else None,
     )
     if accelerator.process_index > 0:  # the networks are the same on all processes, the masks of dropout are not
         set_seed(config.seed + accelerator.process_index)

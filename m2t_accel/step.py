@@ -50,7 +50,7 @@ class TrainingStep:
 
     def __init__(self, student: Student, teacher: Teacher, optimizer: Optimizer, accelerator: Accelerator) -> None:
         if accelerator.scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            raise ValueError("a fused optimizer does not report the steps that a gradient scaler skips: fused=False")
+            raise ValueError("a fused optimizer does not report the steps that a gradient scaler skips: fused=None")
         self.accelerator = accelerator
         # Of views in another dtype autocast makes copies, and the originals stay until the end of the backward, too.
         forward_dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,15 +71,19 @@ class TrainingStep:
         self.teacher.follow(self.student, weight_momentum=0.0)
         self.student_forward.train()
         self.teacher_forward.train()
-        # An overflow of float16 would stay in the running statistics of the student.
-        self.kept = None if accelerator.scaler is None else [buffer.clone() for buffer in self.student.buffers()]
+        # An overflow of float16 would stay in the running statistics of the student. Statistics and counts of batches
+        # are two lists, because torch copies a list of two dtypes tensor by tensor.
+        buffers = list(self.student.buffers()) if accelerator.scaler is not None else []
+        statistics = [buffer for buffer in buffers if buffer.is_floating_point()]
+        counts = [buffer for buffer in buffers if not buffer.is_floating_point()]
+        self.kept = [([buffer.clone() for buffer in each], each) for each in (statistics, counts) if each]
         self.health: StepHealth | None = None  # of the last step, if it was measured
 
     def begin(self, now: Schedule, measures_health: bool = False) -> None:
         """Set the learning rate and the statistics momentum of this step, and whether its health is measured."""
         self.health = StepHealth(self.teacher) if measures_health else None
-        if self.kept is not None:
-            torch._foreach_copy_(self.kept, list(self.student.buffers()))
+        for kept, buffers in self.kept:
+            torch._foreach_copy_(kept, buffers)
         set_learning_rate(self.optimizer, now.learning_rate)
         self.teacher.set_statistics_momentum(now.statistics_momentum)
 
@@ -115,7 +119,8 @@ class TrainingStep:
         if self.optimizer.step_was_skipped:
             self.optimizer.zero_grad()
             self.teacher.discard_statistics()
-            torch._foreach_copy_(list(self.student.buffers()), self.kept)
+            for kept, buffers in self.kept:
+                torch._foreach_copy_(buffers, kept)
             self.health = None
             return False
         commit = self.teacher.commit_statistics()

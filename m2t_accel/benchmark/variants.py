@@ -248,7 +248,7 @@ def create_peer(work: Work) -> Step:
 
     byol = BYOL().to(work.accelerator.device, memory_format=torch.channels_last)
     optimizer = create_optimizer(
-        byol, config.optimizer, config.learning_rate, config.optimizer_momentum, config.weight_decay, fused=False
+        byol, config.optimizer, config.learning_rate, config.optimizer_momentum, config.weight_decay, fused=None
     )
     forward, optimizer = work.accelerator.prepare(byol, optimizer)
     criterion = NegativeCosineSimilarity()
