@@ -7,6 +7,7 @@ import contextlib
 import copy
 import copyreg
 import errno
+import functools
 import io
 import multiprocessing
 import os
@@ -146,7 +147,7 @@ def read(loader: DataLoader, device: torch.device | None = None) -> Iterator:
         ConfigurationError: no image of a batch can be decoded, or a shard cannot be read.
     """
     batches, workers = None, set()
-    stream = torch.cuda.Stream(device) if is_gpu(device) else None
+    stream = copy_stream(device) if is_gpu(device) else None
     try:
         others = set(multiprocessing.active_children())
         try:
@@ -236,6 +237,12 @@ def next_batch(batches: Iterator) -> object | None:
 def is_gpu(device: torch.device | None) -> bool:
     """Return whether the device is a CUDA GPU."""
     return device is not None and device.type == "cuda"
+
+
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of a GPU for copies of batches. torch keeps the freed memory of each stream for that stream."""
+    return torch.cuda.Stream(device)
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from m2t_accel.config.fields import ConfigurationError, count
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.data import photometry
+from m2t_accel.data.loader import upload
 from m2t_accel.data.order import num_steps_per_epoch
 from m2t_accel.data.sources import ImageData
 from m2t_accel.data.views import BadImage
@@ -236,7 +237,8 @@ class Report:
         mean = torch.stack(self.rows).mean(dim=0)
         others = [float(len(self.bad) > 0)] + [0.0] * num_processes
         others[1 + rank] = self.monitor.data_wait.seconds / (time.perf_counter() - self.last)
-        averages = HostCopy(self.accelerator.reduce(torch.cat([mean, mean.new_tensor(others)]), reduction="mean"))
+        others = upload(torch.tensor(others, dtype=mean.dtype), mean.device)  # a plain copy would wait for the GPU
+        averages = HostCopy(self.accelerator.reduce(torch.cat([mean, others]), reduction="mean"))
         reach_agreement(collective_timeout(self.config), has_arrived=averages.has_arrived)
         loss, spread, share_bad, *waits = averages.tolist()
         if share_bad > 0:
