@@ -31,6 +31,7 @@ from m2t_accel.data.sources import load_images
 from m2t_accel.data.views import TwoViews
 from m2t_accel.distributed.launch import hardware, limit_threads, start_accelerator
 from m2t_accel.distributed.processes import gather_to_all, on_all_processes, wait_for_all
+from m2t_accel.run.monitor import DataWait
 
 RANDOM = "random"  # the dataset of random pixels, which is not read from anywhere
 ON_SEVERAL_PROCESSES = ("eager", "compiled", "monitored", "floor")
@@ -304,26 +305,25 @@ def group_of(names: Sequence[str]) -> str:
 
 
 def data_wait(step: Step, work: Work) -> dict[str, float]:
-    """Return the share of the time that steps wait for a batch of the dataset, after the first batch."""
+    """Return the share of the time in which the device waits for a batch of the dataset, after the first batch."""
     config, accelerator = work.config, work.accelerator
     data = on_all_processes(accelerator, lambda: load_images(config))
     check_enough_images(len(data.train), config)
     requests = DeviceBatches(data.train, config, accelerator.num_processes, accelerator.process_index)
     loader = create_loader(TwoViews(data.train, config), requests, config, accelerator.device)
-    waited = 0.0
+    wait = DataWait(accelerator.device)
     with dead_workers_in_one_line():
         batches = read(loader, accelerator.device)
         step(next(batches))
         synchronize(accelerator.device)
-        started = last = time.perf_counter()
-        for batch in islice(batches, DATA_STEPS):
-            waited += time.perf_counter() - last
+        started = time.perf_counter()
+        for batch in wait.watch(islice(batches, DATA_STEPS)):
             step(batch)
-            last = time.perf_counter()
         synchronize(accelerator.device)
         total = time.perf_counter() - started
+        wait.add_completed()
         batches.close()
-    return {"workers": loader.num_workers, "steps": DATA_STEPS, "share": waited / total}
+    return {"workers": loader.num_workers, "steps": DATA_STEPS, "share": wait.seconds / total}
 
 
 def software() -> str:
