@@ -48,6 +48,8 @@ SHARDING = {
 
 CGROUPS = Path("/sys/fs/cgroup")  # in a container, the files of its limits
 
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # modes of torch.compile
+
 MIN_SHARED_SIZE = 64  # pixels of an image whose operators several threads share
 
 # NCCL aborts a process at its timeout, before any message can be printed. With this margin, gloo times out first.
@@ -167,8 +169,16 @@ def check_options(
     if precision not in allowed:
         place = "on a GPU" if on_gpu else "on a CPU"
         raise ConfigurationError(f"--mixed_precision {precision} is not supported {place}: one of {', '.join(allowed)}")
-    steps = max(request.accumulation, number_in(environment, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"))
     world_size = number_in(environment, "WORLD_SIZE")
+    mode = environment.get("ACCELERATE_DYNAMO_MODE", "default").lower()
+    is_compiled = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
+    has_sub_batches = config is not None and config.num_virtual_devices > world_size
+    if mode in CUDA_GRAPH_MODES and is_compiled and on_gpu and has_sub_batches:
+        raise ConfigurationError(
+            f"--dynamo_mode {mode} records CUDA graphs, which a step of several sub-batches on a GPU would overwrite: "
+            "leave it out"
+        )
+    steps = max(request.accumulation, number_in(environment, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"))
     if steps > 1 and (config is None or config.num_virtual_devices != steps * world_size):
         advice = "leave it out"
         if config is not None:

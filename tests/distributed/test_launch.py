@@ -54,6 +54,7 @@ def test_accelerate_reads_the_configuration(name):
     assert config.distributed_type == ("MULTI_GPU" if config.num_processes > 1 else "NO")
 
 
+GRAPHS = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_DYNAMO_MODE": "reduce-overhead"}
 TWO, EIGHT = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}
 
 
@@ -125,6 +126,9 @@ def config_of(batch_size, device_batch_size):
         ({"ACCELERATE_USE_FSDP": "false", "ACCELERATE_MIXED_PRECISION": "bf16"}, 0, LaunchRequest(), None),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, 1, LaunchRequest(), None),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, 0, LaunchRequest(), None),  # it works
+        ({**GRAPHS, "ACCELERATE_DYNAMO_BACKEND": "no"}, 1, LaunchRequest(), config_of(64, 32)),
+        (GRAPHS, 1, LaunchRequest(), config_of(64, 64)),
+        (GRAPHS, 0, LaunchRequest(), config_of(64, 32)),  # CPUs have no CUDA graphs
         (TWO, 0, LaunchRequest(2, accumulation=4), config_of(64, 8)),  # what happens anyway
     ],
 )
@@ -143,6 +147,7 @@ def test_options_of_the_launch_that_work_are_accepted(environment, num_devices, 
         ({"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_CPU": "true"}, 1, LaunchRequest(), None, "on a CPU"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, 1, LaunchRequest(), None, "fp8 .*on a GPU: one of no, bf16, fp16$"),
         ({"ACCELERATE_MIXED_PRECISION": "half"}, 0, LaunchRequest(), None, "half is not supported"),
+        (GRAPHS, 1, LaunchRequest(), config_of(64, 32), "^--dynamo_mode reduce-overhead .* several sub-batches"),
         ({}, 0, LaunchRequest(accumulation=4), config_of(64, 64), "type --batch_size 256 --device_batch_size 64"),
         (TWO, 0, LaunchRequest(2, accumulation=4), config_of(64, 32), "--batch_size 256 --device_batch_size 32"),
         ({}, 0, LaunchRequest(accumulation=4), None, "leave it out$"),
