@@ -177,19 +177,19 @@ class RunningStatistics:
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-        self.history = self.current()
+        self.buffers = [buffer for layer in self.layers for buffer in (layer.running_mean, layer.running_var)]
+        self.history = [buffer.clone() for buffer in self.buffers]
         self.sums: list[Tensor] = []
         self.count = 0
         for layer in self.layers:
             layer.momentum = 1.0  # after a forward, its buffers hold the statistics of that sub-batch alone
 
-    def current(self) -> list[Tensor]:
-        return [buffer.clone() for layer in self.layers for buffer in (layer.running_mean, layer.running_var)]
-
     def add(self) -> None:
         """Add the statistics of the last forward."""
-        current = self.current()
-        self.sums = [a + b for a, b in zip(self.sums, current, strict=True)] if self.sums else current
+        if self.count == 0:
+            self.sums = [buffer.clone() for buffer in self.buffers]
+        else:
+            torch._foreach_add_(self.sums, self.buffers)
         self.count += 1
 
     def commit(self, accelerator: Accelerator) -> None:
@@ -198,9 +198,6 @@ class RunningStatistics:
             return
         flat = torch.cat([total.flatten() for total in self.sums]) / self.count
         average = accelerator.reduce(flat, reduction="mean").split([total.numel() for total in self.sums])
-        for history, new in zip(self.history, average, strict=True):
-            history.lerp_(new.view_as(history), STATISTICS_MOMENTUM)
-        for i, layer in enumerate(self.layers):
-            layer.running_mean.copy_(self.history[2 * i])
-            layer.running_var.copy_(self.history[2 * i + 1])
+        torch._foreach_lerp_(self.history, average, STATISTICS_MOMENTUM)
+        torch._foreach_copy_(self.buffers, self.history)
         self.sums, self.count = [], 0
