@@ -29,6 +29,7 @@ from m2t_accel.momentum_norm import (
     collect_statistics,
     commit_statistics,
     convert_batch_norm,
+    copy_histories,
     discard_statistics,
     momentum_layers,
     set_statistics_momentum,
@@ -155,8 +156,14 @@ class Teacher(nn.Module):
     def forward(self, view_1: Tensor, view_2: Tensor) -> tuple[Tensor, Tensor]:
         """Return k1, k2, the targets from views 1 and 2: (N, 3, H, W) in, (N, projection_size) unit-norm out."""
         # View 2 first, the order that runs so far had: an encoder with dropout draws its random numbers in this order.
-        k2, k1 = (self.projector(embed(self.encoder, view)) for view in (view_2, view_1))
+        k2, k1 = (self.embed_view(view) for view in (view_2, view_1))
         return functional.normalize(k1, dim=1), functional.normalize(k2, dim=1)
+
+    def embed_view(self, view: Tensor) -> Tensor:
+        """Return the projections (N, projection_size) of one view (N, 3, H, W)."""
+        if self.training:
+            copy_histories(self.layers)
+        return self.projector(embed(self.encoder, view))
 
     def set_statistics_momentum(self, statistics_momentum: float) -> None:
         """Set α, the batch's share in the statistics, for the forwards of a step."""

@@ -54,6 +54,8 @@ class MomentumBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum=None, affine=affine, device=device, dtype=dtype)
         self.statistics = statistics
         self.alpha = 1.0
+        # A copy of the history, for the next eager forward to mix the batch into: see `copy_histories`.
+        self.spare_history: tuple[Tensor, Tensor] | None = None
         # Batch statistics of the eager forwards that are not yet in `pending`: mean, biased variance, number of values.
         self.forwards: list[tuple[Tensor, Tensor, int]] = []
         # These are not persistent, so that the state dict stays that of plain BatchNorm. Between steps all but α are 0.
@@ -103,7 +105,8 @@ class MomentumBatchNorm(_BatchNorm):
             return mean, var * ((num_values - 1) / num_values), mixed_mean, mixed_var
         # One operator mixes, with the unbiased variance, into its second and third argument: copies of the history. It
         # also sums a bfloat16 input in the dtype of the history, without a float32 copy of the input.
-        mixed_mean, mixed_var = torch.stack([self.running_mean, self.running_var]).unbind()
+        mixed, self.spare_history = self.spare_history, None
+        mixed_mean, mixed_var = mixed or torch.stack([self.running_mean, self.running_var]).unbind()
         mean, biased_var = torch.ops.aten.batch_norm_update_stats(input, mixed_mean, mixed_var, self.alpha)
         self.forwards.append((mean, biased_var, num_values))
         return mean, biased_var, mixed_mean, mixed_var
@@ -172,6 +175,16 @@ def set_statistics_momentum(layers: list[MomentumBatchNorm], statistics_momentum
 
 
 # The functions below use operators over lists: a loop over the layers would launch a thousand small GPU kernels.
+
+
+def copy_histories(layers: list[MomentumBatchNorm]) -> None:
+    """Copy the histories of all layers for their next forward, which otherwise copies its own."""
+    if torch.compiler.is_compiling():
+        return
+    means, variances = [layer.running_mean for layer in layers], [layer.running_var for layer in layers]
+    copies = torch.cat([*means, *variances]).split([len(history) for history in (*means, *variances)])
+    for layer, mean, variance in zip(layers, copies[: len(layers)], copies[len(layers) :], strict=True):
+        layer.spare_history = mean, variance
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from m2t_accel.momentum_norm import (
     MomentumBatchNorm,
     commit_statistics,
     convert_batch_norm,
+    copy_histories,
     momentum_layers,
     set_statistics_momentum,
 )
@@ -90,6 +91,27 @@ def test_the_other_kinds_of_statistics_are_torchs_batch_norm(shape, kind):
         torch.testing.assert_close(layer.running_mean, plain.running_mean, rtol=0, atol=1e-12)
         torch.testing.assert_close(layer.running_var, plain.running_var, rtol=0, atol=1e-12)
     assert not torch.allclose(layer.running_var, first.running_var)
+
+
+def test_copies_of_all_histories_change_no_bit():
+    """The second forward of a layer, which has no copy left, makes its own."""
+    torch.manual_seed(0)
+    layers = [random_layer(), random_layer()]
+    others = copy.deepcopy(layers)
+    histories = [layer.running_mean.clone() for layer in layers]
+    for layer in (*layers, *others):
+        set_statistics_momentum([layer], 0.3)
+    for _ in range(2):
+        copy_histories(layers)
+        for batch in torch.randn(2, 6, 5, dtype=torch.float64):
+            for layer, other in zip(layers, others, strict=True):
+                assert layer(batch).equal(other(batch))
+    assert all(layer.running_mean.equal(history) for layer, history in zip(layers, histories, strict=True))
+    commit_statistics(layers)
+    commit_statistics(others)
+    for layer, other in zip(layers, others, strict=True):
+        assert layer.running_mean.equal(other.running_mean)
+        assert layer.running_var.equal(other.running_var)
 
 
 def test_an_unknown_kind_of_statistics_is_refused():
