@@ -57,7 +57,8 @@ def hold_out_pieces(
 ) -> tuple[ParquetShards, Dataset | None, Dataset | None]:
     """Return training images as shards and, if they have labels, some training and validation images in memory.
 
-    Without a validation split, whole pieces of the training split are held out.
+    Without a validation split, whole pieces of the training split are held out. If all are too large, or if the flags
+    hold nothing out, the second result has the column `label` alone, and the third is None.
 
     Args:
         train: training split.
@@ -104,15 +105,16 @@ def hold_out_pieces(
     splits = {}
     for name, (shards, limit) in parts.items():
         pieces = spread_pieces(shards.piece_sizes, limit)
-        if not len(pieces):  # at least one piece, even if it exceeds the limit
+        if not len(pieces):  # at least a part of one piece
             pieces = np.array(smallest(shards.piece_sizes)[:1])
-        split = classes.apply(shards.dataset(pieces, label.name))
+        # If nothing is held out, no kNN needs the images. The labels still tell how the classes are distributed.
+        split = classes.apply(shards.dataset(pieces, label.name, limit, with_images=validation is not None))
         # The labels of a ClassLabel column have not been read before.
         read_labels = functools.partial(stored_labels, split)
         if find_classes(split.features["label"], read_labels, len(train), label, config, remarks) is None:
             return all_images, None, None
         splits[name] = split
-    if len(splits["train"]) < len(train):
+    if validation is not None and len(splits["train"]) < len(train):
         remarks.append(f"kNN compares with {len(splits['train']):,} of the training images")
     return train, splits["train"], splits.get("val")
 

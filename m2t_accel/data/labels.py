@@ -244,7 +244,9 @@ class Classes:
         labels = stored_labels(split)
         numbers = {label: self.number(label) for label in distinct(labels)}
         numbers = np.array([numbers[label] for label in labels.to_pylist()], np.int64)
-        return split.remove_columns("label").add_column("label", numbers, feature=ClassLabel(names=self.names))
+        # Added first: without any column, a Dataset has no rows.
+        split = split.add_column("class", numbers, feature=ClassLabel(names=self.names))
+        return split.remove_columns("label").rename_column("class", "label")
 
     def number(self, label: int | str) -> int | None:
         if self.by_number and isinstance(label, int):

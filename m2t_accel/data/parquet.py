@@ -155,19 +155,28 @@ class ParquetShards:
             for row, value in enumerate(read_file(self.files[file], read)):
                 yield f"row {row} of row group {group} of {self.files[file]}", value
 
-    def dataset(self, pieces: np.ndarray, label: str) -> Dataset:
+    def dataset(self, pieces: np.ndarray, label: str, max_rows: int, with_images: bool = True) -> Dataset:
         """Return some of the pieces in memory, with the columns `image`, undecoded, and `label`.
+
+        Args:
+            pieces: their numbers.
+            label: name of the column of labels.
+            max_rows: rows of a piece at most; of a larger one, as many are drawn at random, always the same ones.
+            with_images: if False, return only the column `label`.
 
         Raises:
             ConfigurationError: a file is missing or damaged, the network fails, or the files' columns differ.
         """
-        columns = [self.column.name, label]
+        columns = [self.column.name, label] if with_images else [label]
         schema = Features({name: self.features[name] for name in columns}).arrow_schema
 
         def read(piece: int) -> pyarrow.Table:
             number, group = self.place(int(piece))
             file = self.files[number]
-            part = read_file(file, functools.partial(read_row_group, file=file, group=group, columns=columns))
+            read_part = functools.partial(
+                read_some_rows, file=file, group=group, columns=columns, number=min(max_rows, self.piece_sizes[piece])
+            )
+            part = read_file(file, read_part)
             try:
                 return part.select(columns).cast(schema)
             except pyarrow.ArrowException as error:
@@ -175,7 +184,10 @@ class ParquetShards:
 
         with ThreadPoolExecutor(READERS) as readers:
             table = pyarrow.concat_tables(readers.map(read, pieces))
-        return select_columns(to_dataset(table), self.column, label)
+        images = to_dataset(table)
+        if with_images:
+            return select_columns(images, self.column, label)
+        return images if label == "label" else images.rename_column(label, "label")
 
     def distinct_values(self, column: str) -> pyarrow.ChunkedArray:
         """Return the distinct values of a column in all files that have rows, such as the labels."""
@@ -212,8 +224,21 @@ def parquet_splits(files: dict[str, list[str]], config: ImageSettings) -> dict[s
     return splits
 
 
-def read_row_group(source: IO[bytes], file: str, group: int, columns: list[str]) -> pyarrow.Table:
-    return open_parquet(source, file).read_row_group(group, columns=columns, use_threads=False)
+def read_some_rows(source: IO[bytes], file: str, group: int, columns: list[str], number: int) -> pyarrow.Table:
+    """Return `number` rows of a row group, always the same ones, without holding the others in memory.
+
+    They are drawn at random, because labels often follow a pattern. The row group is read in small batches, also
+    because Arrow cannot return 2 GB of a column of structs in one piece.
+    """
+    shard = open_parquet(source, file, buffer_size=BUFFER_BYTES)
+    size = shard.metadata.row_group(group).num_rows
+    chosen = np.sort(np.random.default_rng(0).permutation(size)[:number])
+    parts, start = [], 0
+    for batch in shard.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
+        first, stop = np.searchsorted(chosen, (start, start + len(batch)))
+        parts.append(batch.take(pyarrow.array(chosen[first:stop] - start)) if number < size else batch)
+        start += len(batch)
+    return pyarrow.Table.from_batches(parts)
 
 
 def open_parquet(source: IO[bytes], file: str, **options: object) -> parquet.ParquetFile:

@@ -41,7 +41,8 @@ class ImageData:
     """Images to train on and, if they have labels, images for evaluation.
 
     A Dataset has a column `image` of undecoded {"bytes", "path"}. It also has `offset` and `size` in bytes if the
-    images are parts of files, and `label` (int) if `class_names` is given.
+    images are parts of files, and `label` (int) if `class_names` is given. If streaming holds no image out, the bank
+    has the column `label` alone.
     """
 
     train: Dataset | Shards | HubStream

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from helpers import encoded, load, pixel, write_parquet, write_table
 from pyarrow import parquet
 
@@ -41,12 +41,36 @@ def test_without_evaluation_streaming_holds_no_image_in_memory(tmp_path, monkeyp
     assert "kNN" not in images.note
 
 
-def test_no_row_group_is_held_out_if_all_are_too_large(tmp_path):
-    write_parquet(tmp_path / "train.parquet", 0, 100, row_group_size=50)
+@pytest.mark.parametrize("name", ["label", "species"])
+@pytest.mark.parametrize("kind", [ClassLabel(names=["even", "odd"]), Value("string")], ids=["class", "word"])
+def test_no_row_group_is_held_out_if_all_are_too_large(tmp_path, name, kind):
+    features = Features({"image": Image(), name: kind})
+    rows = Dataset.from_dict({"image": encoded(0, 100), name: ["even", "odd"] * 50}, features)
+    parquet.write_table(rows.with_format("arrow")[:], tmp_path / "train.parquet", row_group_size=50)
     images = load(tmp_path, streaming=True)
+    assert images.class_names == ["even", "odd"]
     assert (len(images.train), images.validation) == (100, None)
     assert "smallest row group has 50 images, more than the 10 wanted: write smaller row groups" in images.note
     assert "every row group is too large" in images.lacks
+    assert list(images.bank.features) == ["label"]  # the images would only take memory, in each process
+    assert images.bank["label"][:] == [0, 1] * 25 * 2
+    assert "kNN" not in images.note
+
+
+def test_a_part_of_a_row_group_of_any_size_is_held_in_memory(tmp_path, monkeypatch):
+    """A row group may have more than 2 GB, which Arrow cannot return in one piece."""
+    monkeypatch.setattr(held_out, "MAX_STREAMED_BANK", 20)
+    monkeypatch.setattr(held_out, "MAX_STREAMED_QUERIES", 30)
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", None)
+    write_parquet(tmp_path / "train.parquet", 0, 200, row_group_size=200)
+    write_parquet(tmp_path / "val.parquet", 200, 30, row_group_size=30)
+    images = load(tmp_path, streaming=True)
+    assert len(images.train) == 200
+    bank = [pixel(images.bank, i) for i in range(20)]
+    assert bank == sorted(set(bank))
+    assert bank[0] < 50 < 150 < bank[-1] < 200
+    assert [pixel(images.validation, i) for i in range(30)] == list(range(200, 230))
+    assert "kNN compares with 20 of" in images.note
 
 
 def test_streaming_holds_out_whole_row_groups(tmp_path):
