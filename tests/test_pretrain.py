@@ -26,6 +26,7 @@ from m2t_accel.config.recipes import build_config
 from m2t_accel.data import order, shards
 from m2t_accel.data.order import permute
 from m2t_accel.data.sources import load_images
+from m2t_accel.distributed.interruption import NoBatchError
 from m2t_accel.evaluation.knn import evaluate_knn, measure_knn
 from m2t_accel.model import Teacher
 from m2t_accel.momentum_norm import MomentumBatchNorm
@@ -33,6 +34,7 @@ from m2t_accel.pretrain import pretrain
 from m2t_accel.run import checkpoint, completion
 from m2t_accel.run.checkpoint import list_checkpoints, verify
 from m2t_accel.run.guard import Guard
+from m2t_accel.run.report import KnnMonitor
 from m2t_accel.step import TrainingStep
 
 
@@ -506,6 +508,23 @@ def test_a_signal_ends_an_evaluation_which_the_resumed_run_repeats(small, whole_
     assert ("before the first step" in str(caught.value)) == (evaluation == 0)
     if evaluation:
         assert metrics(tmp_path / "run")[-1]["step"] == 5 * evaluation - 1, "the line of the evaluation waits"
+    train(small(tmp_path / "run"))
+    assert_same_run(whole_run, tmp_path / "run")
+
+
+def test_a_signal_while_an_evaluation_waits_for_its_images_saves(small, whole_run, tmp_path, monkeypatch):
+    measure, calls = KnnMonitor.measure, []
+
+    def hang_after_an_epoch(self, *arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise NoBatchError
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(KnnMonitor, "measure", hang_after_an_epoch)
+    with pytest.raises(Interrupted, match=r"SIGTERM, after step 5 of 10\. .*/step-5"):
+        train(small(tmp_path / "run"))
     train(small(tmp_path / "run"))
     assert_same_run(whole_run, tmp_path / "run")
 

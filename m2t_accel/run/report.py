@@ -18,7 +18,7 @@ from m2t_accel.data.loader import upload
 from m2t_accel.data.order import num_steps_per_epoch
 from m2t_accel.data.sources import ImageData
 from m2t_accel.data.views import BadImage
-from m2t_accel.distributed.interruption import HostCopy, reach_agreement
+from m2t_accel.distributed.interruption import HostCopy, NoBatchError, reach_agreement
 from m2t_accel.distributed.launch import collective_timeout, compiles_networks, hardware
 from m2t_accel.distributed.processes import broadcast_object, gather_to_all
 from m2t_accel.evaluation.features import read_labels
@@ -202,7 +202,11 @@ class Report:
             alarms += self.check_collapse(step, values["embedding_std"])
         seconds = time.perf_counter() - self.last
         if evaluates:
-            found = self.knn.measure(encoder, stop_if_asked)
+            try:
+                found = self.knn.measure(encoder, stop_if_asked)
+            except NoBatchError:  # between two steps, so that the run can be saved
+                stop_if_asked()
+                raise
             (values["knn_top1"],) = found.accuracies.values()
             if self.page is not None:
                 self.page.save_neighbours(step / self.steps_per_epoch, self.knn.bank, self.knn.queries, found)
