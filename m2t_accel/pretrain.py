@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Mapping
 from itertools import chain, islice
@@ -65,7 +66,7 @@ def pretrain(
         dataset: images to train on, with a column of images and, for kNN, one of labels. `config.dataset` is then
             only its name. Default: the images that `config.dataset` names.
         encoder: a module with BatchNorm that takes images (N, 3, H, W) and returns features (N, C), or a `transformers`
-            model. Default: the encoder that `config.encoder` names.
+            model. A copy of it is trained. Default: the encoder that `config.encoder` names.
 
     Returns:
         The trained teacher; None if the run was complete already.
@@ -84,6 +85,7 @@ def pretrain(
                 f"--init_from {config.init_from}: pretrain() was given an encoder: load its weights before the call"
             )
         config = dataclasses.replace(config, encoder=type(encoder).__name__)
+        encoder = copy.deepcopy(encoder)  # a second call with it starts from the same weights
     folder = RunFolder(config.output_dir)
 
     def find_start() -> Start | None:

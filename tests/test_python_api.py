@@ -62,6 +62,7 @@ def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch):
         exec(compile(example, "docs/python.md", "exec"), names)
     assert names["knn"]["figures"]["top1_k20"] > 0.7
     assert names["probe"]["figures"]["top1"] > 0.3
+    assert names["encoder"][1].num_batches_tracked == 0, "a copy is trained"
     assert (tmp_path / "runs" / "own" / "encoder" / "model.safetensors").exists()
 
 

@@ -188,6 +188,13 @@ class PretrainConfig(TrainingSettings):
         )
 
 
+def initial_weights(config: PretrainConfig) -> str:
+    """Return the weights that a run starts from, such as "with random weights"."""
+    if config.init_from is not None:
+        return f"with the weights of {config.init_from}"
+    return "with random weights" if config.encoder in ENCODERS else "at the start"  # pretrain() may be given any
+
+
 def check_inputs(config: PretrainConfig, check_images: bool = True, check_encoder: bool = True) -> None:
     """Check that the dataset, the encoder and the trackers exist, and that a Hub login exists if the run is pushed.
 

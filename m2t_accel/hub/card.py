@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -11,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from m2t_accel.config.data import public_name
 from m2t_accel.config.fields import command_without_paths, plain_text, without_paths
-from m2t_accel.config.pretrain import PretrainConfig
+from m2t_accel.config.pretrain import PretrainConfig, initial_weights
 from m2t_accel.config.recipes import RECIPES
 
 # A second push replaces the text between these marks, and keeps all other text.
@@ -186,11 +187,11 @@ def results_text(config: PretrainConfig, accuracies: Sequence[float], results: S
     """Return the accuracies measured during training, and a table of the evaluations, as Markdown."""
     lines = []
     if accuracies:
-        start = "random weights" if config.init_from is None else f"the weights of {without_paths(config.init_from)}"
+        start = initial_weights(replace(config, init_from=without_paths(config.init_from)))
         lines.append(
             "During training: weighted kNN top-1 (k = 20, T = 0.07, features of the teacher's encoder, centre crop) "
             "of at most 10 000 held-out images by at most 50 000 training images: "
-            f"**{100 * accuracies[-1]:.2f} %**, from {100 * accuracies[0]:.2f} % with {start}."
+            f"**{100 * accuracies[-1]:.2f} %**, from {100 * accuracies[0]:.2f} % {start}."
         )
     if results:
         lines += ["", "| evaluation | data | result | protocol |", "|---|---|---|---|"]

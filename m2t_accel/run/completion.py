@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from m2t_accel import __version__
 from m2t_accel.config.data import public_name
-from m2t_accel.config.pretrain import PretrainConfig
+from m2t_accel.config.pretrain import PretrainConfig, initial_weights
 from m2t_accel.data.sources import ImageData
 from m2t_accel.distributed.launch import command
 from m2t_accel.files import read_metrics, replace_folder, write_text
@@ -83,9 +83,8 @@ def finish(
     write_text(folder / COMPLETE, json.dumps(training, indent=2, ensure_ascii=False) + "\n")
     lines = [f"\nTrained in {duration(seconds)}: {images_seen:,} images, {images_seen / seconds:,.0f} a second."]
     if accuracies:
-        start = "with random weights" if config.init_from is None else f"with the weights of {config.init_from}"
         first, last = 100 * accuracies[0], 100 * accuracies[-1]
-        lines.append(f"Teacher kNN top-1: {first:.2f} % {start}, {last:.2f} % now.")
+        lines.append(f"Teacher kNN top-1: {first:.2f} % {initial_weights(config)}, {last:.2f} % now.")
     if is_stock:
         load = f'from transformers import AutoModel; AutoModel.from_pretrained("{folder / "encoder"}")'
     else:

@@ -68,6 +68,9 @@ def test_the_source_of_a_warm_start_is_named_and_the_base_model_if_it_is_on_the_
     assert f"from 30.00 % with the weights of {shown}." in text
     assert f"init_from: {shown}\n" in text
     assert "from 30.00 % with random weights." in card()
+    assert "from 30.00 % at the start." in card(encoder="ResNetModel"), (
+        "pretrain() was given a module, maybe a trained one"
+    )
 
 
 def test_a_dataset_is_named_as_the_run_recorded_it(tmp_path, monkeypatch):
