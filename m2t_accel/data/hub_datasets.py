@@ -20,13 +20,14 @@ from datasets import Dataset, DatasetBuilder, SplitDict
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.naming import camelcase_to_snakecase
 from datasets.packaged_modules.parquet.parquet import Parquet
+from pyarrow import parquet
 
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.fields import ConfigurationError, did_you_mean, one_line
 from m2t_accel.data.cache import file_fingerprint
 from m2t_accel.data.folders import MAX_LISTED
 from m2t_accel.data.hub_files import list_files
-from m2t_accel.data.parquet import ParquetShards, parquet_splits
+from m2t_accel.data.parquet import ParquetShards, known_columns, parquet_splits
 from m2t_accel.data.splits import TRAIN, Choice, choose_splits
 from m2t_accel.data.streams import HubStream
 
@@ -281,7 +282,11 @@ def copy_split(files: Sequence[str]) -> Dataset:
         for file, path in zip(files, paths, strict=True):
             os.symlink(file, path)
         data_files = DataFilesDict({TRAIN: DataFilesList(paths, [])})
-        builder = Parquet(config_id=f"default-{hashlib.sha256(key.encode()).hexdigest()[:16]}", data_files=data_files)
+        schema, known = parquet.read_schema(files[0]), {}
+        if len(features := known_columns(schema)) < len(schema):
+            known = {"features": features, "columns": list(features)}
+        config_id = f"default-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        builder = Parquet(config_id=config_id, data_files=data_files, **known)
         builder.download_and_prepare()
         return builder.as_dataset(TRAIN)
 

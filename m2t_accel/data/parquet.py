@@ -63,13 +63,13 @@ class ParquetShards:
 
     @property
     def features(self) -> Features:
-        """Return the columns of the files.
+        """Return the columns of the files, without those whose types `datasets` does not know.
 
         Raises:
             ConfigurationError: the metadata that `datasets` has written is damaged.
         """
         try:
-            return Features.from_arrow_schema(self.schema)
+            return known_columns(self.schema)
         except Exception as error:  # of json, or of anything that is built from it
             raise ConfigurationError(
                 f"the columns of {self.files[0]} cannot be read ({one_line(error)}); rewrite the file"
@@ -193,6 +193,22 @@ class ParquetShards:
         """Return the distinct values of a column in all files that have rows, such as the labels."""
         filled = [self.files[number] for number in np.flatnonzero(self.file_sizes)]  # others may lack the column
         return distinct_values(filled, column, self.features.arrow_schema.field(column).type)
+
+
+def known_columns(schema: pyarrow.Schema) -> Features:
+    """Return the columns of a parquet file, without those whose types `datasets` does not know, such as maps.
+
+    Images and labels have other types, and no other column is read.
+    """
+
+    def is_known(field: pyarrow.Field) -> bool:
+        try:
+            Features.from_arrow_schema(pyarrow.schema([field]))
+        except ValueError:
+            return False
+        return True
+
+    return Features.from_arrow_schema(pyarrow.schema(filter(is_known, schema), schema.metadata))
 
 
 def parquet_splits(files: dict[str, list[str]], config: ImageSettings) -> dict[str, ParquetShards]:

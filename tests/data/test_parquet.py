@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
-from helpers import encoded, load, write_parquet
+from helpers import encoded, load, write_parquet, write_table
 
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.config.recipes import build_config
@@ -202,6 +202,15 @@ def test_the_classes_of_unused_files_and_columns_do_not_matter(tmp_path, streami
         rows = {"image": encoded(0, 4), "label": [0, 1, 0, 1], "from": [0, 1, 0, 1]}
         Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"train-{i}.parquet")
     assert load(tmp_path, streaming=streaming).class_names == ["0", "1"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_whose_type_datasets_does_not_know_is_not_read(tmp_path, streaming):
+    notes = pyarrow.array([[("camera", "a")]] * 8, pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    for name, words in (("train", ["cat", "dog"] * 4), ("val", ["dog", "cat"] * 4)):
+        write_table(tmp_path / f"{name}.parquet", notes=notes, image=encoded(0, 8), label=words)
+    images = load(tmp_path, streaming=streaming)
+    assert (images.class_names, len(images.train), len(images.validation)) == (["cat", "dog"], 8, 8)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
