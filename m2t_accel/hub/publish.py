@@ -114,7 +114,8 @@ def gather(run: Path, staged: Path, repo_id: str) -> str:
         settings = yaml.safe_load(inside(run, run / "config.yaml").read_text(encoding="utf-8"))
         config = build_config(settings)
         training = json.loads(inside(run, run / "training.json").read_text(encoding="utf-8"))
-        changed = [name for name, value in training.get("config", {}).items() if settings.get(name) != value]
+        recorded = {**training.get("config", {}), "push_to_hub": settings.get("push_to_hub")}  # not in config.yaml
+        changed = [name for name, value in recorded.items() if settings.get(name) != value]
         rows = list(read_metrics(run / "metrics.jsonl"))
         accuracies = [row["knn_top1"] for row in rows if "knn_top1" in row]
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:

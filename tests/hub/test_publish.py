@@ -267,6 +267,14 @@ def test_a_changed_config_yaml_is_refused(run, logged_in):
     assert "its config.yaml has been changed since the run ended (seed): remove" in refused(run)
 
 
+def test_a_run_that_ends_with_a_push_can_be_published(run, tmp_path):
+    """training.json holds --push_to_hub, and config.yaml does not."""
+    training = json.loads((run / "training.json").read_text())
+    training["config"]["push_to_hub"] = "me/digits"
+    (run / "training.json").write_text(json.dumps(training))
+    assert "# Momentum" in module.gather(run, tmp_path / "staged", "me/digits")
+
+
 def test_changed_or_damaged_weights_are_refused(run, logged_in):
     weights = run / "encoder" / "model.safetensors"
     state = load_file(weights)
