@@ -310,6 +310,9 @@ def num_local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 
 
+_num_threads = (0, 0)  # of torch before and after the last call of limit_threads
+
+
 def limit_threads(image_size: int | None) -> None:
     """Use no more threads than there are cores for this process, unless the user has chosen their number.
 
@@ -322,10 +325,15 @@ def limit_threads(image_size: int | None) -> None:
             environment = psutil.Process().parent().environ()
     by_flag = any(word.replace("-", "_").startswith("__num_cpu_threads_per_process") for word in arguments or ())
     if not by_flag and "OMP_NUM_THREADS" not in environment:
+        global _num_threads
+        before, limited = _num_threads
+        if torch.get_num_threads() != limited:  # not the limit of an earlier run in this process
+            before = torch.get_num_threads()
         most = num_cores() // num_local_processes()
         if image_size is not None and image_size < MIN_SHARED_SIZE:
             most = 1
-        torch.set_num_threads(min(torch.get_num_threads(), max(1, most)))
+        _num_threads = before, min(before, max(1, most))
+        torch.set_num_threads(_num_threads[1])
 
 
 def hardware(accelerator: Accelerator) -> str:

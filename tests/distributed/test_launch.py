@@ -243,11 +243,33 @@ def test_there_are_no_more_threads_than_cores_unless_the_user_asks(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in ({"OMP_NUM_THREADS": "16"} if arguments else environment).items():
         monkeypatch.setenv(name, value)
-    chosen = [16]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    chosen = fake_threads(monkeypatch, 16)
     limit_threads(image_size)
     assert chosen[-1] == num_threads
+
+
+def fake_threads(monkeypatch, number):
+    """Let torch only record its number of threads. Return the record."""
+    chosen = [number]
+    monkeypatch.setattr(launch_module, "_num_threads", (0, 0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    return chosen
+
+
+def test_the_threads_of_a_run_do_not_depend_on_the_run_before_it(monkeypatch):
+    monkeypatch.setattr(launch_module, "num_cores", lambda: 6)
+    monkeypatch.setattr(launch_module, "launcher_arguments", lambda: None)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    chosen = fake_threads(monkeypatch, 16)
+    for image_size, number in ((32, 1), (32, 1), (224, 6), (None, 6)):
+        limit_threads(image_size)
+        assert chosen[-1] == number
+    torch.set_num_threads(2)  # by the user
+    limit_threads(224)
+    assert chosen[-1] == 2
 
 
 def launch(run_script, name, *arguments):
