@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import ipaddress
 import math
 import os
 import shlex
@@ -49,6 +50,8 @@ SHARDING = {
 CGROUPS = Path("/sys/fs/cgroup")  # in a container, the files of its limits
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # modes of torch.compile
+
+OUTSIDE = "192.0.2.1"  # an address that no machine has (RFC 5737); only the default route leads to it
 
 MIN_SHARED_SIZE = 64  # pixels of an image whose operators several threads share
 
@@ -255,20 +258,29 @@ def collective_timeout(config: PretrainConfig) -> timedelta:
 def route_gloo(environment: MutableMapping[str, str]) -> None:
     """Make gloo use the network interface that leads to the first machine, unless GLOO_SOCKET_IFNAME is set.
 
-    By default gloo uses the address of the host name, which on many machines is a loopback address.
+    By default gloo uses the address of the host name, which on many machines is a loopback address. The first machine
+    may reach itself by a loopback address, too: Debian writes `127.0.1.1 NAME` into its /etc/hosts. It then takes the
+    interface of the default route.
     """
     several_machines = environment.get("LOCAL_WORLD_SIZE", "1") != environment.get("WORLD_SIZE", "1")
     if not several_machines or "GLOO_SOCKET_IFNAME" in environment or "MASTER_ADDR" not in environment:
         return
     with contextlib.suppress(OSError):  # gloo then reports the error itself
-        host, port = environment["MASTER_ADDR"], int(environment.get("MASTER_PORT", "29500"))
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(address)  # a datagram socket sends nothing
-            own_address = probe.getsockname()[0]
+        own_address = source_address(environment["MASTER_ADDR"])
+        if ipaddress.ip_address(own_address).is_loopback:
+            with contextlib.suppress(OSError):  # no default route
+                own_address = source_address(OUTSIDE)
         for name, addresses in psutil.net_if_addrs().items():
             if own_address in (each.address for each in addresses):
                 environment["GLOO_SOCKET_IFNAME"] = name
+
+
+def source_address(host: str) -> str:
+    """Return the address from which this machine reaches the host."""
+    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]  # any port
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # a datagram socket sends nothing
+        return probe.getsockname()[0]
 
 
 def launcher_arguments() -> list[str] | None:

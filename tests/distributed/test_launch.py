@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import socket
+import types
 from datetime import timedelta
 
 import psutil
@@ -187,16 +189,35 @@ def test_a_run_records_the_command_of_its_launch(monkeypatch):
     assert launch_module.command() == "accelerate launch --config_file 'my cpu2.yaml' train.py"
 
 
-def test_gloo_uses_the_interface_that_leads_to_the_first_machine():
-    several = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+def test_gloo_uses_the_interface_that_leads_to_the_first_machine(monkeypatch):
+    networks = {"node1": "10.0.0.2", "node7": "127.0.0.1", launch_module.OUTSIDE: "192.168.0.2"}
+    interfaces = {"lo": "127.0.0.1", "eth0": "192.168.0.2", "ib0": "10.0.0.2"}
+    addresses = {name: [types.SimpleNamespace(address=address)] for name, address in interfaces.items()}
+    monkeypatch.setattr(launch_module, "source_address", lambda host: networks[host])
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: addresses)
+    several = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node1"}
     for given, interface in (
-        (several, "lo"),
+        (several, "ib0"),
+        ({**several, "MASTER_ADDR": "node7"}, "eth0"),  # on node7, as Debian sets it up
         ({**several, "GLOO_SOCKET_IFNAME": "eth7"}, "eth7"),
         ({**several, "WORLD_SIZE": "2"}, None),  # one machine
     ):
         environment = dict(given)
         route_gloo(environment)
         assert environment.get("GLOO_SOCKET_IFNAME") == interface
+
+
+def test_gloo_uses_the_loopback_interface_without_another_network(monkeypatch):
+    def connect(probe, address):
+        if address[0] == launch_module.OUTSIDE:
+            raise OSError(101, "Network is unreachable")
+        original(probe, address)
+
+    original = socket.socket.connect
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    environment = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    route_gloo(environment)
+    assert environment["GLOO_SOCKET_IFNAME"] == "lo"
 
 
 @pytest.mark.parametrize(
