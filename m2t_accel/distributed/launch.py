@@ -285,12 +285,14 @@ def source_address(host: str) -> str:
 
 def launcher_arguments() -> list[str] | None:
     """Return the arguments of the `accelerate launch` that started this process, or None."""
-    parent = psutil.Process().parent()
-    words = parent.cmdline() if parent is not None else []
+    words = []
+    with contextlib.suppress(psutil.Error):  # the parent has just ended, or belongs to another user
+        parent = psutil.Process().parent()
+        words = parent.cmdline() if parent is not None else []
     for i, word in enumerate(words):
         if Path(word).name == "accelerate" and words[i + 1 : i + 2] == ["launch"]:
             return words[i + 2 :]
-        if word == "accelerate.commands.launch":
+        if Path(word).name in ("accelerate-launch", "accelerate.commands.launch"):
             return words[i + 1 :]
     return None
 

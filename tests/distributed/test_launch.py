@@ -184,6 +184,26 @@ def test_a_process_that_compiles_is_not_lost(monkeypatch, backend, minutes, expe
     assert launch_module.collective_timeout(config) == timedelta(minutes=expected)
 
 
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        (["bash"], None),
+        (["python", "/usr/bin/accelerate", "launch", "--cpu", "train.py"], ["--cpu", "train.py"]),
+        (["python", "/usr/bin/accelerate-launch", "--cpu", "train.py"], ["--cpu", "train.py"]),
+        (["python", "-m", "accelerate.commands.launch", "--cpu", "train.py"], ["--cpu", "train.py"]),
+        (psutil.AccessDenied(), None),
+    ],
+)
+def test_the_launcher_is_recognized_by_its_command(monkeypatch, words, arguments):
+    def cmdline(process):
+        if isinstance(words, Exception):
+            raise words
+        return words
+
+    monkeypatch.setattr(psutil.Process, "cmdline", cmdline)
+    assert launch_module.launcher_arguments() == arguments
+
+
 def test_a_run_records_the_command_of_its_launch(monkeypatch):
     monkeypatch.setattr(launch_module, "launcher_arguments", lambda: ["--config_file", "my cpu2.yaml", "train.py"])
     assert launch_module.command() == "accelerate launch --config_file 'my cpu2.yaml' train.py"
