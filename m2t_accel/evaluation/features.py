@@ -90,13 +90,17 @@ def none_decoded(what: str, images: Dataset, config: ImageSettings) -> Configura
     return ConfigurationError(f"--dataset {config.dataset}: none of the {len(images):,} {what} can be decoded{first}")
 
 
-def not_finite(accelerator: Accelerator) -> ConfigurationError:
+class NotFiniteError(ConfigurationError):
+    """Features are NaN or infinite."""
+
+
+def not_finite(accelerator: Accelerator) -> NotFiniteError:
     """Return the error for features that are NaN or infinite. Their neighbours and classes would be arbitrary."""
     precision = accelerator.mixed_precision
     overflow = (
         "" if precision == "no" else f", or {precision} overflows: type `accelerate launch --mixed_precision no …`"
     )
-    return ConfigurationError(f"the encoder's features are not finite: its weights are damaged{overflow}")
+    return NotFiniteError(f"the encoder's features are not finite: its weights are damaged{overflow}")
 
 
 def process_batches(process_index: int, num_images: int, num_processes: int, batches_per_turn: int) -> list[list[int]]:

@@ -21,7 +21,7 @@ from m2t_accel.data.views import BadImage
 from m2t_accel.distributed.interruption import HostCopy, NoBatchError, reach_agreement
 from m2t_accel.distributed.launch import collective_timeout, compiles_networks, hardware
 from m2t_accel.distributed.processes import broadcast_object, gather_to_all
-from m2t_accel.evaluation.features import read_labels
+from m2t_accel.evaluation.features import NotFiniteError, read_labels
 from m2t_accel.evaluation.knn import KnnResult, few_neighbours, measure_knn
 from m2t_accel.files import JsonLines
 from m2t_accel.progress import progress_bar
@@ -207,9 +207,12 @@ class Report:
             except NoBatchError:  # between two steps, so that the run can be saved
                 stop_if_asked()
                 raise
-            (values["knn_top1"],) = found.accuracies.values()
-            if self.page is not None:
-                self.page.save_neighbours(step / self.steps_per_epoch, self.knn.bank, self.knn.queries, found)
+            except NotFiniteError as error:  # float16 overflows: the run may recover, and would fail here again
+                alarms.append(f"step {step}: teacher kNN is not measured: {error}")
+            else:
+                (values["knn_top1"],) = found.accuracies.values()
+                if self.page is not None:
+                    self.page.save_neighbours(step / self.steps_per_epoch, self.knn.bank, self.knn.queries, found)
         alarms += self.monitor.check_line(values, seconds)
         self.print_alarms(alarms)
         if alarms:

@@ -1,6 +1,7 @@
 """Alarms: each with its fault planted in a short run, and none without."""
 
 import math
+import re
 import shutil
 import time
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from m2t_accel.config.fields import Interrupted
 from m2t_accel.config.recipes import build_config
 from m2t_accel.data.sources import load_digits
 from m2t_accel.data.views import TwoViews
+from m2t_accel.evaluation import features
 from m2t_accel.model import Teacher
 from m2t_accel.pretrain import pretrain
 from m2t_accel.run import completion, monitor, report
@@ -74,6 +76,16 @@ def test_a_stuck_statistics_momentum_is_an_alarm(train, monkeypatch, stuck, step
     monkeypatch.setattr(model, "set_statistics_momentum", lambda layers, momentum: set_momentum(layers, stuck))
     (line,) = train()
     assert f"warning: step {step}: the history of the teacher's BatchNorm moved by {stuck:g}" in line
+
+
+def test_features_that_overflow_leave_a_line_without_knn(train, monkeypatch, tmp_path):
+    embed = features.embed
+    monkeypatch.setattr(features, "embed", lambda *arguments: embed(*arguments) * float("inf"))
+    lines = train(evaluate_every=1)
+    assert re.match("warning: step 0: teacher kNN is not measured: the encoder's features are not finite", lines[0])
+    rows = metrics(tmp_path / "run")
+    assert len(lines) == sum(row["step"] % 5 == 0 for row in rows)
+    assert not any("knn_top1" in row for row in rows)
 
 
 def test_equal_views_are_an_alarm(train):
