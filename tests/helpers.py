@@ -114,6 +114,13 @@ def write_image(path, value=0, size=(12, 10)):
     cv2.imwrite(str(path), pixels)
 
 
+def write_deep_images(folder, largest, number=4):
+    """Write gray PNGs of 16 bits with values from 0 to `largest`."""
+    folder.mkdir(parents=True)
+    for i in range(number):
+        cv2.imwrite(str(folder / f"{i}.png"), np.linspace(0, largest, 2500).reshape(50, 50).astype(np.uint16))
+
+
 def encoded(first, number):
     """Return PNG images as undecoded rows; every pixel of an image is its number, modulo 256."""
     images = [

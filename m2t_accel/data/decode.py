@@ -12,7 +12,7 @@ import os
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import cv2
@@ -20,8 +20,8 @@ import numpy as np
 from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
 from m2t_accel.config.data import MAX_IMAGE_PIXELS
-from m2t_accel.config.fields import one_line
-from m2t_accel.data.headers import JPEG, JPEG_END, LFS_POINTER, SIGNATURES, bits_of_jpeg_2000, read_header
+from m2t_accel.config.fields import count, one_line
+from m2t_accel.data.headers import JPEG, JPEG_END, LFS_POINTER, PNG, SIGNATURES, bits_of_jpeg_2000, read_header
 
 # PIL may open these formats, and no others: EPS would start Ghostscript, and some formats have no signature.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -36,6 +36,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 MIN_WIDTH = 16  # of a part; the colours of a single column at an edge would differ
+DARK = 32  # of 255; values of 10 to 13 bits in 16 stay below it
 OPEN_ZIPS = 16  # of a process
 
 # The libraries would report a broken image each time; m2t_accel.run.report reports it once.
@@ -204,6 +205,38 @@ def decode_with_pil(content: bytes, max_pixels: int) -> np.ndarray:
         if picture.mode in ("F", "I"):
             raise DecodeError(f"pixels without a known range, mode {picture.mode} of PIL")
         return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
+
+
+def largest_deep_value(content: bytes, pixels: np.ndarray) -> int | None:
+    """Return the largest decoded value of an image file with more than 8 bits per value; None for other files.
+
+    Args:
+        content: the file.
+        pixels: the result of `decode_bytes`.
+    """
+    bits: tuple[int, ...] = ()
+    if content.startswith(PNG):
+        bits = (content[24],)
+    elif not content.startswith(JPEG):
+        with contextlib.suppress(Exception), open_with_pil(content, pixels.size) as picture:
+            # PIL opens a TIFF in colour as 8 bits, whatever its tag 258 says.
+            bits = (16,) if picture.mode.startswith("I") else getattr(picture, "tag_v2", {}).get(258, ())
+    return int(pixels.max()) if max(bits, default=8) > 8 else None
+
+
+def describe_dark(largest: Iterable[int | None]) -> str | None:
+    """Return what to do if all images with more than 8 bits are nearly black; None if they are not.
+
+    Args:
+        largest: results of `largest_deep_value` for some images.
+    """
+    values = [value for value in largest if value is not None]
+    if not values or max(values) >= DARK:
+        return None
+    return (
+        f"{count(len(values), 'image')} of more than 8 bits decoded, and no value is above {max(values)} of 255, "
+        "because only the upper 8 of 16 bits are used: convert them as in docs/data.md, Images of more than 8 bits"
+    )
 
 
 @contextlib.contextmanager

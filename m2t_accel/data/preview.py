@@ -16,7 +16,7 @@ from m2t_accel.config.data import check_enough_images
 from m2t_accel.config.fields import ConfigurationError, count
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.data.crops import BRIGHTNESS, CONTRAST, HUE, SATURATION, Crop, Photometry, draw_crop, draw_uniforms
-from m2t_accel.data.decode import DecodeError, decode_image
+from m2t_accel.data.decode import DecodeError, decode_bytes, describe_dark, largest_deep_value, read_bytes
 from m2t_accel.data.order import PooledOrder, ShuffledOrder
 from m2t_accel.data.photometry import photometry
 from m2t_accel.data.requests import Request
@@ -41,6 +41,7 @@ class ViewPair(NamedTuple):
     crops: tuple[Crop, Crop]  # in the original
     views: tuple[np.ndarray, np.ndarray]  # (S, S, 3) float32, 0 to 1
     parameters: tuple[str, str]  # of the colours of each view, in words
+    largest: int | None  # value, if the file has more than 8 bits per value
 
 
 def collect_pairs(images: Dataset | Shards | HubStream, config: PretrainConfig) -> tuple[list[ViewPair], list[str]]:
@@ -49,10 +50,12 @@ def collect_pairs(images: Dataset | Shards | HubStream, config: PretrainConfig) 
     shown, broken = [], []
     for sample, image in first_images(images, config):
         try:
-            pixels = decode_image(image, config.max_image_pixels)
-            size = pixels.shape[:2]
+            content = read_bytes(image)
+            pixels = decode_bytes(content, config.max_image_pixels)
+            size, largest = pixels.shape[:2], largest_deep_value(content, pixels)
             # Twelve large photographs and their drawings would take gigabytes.
-            shown.append((sample, image, size, pixels if max(size) <= MAX_SIDE else thumbnail(pixels, MAX_SIDE)))
+            pixels = pixels if max(size) <= MAX_SIDE else thumbnail(pixels, MAX_SIDE)
+            shown.append((sample, image, size, pixels, largest))
         except DecodeError as error:
             broken.append(f"cannot be decoded: {describe_image(image, sample)} ({error})")
         if len(shown) == NUM_PAIRS:
@@ -60,12 +63,12 @@ def collect_pairs(images: Dataset | Shards | HubStream, config: PretrainConfig) 
     if not shown:
         return [], broken
     samples = np.array([sample for sample, *_ in shown])
-    batch = TwoViews(images, config).__getitems__(Request(0, samples, [image for _, image, _, _ in shown]))
+    batch = TwoViews(images, config).__getitems__(Request(0, samples, [image for _, image, *_ in shown]))
     views = photometry(batch.crops, batch.photometry, config)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.image_mean, config.image_std))
     pixels = (views * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     pairs = []
-    for i, (sample, image, size, original) in enumerate(shown):
+    for i, (sample, image, size, original, largest) in enumerate(shown):
         uniforms = [draw_uniforms(config.seed, 0, np.array([sample]), view)[0] for view in range(2)]
         rows = [i, len(shown) + i]
         parameters = [Photometry(*(values[row] for values in batch.photometry)) for row in rows]
@@ -77,6 +80,7 @@ def collect_pairs(images: Dataset | Shards | HubStream, config: PretrainConfig) 
                 tuple(draw_crop(numbers, *size, config) for numbers in uniforms),
                 tuple(pixels[row] for row in rows),
                 tuple(map(describe_parameters, parameters)),
+                largest,
             )
         )
     return pairs, broken
@@ -101,6 +105,8 @@ def draw_preview(config: PretrainConfig, picture: Path) -> list[str]:
     check_enough_images(len(data.train), config)
     pairs, broken = collect_pairs(data.train, config)
     lines = [data.introduction, *broken]
+    if dark := describe_dark(pair.largest for pair in pairs):
+        lines.append(f"warning: {dark}")
     if not pairs:
         raise ConfigurationError(f"--dataset {config.dataset}: {lines[-1]}; all other images tried fail too")
 

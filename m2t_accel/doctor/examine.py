@@ -202,6 +202,7 @@ class Examination:
             else:
                 check("damage", images.check_damage, config, data, sample)
                 check("sizes", images.check_sizes, config, sample)
+                check("values", images.check_values, sample)
         check("order", images.check_order, config, data)
 
     def measure(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from m2t_accel.config.data import TrainingSettings, check_enough_images
 from m2t_accel.config.fields import count
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.config.recipes import RECIPES
-from m2t_accel.data.decode import DecodeError, decode_image
+from m2t_accel.data.decode import DecodeError, decode_bytes, describe_dark, largest_deep_value, read_bytes
 from m2t_accel.data.order import num_pool_batches
 from m2t_accel.data.shards import Shards
 from m2t_accel.data.sources import ImageData
@@ -39,6 +39,7 @@ class Sample(NamedTuple):
     bad: list[tuple[str, str]]
     number: int  # all that were read
     is_everything: bool  # whether these are all images
+    largest: Sequence[int | None] = ()  # value of each good image, if its file has more than 8 bits per value
 
 
 def check_found(config: PretrainConfig, data: ImageData) -> Iterator[Finding]:
@@ -124,18 +125,21 @@ def decode_sample(images: Dataset | Shards | HubStream, max_pixels: int) -> Samp
     """Decode some of the images, on all cores."""
     samples, rows = choose_images(images)
 
-    def decode(place: tuple[int, Mapping[str, object]]) -> tuple[int, int] | tuple[str, str]:
+    def decode(place: tuple[int, Mapping[str, object]]) -> tuple[int, int, int | None] | tuple[str, str]:
         sample, row = place
         try:
-            return decode_image(row, max_pixels).shape[:2]
+            content = read_bytes(row)
+            pixels = decode_bytes(content, max_pixels)
+            return *pixels.shape[:2], largest_deep_value(content, pixels)
         except DecodeError as error:
             return describe_image(row, sample), str(error)
 
     with ThreadPoolExecutor(num_cores()) as threads:
         found = list(threads.map(decode, zip(samples, rows, strict=True)))
     bad = [each for each in found if isinstance(each[0], str)]
-    sizes = np.array([each for each in found if not isinstance(each[0], str)], np.int64).reshape(-1, 2)
-    return Sample(sizes, bad, len(found), len(found) == len(images))
+    good = [each for each in found if not isinstance(each[0], str)]
+    sizes = np.array([each[:2] for each in good], np.int64).reshape(-1, 2)
+    return Sample(sizes, bad, len(found), len(found) == len(images), [largest for *_, largest in good])
 
 
 def check_damage(config: PretrainConfig, data: ImageData, sample: Sample) -> Iterator[Finding]:
@@ -185,6 +189,12 @@ def check_sizes(config: PretrainConfig, sample: Sample) -> Iterator[Finding]:
     smaller = max(32, int(np.median(sides)) // 32 * 32)
     advice = f": --image_size {smaller} costs less and shows as much" if smaller < config.image_size else ""
     yield Finding(DOUBTFUL, "sizes", text + advice)
+
+
+def check_values(sample: Sample) -> Iterator[Finding]:
+    """Yield that images of more than 8 bits are nearly black; nothing if they are not."""
+    if dark := describe_dark(sample.largest):
+        yield Finding(DOUBTFUL, "values", dark)
 
 
 def check_order(config: PretrainConfig, data: ImageData) -> Iterator[Finding]:

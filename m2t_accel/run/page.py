@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from m2t_accel.config.fields import one_line
 from m2t_accel.config.pretrain import PretrainConfig
-from m2t_accel.data.decode import decode_image
+from m2t_accel.data.decode import decode_image, describe_dark
 from m2t_accel.data.preview import ViewPair, collect_pairs, outline
 from m2t_accel.data.sources import ImageData
 from m2t_accel.data.streams import HubStream
@@ -78,7 +78,7 @@ class RunPage:
         self.cost = self.written - started
 
     def save_views(self) -> None:
-        """Save images of the first epoch with their two views, unless an earlier start has.
+        """Save images of the first epoch with their two views, unless an earlier start has. Warn if they are dark.
 
         Images that are streamed from the Hub would be downloaded for this alone, so they are left out.
         """
@@ -87,6 +87,8 @@ class RunPage:
             return
         with self.only_warns(f"{file}"):
             pairs, _ = collect_pairs(self.data.train, self.config)
+            if dark := describe_dark(pair.largest for pair in pairs):
+                self.print_line(f"warning: {dark}")
             self.save(file, {"pairs": [describe_pair(pair) for pair in pairs]})
 
     def save_neighbours(self, epoch: float, bank: Dataset, queries: Dataset, found: KnnResult) -> None:

@@ -345,6 +345,28 @@ OPENCV["extended WEBP"] = saved(RGBA, "WEBP", lossless=True, exact=True)
 PIL = {kind: saved(PHOTO, kind) for kind in ("GIF", "TIFF", "AVIF", "JPEG2000", "PPM")}
 
 
+@pytest.mark.parametrize("kind", [".png", ".tiff"])
+@pytest.mark.parametrize("channels", [0, slice(None)], ids=["gray", "RGB"])
+def test_the_largest_value_of_a_file_of_16_bits_is_found(kind, channels):
+    deep = DEEP[..., channels] >> 4
+    for pixels, largest in ((deep, deep.max() >> 8), (PHOTO[..., channels], None)):
+        content = written_by_opencv(kind, pixels)
+        assert decode.largest_deep_value(content, decode.decode_bytes(content)) == largest
+
+
+def test_other_files_have_no_deep_values():
+    for kind in ("JPEG", "WEBP", "BMP", "GIF", "AVIF", "PPM"):
+        content = encoded(kind)
+        assert decode.largest_deep_value(content, decode.decode_bytes(content)) is None
+
+
+@pytest.mark.parametrize(
+    ("largest", "is_dark"), [([15, None, 3], True), ([15, 32], False), ([None, None], False), ([], False)]
+)
+def test_images_are_dark_if_no_deep_value_is_large(largest, is_dark):
+    assert (decode.describe_dark(largest) is not None) == is_dark
+
+
 def test_opencv_decodes_only_what_it_decodes_as_pil_does():
     for name, content in OPENCV.items():
         assert headers.read_header(content)[:2] == (60, 80), name

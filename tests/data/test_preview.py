@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from helpers import write_image, write_parquet
+from helpers import write_deep_images, write_image, write_parquet
 from matplotlib.axes import Axes
 from PIL import Image
 
@@ -52,6 +52,16 @@ def test_large_images_are_drawn_small_with_their_crops_in_the_right_places(tmp_p
         assert (boxes >= -0.5).all()
         assert (boxes <= (1399.5, 699.5)).all()
         assert boxes.max() > 512
+
+
+@pytest.mark.parametrize(("largest", "warns"), [(4095, True), (65535, False)])
+def test_images_of_12_bits_in_16_are_a_warning(tmp_path, largest, warns):
+    write_deep_images(tmp_path / "images", largest)
+    _, *others, last = draw_preview(settings(tmp_path / "images"), tmp_path / "preview.png")
+    assert last.startswith("4 pairs of views")
+    assert ["warning: 4 images of more than 8 bits decoded, and no value is above 15 of 255" in x for x in others] == (
+        [True] if warns else []
+    )
 
 
 def test_a_preview_of_few_images_and_of_none(tmp_path):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
-from helpers import encoded, load, settings, write_image, write_tar
+from helpers import encoded, load, settings, write_deep_images, write_image, write_tar
 from pyarrow import parquet
 
 from m2t_accel.config.fields import ConfigurationError
@@ -94,6 +94,13 @@ def test_views_that_enlarge_most_images_are_doubtful(tmp_path, size, mark):
     (finding,) = images.check_sizes(config, sample)
     assert finding.mark == mark
     assert ("--image_size 32" in finding.text) == (mark == DOUBTFUL)
+
+
+@pytest.mark.parametrize(("largest", "found"), [(1023, [DOUBTFUL]), (65535, [])])
+def test_images_of_10_bits_in_16_are_doubtful(tmp_path, largest, found):
+    write_deep_images(tmp_path / "images", largest)
+    sample = images.decode_sample(load(tmp_path / "images").train, 10_000)
+    assert marks(images.check_values(sample)) == found
 
 
 def test_the_enlargement_of_a_recipe_for_its_own_images_is_meant():

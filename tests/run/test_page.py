@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import settings, tiny, write_run
+from helpers import settings, tiny, write_deep_images, write_run
 
 import m2t_accel
 from m2t_accel.config.recipes import build_config
@@ -87,6 +87,14 @@ def test_views_are_saved_once(page, lines):
     page.save_views()
     assert file.read_text() == "{}"
     assert lines == []
+
+
+def test_a_run_on_images_that_are_nearly_black_warns_at_its_start(page, lines, tmp_path):
+    write_deep_images(tmp_path / "dark", 1023)
+    page.data = load_images(settings(tmp_path / "dark"))
+    page.save_views()
+    (line,) = lines
+    assert line.startswith("warning: 4 images of more than 8 bits decoded, and no value is above 3 of 255")
 
 
 def test_the_outline_of_the_crops_is_drawn(page):
