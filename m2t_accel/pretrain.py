@@ -95,24 +95,27 @@ def pretrain(
         return folder.find_start(config)
 
     end_with_launcher()
-    start = broadcast_object(on_all_processes(accelerator, find_start))
-    if start.complete:
-        accelerator.print("\n".join([*start.remarks, f"{config.output_dir} is complete: {config.output_dir}/encoder"]))
-        return None
-    on_all_processes(accelerator, lambda: check_inputs(config, dataset is None, encoder is None))
-    warm = None
-    if start.checkpoint is not None:
-        config = resume.with_settled_settings(config, start.checkpoint.manifest)
-    elif config.init_from is not None:
-        warm = load_warm_start(config, accelerator)
-        config = dataclasses.replace(config, encoder=warm.encoder)
-        start = start._replace(remarks=(*start.remarks, *warm.lines), init_from=warm.record)
-    data = on_all_processes(accelerator, lambda: load_images(config, dataset))  # process 0 fills the cache first
-    check_enough_images(len(data.train), config)
-    check_same_images(accelerator, data.note, data.fingerprint)
-    config = settle_evaluation(config, data)
-    architecture = warm.architecture if warm is not None else resume.saved_architecture(config, start)
-    step = create_step(config, accelerator, encoder, architecture, warm.state if warm is not None else None)
+    with report_lost_processes(accelerator, timeout):
+        start = broadcast_object(on_all_processes(accelerator, find_start))
+        if start.complete:
+            accelerator.print(
+                "\n".join([*start.remarks, f"{config.output_dir} is complete: {config.output_dir}/encoder"])
+            )
+            return None
+        on_all_processes(accelerator, lambda: check_inputs(config, dataset is None, encoder is None))
+        warm = None
+        if start.checkpoint is not None:
+            config = resume.with_settled_settings(config, start.checkpoint.manifest)
+        elif config.init_from is not None:
+            warm = load_warm_start(config, accelerator)
+            config = dataclasses.replace(config, encoder=warm.encoder)
+            start = start._replace(remarks=(*start.remarks, *warm.lines), init_from=warm.record)
+        data = on_all_processes(accelerator, lambda: load_images(config, dataset))  # process 0 fills the cache first
+        check_enough_images(len(data.train), config)
+        check_same_images(accelerator, data.note, data.fingerprint)
+        config = settle_evaluation(config, data)
+        architecture = warm.architecture if warm is not None else resume.saved_architecture(config, start)
+        step = create_step(config, accelerator, encoder, architecture, warm.state if warm is not None else None)
     with (
         StopSignals() as signals,
         lasting_output(),

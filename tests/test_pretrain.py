@@ -1,5 +1,6 @@
 """Tests of whole runs in this process: results, interruption and resume, and values that go wrong."""
 
+import importlib
 import inspect
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -340,6 +342,18 @@ def test_a_run_whose_output_is_not_read_any_more_goes_on_and_saves(small, tmp_pa
         with pytest.raises(Interrupted, match=r"SIGINT, after step 7 of 10\. "):
             train(small(tmp_path / "run"))
     assert checkpoint_names(tmp_path / "run") == ["step-7"]
+
+
+def test_a_process_that_is_lost_during_the_set_up_is_one_line(small, tmp_path, monkeypatch):
+    def fail(accelerator, action):
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+
+    accelerator = SimpleNamespace(num_processes=2, process_index=0, is_main_process=True)
+    loop = importlib.import_module("m2t_accel.pretrain")
+    monkeypatch.setattr(loop, "start_accelerator", lambda config, timeout: accelerator)
+    monkeypatch.setattr(loop, "on_all_processes", fail)
+    with pytest.raises(Interrupted, match=r"^process 0 of 2 has lost the others: .*closed by peer"):
+        train(small(tmp_path / "run"))
 
 
 def write_hub_tars(folder):

@@ -14,8 +14,9 @@ from torch.distributed import ProcessGroup
 
 from m2t_accel.config.fields import ConfigurationError, one_line
 
-# The first process of a machine downloads a dataset while the others wait.
-DOWNLOAD_TIMEOUT = timedelta(hours=2)
+# The first process of a machine downloads a dataset while the others wait. A process that dies meanwhile is noticed at
+# once.
+DOWNLOAD_TIMEOUT = timedelta(days=1)
 Result = TypeVar("Result")
 Value = TypeVar("Value")
 
