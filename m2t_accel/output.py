@@ -51,7 +51,7 @@ def discard(stream: TextIO) -> None:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Continue the block without output if its reader ends: at Ctrl-C, `| tee` ends before the program does."""
+    """Continue the block without output if its reader ends: `| head`, or `| tee` at Ctrl-C. Flush it at the end."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (None if stream is None else LastingStream(stream) for stream in before)
     try:

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import dataclasses
 import os
-import select
 import signal
 import sys
 import time
@@ -31,7 +30,7 @@ from m2t_accel.config.fields import (
 from m2t_accel.config.other_names import is_flag, own_names, own_values, refuse_unknown, unknown_flags
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.config.recipes import RECIPES, build_config
-from m2t_accel.output import LastingStream, discard
+from m2t_accel.output import lasting_output
 
 Settings = TypeVar("Settings")
 
@@ -283,7 +282,7 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         if sys.platform == "win32":  # no fcntl, no SIGUSR1
             raise ConfigurationError("Windows is not supported: type `wsl --install`, and use Linux in WSL 2")
-        with quiet_without_reader():
+        with lasting_output():  # `| head` is no error
             yield
     except (ConfigurationError, Interrupted) as error:
         is_error = isinstance(error, ConfigurationError)
@@ -295,7 +294,6 @@ def errors_in_one_line() -> Iterator[None]:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # The interpreter would now destroy the process group. It can abort in a thread of gloo, and NCCL warns, or
             # waits for a lost process. The kernel closes the connections of a process that ends at once.
-            sys.stdout.flush()
             os._exit(status)
         raise SystemExit(status) from None
     except KeyboardInterrupt:
@@ -305,30 +303,11 @@ def errors_in_one_line() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-@contextlib.contextmanager
-def quiet_without_reader() -> Iterator[None]:
-    """End in silence, as Unix tools do, if the program that reads the output has ended: `| head`, `| less`."""
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        output = select.poll()
-        output.register(sys.stdout, 0)
-        if not output.poll(0):  # the broken pipe was another one
-            raise
-        discard(sys.stdout)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            os._exit(128 + signal.SIGPIPE)
-        raise SystemExit(128 + signal.SIGPIPE) from None
-
-
 def print_error(text: str) -> None:
     """Print a line to stderr after the name of the script, if anything still reads it."""
-    stderr = LastingStream(sys.stderr)
-    stderr.write(f"{Path(sys.argv[0]).name}: {text}\n")  # in one piece, so that processes do not mix their lines
-    stderr.flush()
+    with lasting_output():
+        if sys.stderr is not None:  # as after `2>&-`
+            sys.stderr.write(f"{Path(sys.argv[0]).name}: {text}\n")  # in one piece, so that processes do not mix lines
 
 
 def handle_ctrl_c(number: int, frame: types.FrameType | None) -> None:

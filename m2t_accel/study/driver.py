@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.distributed.interruption import StopSignals, end_with_parent
-from m2t_accel.output import lasting_output
 from m2t_accel.pages.record import read_run
 from m2t_accel.progress import duration
 from m2t_accel.run.folder import RunFolder
@@ -116,7 +115,7 @@ def run_study(
     begun: set[tuple[str, str]] = set()
     running: list[tuple[Task, subprocess.Popen, float]] = []
     failures = 0
-    with contextlib.closing(lock(runs_dir)), StopSignals() as signals, lasting_output():
+    with contextlib.closing(lock(runs_dir)), StopSignals() as signals:
         while True:
             while not signals.received and len(running) < jobs:
                 task = next_task(study, stored, begun, [task.run.name for task, _, _ in running])
