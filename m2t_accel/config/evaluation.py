@@ -60,22 +60,39 @@ class EvaluationSettings(ImageSettings):
             name = self.evaluation.replace(" ", "_").replace("-", "")
             name += "_random_weights" if self.random_weights else ""
             folder = run_folder(self.encoder)
-            is_run = (folder / "config.yaml").is_file() or (folder / "encoder").is_dir()
-            if is_run and not Path(self.encoder).resolve().is_relative_to(folder.resolve()):
+            if own_run(self.encoder) is None and is_run(folder) and is_elsewhere(self.encoder, folder):
                 raise ConfigurationError(
                     f"--encoder {self.encoder} is not the encoder of the run {folder}, which has the same name: type "
-                    "--output_dir FOLDER for the result"
+                    f"--encoder {folder} if you mean that run, else --output_dir FOLDER for the result"
                 )
             object.__setattr__(self, "output_dir", str(folder / name))
 
 
-def run_folder(encoder: str) -> Path:
-    """Return the folder of the run that an encoder belongs to, or else a folder in runs/ for its results."""
+def own_run(encoder: str) -> Path | None:
+    """Return the folder of the run that an encoder belongs to, or None."""
     path = Path(encoder)
     if (path / "encoder").is_dir():
         return path
-    if path.is_dir() and path.resolve().name == "encoder":
-        return path.parent
+    return path.parent if path.is_dir() and path.resolve().name == "encoder" else None
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is that of a run, which may not have ended."""
+    return (folder / "config.yaml").is_file() or (folder / "encoder").is_dir()
+
+
+def is_elsewhere(encoder: str, folder: Path) -> bool:
+    """Return whether an encoder exists, maybe on the Hub, outside of a folder."""
+    exists = os.path.exists(encoder) or is_hub_id(encoder)  # what does not exist is refused later
+    return exists and not Path(encoder).resolve().is_relative_to(folder.resolve())
+
+
+def run_folder(encoder: str) -> Path:
+    """Return the folder of the run that an encoder belongs to, or else a folder in runs/ for its results."""
+    run = own_run(encoder)
+    if run is not None:
+        return run
+    path = Path(encoder)
     return Path("runs") / (path.resolve().stem if path.is_file() else path.resolve().name)
 
 

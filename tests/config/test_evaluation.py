@@ -134,6 +134,11 @@ def test_results_of_another_encoder_do_not_go_to_a_run_of_the_same_name(tmp_path
         assert build_knn({**GIVEN, "encoder": encoder, "output_dir": "mine"}).output_dir == "mine"
     for encoder in ("runs/resnet50", "runs/resnet50/encoder", tmp_path / "runs/resnet50"):
         assert Path(build_knn({**GIVEN, "encoder": str(encoder)}).output_dir).resolve().parent.name == "resnet50"
+    Path("runs/linked").mkdir()
+    Path("elsewhere/encoder").mkdir(parents=True)
+    Path("runs/linked/encoder").symlink_to(tmp_path / "elsewhere/encoder")
+    assert build_knn({**GIVEN, "encoder": "runs/linked/encoder"}).output_dir == "runs/linked/knn"
+    build_knn({**GIVEN, "encoder": "resnet50"})  # there is none: `check_encoder` says so
 
 
 def test_results_can_be_published_only_with_their_completed_run(tmp_path, monkeypatch):
