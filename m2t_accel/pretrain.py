@@ -95,7 +95,7 @@ def pretrain(
         return folder.find_start(config)
 
     end_with_launcher()
-    with report_lost_processes(accelerator, timeout):
+    with report_lost_processes(accelerator):
         start = broadcast_object(on_all_processes(accelerator, find_start))
         if start.complete:
             accelerator.print(

@@ -227,12 +227,13 @@ def reach_agreement(
 
 
 @contextlib.contextmanager
-def report_lost_processes(accelerator: Accelerator, timeout: timedelta) -> Iterator[None]:
+def report_lost_processes(accelerator: Accelerator, timeout: timedelta | None = None) -> Iterator[None]:
     """Turn the error of a collective call into one line that names the missing process.
 
     Args:
         accelerator: the Accelerator of this process.
-        timeout: the limit of a collective call, for the message.
+        timeout: the limit of a collective call, for the message. None: the run has not begun, and waits as long as the
+            copy of a dataset takes.
 
     Raises:
         Interrupted: a process or machine is gone, or did not respond within the timeout.
@@ -243,11 +244,16 @@ def report_lost_processes(accelerator: Accelerator, timeout: timedelta) -> Itera
         lost = r"closed by peer|Connection reset|Broken pipe|[Tt]imed? ?out|NCCL|connectFullMesh|Connection refused"
         if accelerator.num_processes == 1 or not re.search(lost, str(error)):
             raise
+        again = "The same command starts again"
+        if timeout is not None:
+            minutes = timeout.total_seconds() / 60
+            again = (
+                f"The limit for a response is {minutes:g} minutes (--collective_timeout). The same command resumes "
+                "from the last checkpoint"
+            )
         raise Interrupted(
             f"process {accelerator.process_index} of {accelerator.num_processes} has lost the others: "
-            f"{describe_missing(accelerator)} ({one_line(error)}). The limit for a response is "
-            f"{timeout.total_seconds() / 60:g} minutes (--collective_timeout). The same command resumes from the last "
-            "checkpoint"
+            f"{describe_missing(accelerator)} ({one_line(error)}). {again}"
         ) from error
 
 

@@ -32,7 +32,7 @@ from m2t_accel.config.data import TrainingSettings, check_num_processes
 from m2t_accel.config.fields import ConfigurationError, count, one_line
 from m2t_accel.config.pretrain import PretrainConfig
 from m2t_accel.distributed.device import check_gpu, keep_freed_memory, set_up_computation
-from m2t_accel.distributed.processes import DOWNLOAD_TIMEOUT, create_groups
+from m2t_accel.distributed.processes import create_groups
 
 CONFIG_FILES = (
     "use accelerate_configs/cpu.yaml (1 process), cpu2.yaml (2), 1gpu.yaml or 8gpu.yaml, with --num_processes N "
@@ -57,12 +57,13 @@ MIN_SHARED_SIZE = 64  # pixels of an image whose operators several threads share
 
 # NCCL aborts a process at its timeout, before any message can be printed. With this margin, gloo times out first.
 NCCL_GRACE = timedelta(minutes=1)
+TIMEOUT = timedelta(hours=2)  # of a collective call where there is no --collective_timeout
 COMPILE_TIMEOUT = timedelta(minutes=30)
 
 
 def start_accelerator(
     config: TrainingSettings | None = None,
-    timeout: timedelta = DOWNLOAD_TIMEOUT,
+    timeout: timedelta = TIMEOUT,
 ) -> Accelerator:
     """Create the Accelerator of this launch, and the groups for collective calls.
 
