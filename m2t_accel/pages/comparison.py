@@ -65,13 +65,14 @@ def group_runs(records: Sequence[RunRecord]) -> list[Group]:
 def settings_text(record: RunRecord) -> dict[str, str]:
     """Return the settings that decide what a run computes, as text; runs of earlier versions have the defaults.
 
-    Two of them are no settings of their own: the precision of the launch, and whether images were held out for kNN.
+    Two of them are no settings of their own: the precision of the launch, and whether the run evaluates. One that does
+    not may train on more images, because it holds none out.
     """
     defaults = {item.name: item.default for item in dataclasses.fields(PretrainConfig)}
     settings = {**defaults, **record.settings}
     precisions = re.findall(r", (float32|bf16|fp16)\b", record.hardware)  # several if the run has resumed in another
     settings["precision"] = ", then ".join(dict.fromkeys(precisions)) or "float32"
-    settings["holds_out_images"] = settings["evaluate_every"] != 0
+    settings["evaluates"] = settings["evaluate_every"] != 0
     return {name: plain_text(value) for name, value in settings.items() if name not in IGNORED}
 
 

@@ -38,7 +38,7 @@ def test_runs_of_another_precision_or_that_hold_out_no_images_are_other_groups(t
     groups = group_runs([read_run(folder) for folder in folders])
     assert [group.label for group in groups] == ["float32", "bf16", "all images"]
     header, lines = comparison_table(groups)
-    assert header[1:4] == ["seed", "precision", "holds_out_images"]
+    assert header[1:4] == ["seed", "precision", "evaluates"]
     assert [line.cells[2:4] for line in lines] == [
         ["float32", "True"],
         ["bf16, then float32", "True"],
