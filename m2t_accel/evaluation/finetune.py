@@ -177,19 +177,22 @@ class RunningStatistics:
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-        self.buffers = [buffer for layer in self.layers for buffer in (layer.running_mean, layer.running_var)]
-        self.history = [buffer.clone() for buffer in self.buffers]
+        self.history = [buffer.clone() for buffer in self.buffers()]
         self.sums: list[Tensor] = []
         self.count = 0
         for layer in self.layers:
             layer.momentum = 1.0  # after a forward, its buffers hold the statistics of that sub-batch alone
 
+    def buffers(self) -> list[Tensor]:
+        # Asked for each time: Accelerate gives the layers other tensors when it prepares a model for two CPU processes.
+        return [buffer for layer in self.layers for buffer in (layer.running_mean, layer.running_var)]
+
     def add(self) -> None:
         """Add the statistics of the last forward."""
         if self.count == 0:
-            self.sums = [buffer.clone() for buffer in self.buffers]
+            self.sums = [buffer.clone() for buffer in self.buffers()]
         else:
-            torch._foreach_add_(self.sums, self.buffers)
+            torch._foreach_add_(self.sums, self.buffers())
         self.count += 1
 
     def commit(self, accelerator: Accelerator) -> None:
@@ -199,5 +202,5 @@ class RunningStatistics:
         flat = torch.cat([total.flatten() for total in self.sums]) / self.count
         average = accelerator.reduce(flat, reduction="mean").split([total.numel() for total in self.sums])
         torch._foreach_lerp_(self.history, average, STATISTICS_MOMENTUM)
-        torch._foreach_copy_(self.buffers, self.history)
+        torch._foreach_copy_(self.buffers(), self.history)
         self.sums, self.count = [], 0

@@ -89,6 +89,7 @@ def test_statistics_do_not_depend_on_how_sub_batches_are_shared():
     batches = torch.randn(4, 8, 3) * torch.arange(1, 5).view(4, 1, 1)
 
     statistics = finetune.RunningStatistics(norm)
+    norm.double().float()  # other tensors, as Accelerate gives them on two CPU processes
     seen = torch.cat([batches.mean(1), batches.var(1)], dim=1)
     for batch in batches[:2]:
         norm(batch)
