@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -11,12 +12,20 @@ from typing import NamedTuple
 
 import pytest
 
+# Tests, and the scripts that they start, must not depend on the user's shell: a launcher around pytest, a job, the Hub,
+# proxies, the width of a terminal.
+for name in list(os.environ):
+    if re.match(r"(ACCELERATE|HF|HUGGING\w*|LOCAL|MASTER|OMPI|PMI|SLURM|TORCHELASTIC|TQDM)_", name) or re.fullmatch(
+        r"RANK|WORLD_SIZE|COLUMNS|(?i:\w+_PROXY)", name
+    ):
+        del os.environ[name]
 os.environ["ACCELERATE_USE_CPU"] = "true"  # the runs of the tests are compared bit for bit, so also where GPUs are
 # The tensors are small, and waiting OpenMP threads slow other processes on the same cores tenfold and more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network; a look-up that fails should fail at once
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-# The caches of the tests must not outlive them, nor must the user's caches reach the tests.
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network; a look-up that fails should fail at once
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# The caches of the tests must not outlive them, nor must the user's caches reach the tests. The Hugging Face libraries
+# use this folder, too, if HF_HOME is not set.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="m2t-accel-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
