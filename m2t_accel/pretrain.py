@@ -129,6 +129,7 @@ def pretrain(
         except StopRequestedError as stop:
             raise signals.interruption(stop.number, run.stop()) from None
         except NoBatchError:  # in the middle of a step, so there is nothing to save
+            run.saver.collect(wait=True)  # an earlier step may still be being written
             where = f"while it waited for a batch. {run.saver.describe_last_good()}; the same command continues"
             raise signals.interruption(signals.received, where) from None
         except (TooManyBadImagesError, ImagesLostError) as error:  # raised between two steps, on every process

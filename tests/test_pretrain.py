@@ -543,6 +543,26 @@ def test_a_signal_while_an_evaluation_waits_for_its_images_saves(small, whole_ru
     assert_same_run(whole_run, tmp_path / "run")
 
 
+def test_a_signal_while_a_step_waits_for_its_images_names_the_last_checkpoint(small, whole_run, tmp_path, monkeypatch):
+    begin, calls = TrainingStep.begin, []
+
+    def hang_in_step_7(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise NoBatchError
+        begin(self, *arguments, **options)
+
+    monkeypatch.setattr(TrainingStep, "begin", hang_in_step_7)
+    with pytest.raises(Interrupted, match=r"SIGTERM, while it waited for a batch\. .*/step-6; the same") as caught:
+        train(small(tmp_path / "run", checkpoint_every="3steps"))
+    assert caught.value.status == 75
+    assert checkpoint_names(tmp_path / "run") == ["step-6", "step-3"]
+    monkeypatch.undo()
+    train(small(tmp_path / "run"))
+    assert_same_run(whole_run, tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_a_signal_during_a_save_completes_it_and_saves_again(trained_run, tmp_path, monkeypatch):
     save_file, written = checkpoint.save_file, []

@@ -167,7 +167,9 @@ class Saver:
         return last_good if reason is None else f"This state could not be saved ({reason}). {last_good}"
 
     def describe_last_good(self) -> str:
-        """Return a sentence about the checkpoint that the run can resume from."""
+        """Return a sentence about the checkpoint that the run can resume from; only process 0 knows its name."""
+        if not self.accelerator.is_main_process:
+            return f"The checkpoints are in {self.folder.checkpoints}"
         if self.last_good is None:
             return "There is no checkpoint yet"
         return f"The last good checkpoint is {self.last_good}"

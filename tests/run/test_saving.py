@@ -70,6 +70,16 @@ def test_steps_and_epochs_at_which_a_run_is_saved(create, every, due):
     assert [step for step in range(1, 21) if saver.is_due(step)] == due
 
 
+def test_only_the_process_that_writes_names_the_last_checkpoint(create):
+    run = create()
+    assert run.saver.describe_last_good() == "There is no checkpoint yet"
+    run.save(3)
+    folder = run.saver.folder.checkpoints
+    assert run.saver.wait() == f"The last good checkpoint is {folder}/step-3"
+    run.saver.accelerator = SimpleNamespace(is_main_process=False)
+    assert run.saver.describe_last_good() == f"The checkpoints are in {folder}"
+
+
 def test_minutes_are_counted_whatever_the_wall_clock_says(create, monkeypatch):
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now)
