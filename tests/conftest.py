@@ -5,9 +5,12 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+import warnings
 from typing import NamedTuple
 
 import pytest
@@ -109,6 +112,35 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def in_child():
+    """Call a function in a forked process, which lives on. Return the process id and the printed result."""
+    processes = []
+
+    def call(function):
+        read, write = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads; the child only touches files
+            process = os.fork()
+        if not process:
+            try:
+                result = str(function())
+            except BaseException as error:
+                result = repr(error)
+            os.write(write, f"{result}\n".encode())
+            time.sleep(60)
+            os._exit(0)
+        processes.append(process)
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            return process, pipe.readline()
+
+    yield call
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ from m2t_accel.momentum_norm import MomentumBatchNorm
 from m2t_accel.pretrain import pretrain
 from m2t_accel.run import checkpoint, completion
 from m2t_accel.run.checkpoint import list_checkpoints, verify
+from m2t_accel.run.folder import RunFolder
 from m2t_accel.run.guard import Guard
 from m2t_accel.run.report import KnnMonitor
 from m2t_accel.step import TrainingStep
@@ -593,6 +594,15 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(whole_run, 
     assert "set-aside-step-7" in printed
     assert "from step 6 of 10" in printed
     assert_same_run(whole_run, tmp_path / "run")
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_changes_nothing(stopped, tmp_path, in_child):
+    run = RunFolder(tmp_path / "run")
+    assert in_child(run.acquire_lock)[1] == "None\n"
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigurationError, match=r"--output_dir .*/run: another run is writing to it"):
+        train(stopped)
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
 
 def test_more_epochs_need_a_named_checkpoint_and_are_reported(stopped, tmp_path, capsys):

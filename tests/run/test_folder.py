@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import time
-import warnings
 
 import pytest
 import torch
@@ -168,35 +167,6 @@ def test_a_run_that_started_in_between_is_noticed(tmp_path):
     save(tmp_path, 3)
     with pytest.raises(ConfigurationError, match=r"--output_dir .*another run"):
         RunFolder(tmp_path).prepare(start, "")
-
-
-@pytest.fixture
-def in_child():
-    """Call a function in a forked process, which lives on. Return the process id and the printed result."""
-    processes = []
-
-    def call(function):
-        read, write = os.pipe()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads; the child only touches files
-            process = os.fork()
-        if not process:
-            try:
-                result = str(function())
-            except BaseException as error:
-                result = repr(error)
-            os.write(write, f"{result}\n".encode())
-            time.sleep(60)
-            os._exit(0)
-        processes.append(process)
-        os.close(write)
-        with os.fdopen(read) as pipe:
-            return process, pipe.readline()
-
-    yield call
-    for process in processes:
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
 
 
 def test_a_folder_is_locked_by_one_run_until_its_process_dies(tmp_path, in_child):
