@@ -89,6 +89,12 @@ def test_text_and_lists_stand_for_tuples_from_python():
         PretrainConfig(dataset="digits", keep="1")
 
 
+def test_checkpoints_and_limits_have_the_documented_defaults():
+    config = build_config({})
+    assert (config.checkpoint_every, config.keep) == (("15min",), (3, 0))
+    assert (config.max_bad_fraction, config.collective_timeout) == (0.001, 10)
+
+
 def test_at_least_one_checkpoint_is_kept():
     with pytest.raises(ConfigurationError, match=r"^--keep 0 5: at least"):
         build_config({"keep": (0, 5)})

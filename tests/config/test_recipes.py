@@ -35,5 +35,7 @@ def test_a_published_recipe_has_the_published_settings_and_figures(row):
     assert RECIPES[name].hardware.replace(" ", "x", 1).replace(" ", "") == name.split("-")[0]
     assert (RECIPES[name].top1, RECIPES[name].hours) == (top1, pytest.approx(hours))
     assert (config.encoder, config.image_size) == ("resnet50", 224)
+    assert (config.image_mean, config.image_std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert config.evaluation_crop == 0.875
     assert (config.weight_momentum, config.warmup_epochs) == (0.99, 10)
     assert (config.hidden_size, config.projection_size, config.optimizer_momentum) == (4096, 256, 0.9)
