@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from helpers import without_reader
+from helpers import ROOT, without_reader
 
 from m2t_accel.config.command_line import errors_in_one_line, parse_command_line, parse_settings
 from m2t_accel.config.evaluation import KnnConfig, build_knn
@@ -77,7 +77,9 @@ def test_output_that_nobody_reads_is_no_error(unbuffered, arguments):
     command = [sys.executable, f"scripts/{arguments[0]}", *arguments[1:]]
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with without_reader() as out:
-        done = subprocess.run(command, env=environment, stdout=out, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.PIPE, text=True, check=False
+        )
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -104,7 +106,7 @@ def test_an_error_keeps_its_line_and_status_if_an_output_is_lost(lost, closed):
     environment = {**os.environ, "PYTHONUNBUFFERED": ""}
     with without_reader() as gone:
         streams |= {} if closed else {lost: gone}
-        done = subprocess.run(command, env=environment, text=True, check=False, **streams)
+        done = subprocess.run(command, cwd=ROOT, env=environment, text=True, check=False, **streams)
     assert done.returncode == 2
     if lost == "stdout":
         assert done.stderr == "some.py: error: wrong\n"
