@@ -4,6 +4,7 @@ import shlex
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import ROOT, write_image, write_parquet
 
 import m2t_accel.benchmark.data as loader_benchmark
@@ -28,6 +29,7 @@ def short_measurements(monkeypatch):
         (speed, "EVALUATION_SECONDS", 0.01),
     ):
         monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # a line about unused GPUs is for more of them
 
 
 def lines_of(answer, mark):

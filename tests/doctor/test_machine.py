@@ -120,6 +120,7 @@ def test_a_hub_dataset_needs_room_in_the_cache_until_it_is_there(tmp_path, datas
 def test_gpus_that_are_not_used_are_doubtful(tmp_path, monkeypatch):
     config = build_config(tiny(tmp_path))
     accelerator = SimpleNamespace(num_processes=1, device=torch.device("cpu"), mixed_precision="no")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     (finding,) = machine.check_processes(config, accelerator)
     assert "64 images a step = 2 × 32, 2 in turn on each" in finding.text
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
