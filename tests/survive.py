@@ -89,12 +89,12 @@ def kill_at_random(
     Returns:
         The process that was killed ("all" or its number), and whether a checkpoint was being written.
     """
+    trainers = trainers_of(process)  # before the save: reading all command lines takes longer than one
     time.sleep(rng.uniform(0.05, 1.6))
     checkpoints = output_dir / "checkpoints"
     deadline = time.monotonic() + 5
     while in_a_save and time.monotonic() < deadline and not any(checkpoints.glob(".step-*.partial")):
         time.sleep(0.0005)
-    trainers = trainers_of(process)
     which = rng.choice(["all", *range(len(trainers))]) if len(trainers) > 1 else "all"
     victims = trainers if which == "all" else [trainers[which]]
     for pid in victims:
