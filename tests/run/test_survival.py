@@ -1,6 +1,7 @@
 """Slow tests of runs that are stopped, killed, moved and cut off, with real processes, launches and machines."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -107,6 +108,40 @@ def test_a_signal_to_one_of_two_processes_ends_both_and_the_same_command_resumes
     assert "SIGTERM, after step" in printed
     header = (tmp_path / "run" / "config.yaml").read_text()
     assert "# accelerate launch --quiet --config_file accelerate_configs/cpu2.yaml scripts/pretrain.py" in header
+
+
+# The loss of process 1 is not finite in its second step.
+NOT_FINITE = """
+import os, runpy
+from m2t_accel import step
+
+loss, calls = step.momentum_teacher_loss, []
+
+def break_step_2(*arguments, **options):
+    calls.append(1)
+    return loss(*arguments, **options) * (float("nan") if len(calls) == 2 else 1.0)
+
+if os.environ["RANK"] == "1":
+    step.momentum_teacher_loss = break_step_2
+runpy.run_path("scripts/pretrain.py", run_name="__main__")
+"""
+
+
+def test_a_loss_that_is_not_finite_on_process_1_ends_both_with_its_number(tmp_path):
+    (tmp_path / "pretrain.py").write_text(NOT_FINITE)
+    flags = [f"--{name}={value}" for name, value in tiny(tmp_path / "run", evaluate_every=0).items()]
+    process = survive.start(
+        [sys.executable, *LAUNCH, "accelerate_configs/cpu2.yaml", str(tmp_path / "pretrain.py"), *flags]
+    )
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    (line,) = re.findall(r"pretrain\.py: error: .*", printed)
+    assert re.search(r"the loss is nan in step 2 on process 1, .*/not_finite\.json\. There is no checkpoint yet", line)
+    saved = json.loads((tmp_path / "run" / "not_finite.json").read_text())
+    (sub_batch,) = saved["sub_batches"]
+    assert (saved["step"], sub_batch["process"], sub_batch["virtual_device"]) == (2, 1, 1)
+    assert len(sub_batch["samples"]) == 32
+    assert not (tmp_path / "run" / "encoder").exists()
 
 
 def test_a_run_whose_launcher_is_killed_saves_itself(tmp_path):
