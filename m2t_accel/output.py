@@ -1,4 +1,4 @@
-"""Printing that outlives the reader of the output: a pipe such as `| tee`, or a terminal."""
+"""Printing that outlives the reader of the output, a pipe such as `| tee` or a terminal, and that needs no UTF-8."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ READER_IS_GONE = (errno.EPIPE, errno.EIO)  # errors of a pipe whose reader has e
 
 
 class LastingStream:
-    """A text stream that drops what cannot be written, where the stream itself raises an OSError."""
+    """A text stream that drops what cannot be written, and writes `?` for a character that its encoding lacks."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -21,7 +21,11 @@ class LastingStream:
     def write(self, text: str) -> int:
         """Write the text if possible. Return its length."""
         with self.errors_ignored():
-            self.stream.write(text)
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:  # in a locale without UTF-8
+                encoding = self.stream.encoding
+                self.stream.write(text.encode(encoding, "replace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
@@ -51,7 +55,10 @@ def discard(stream: TextIO) -> None:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Continue the block without output if its reader ends: `| head`, or `| tee` at Ctrl-C. Flush it at the end."""
+    """Continue the block without output if its reader ends: `| head`, or `| tee` at Ctrl-C. Flush it at the end.
+
+    A character that the encoding of the output lacks is printed as `?`.
+    """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (None if stream is None else LastingStream(stream) for stream in before)
     try:

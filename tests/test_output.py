@@ -1,3 +1,4 @@
+import io
 import os
 import sys
 
@@ -21,6 +22,16 @@ def test_the_program_goes_on_when_the_reader_of_its_output_has_ended(monkeypatch
             print("a line that stays in the buffer", end="", file=getattr(sys, name))
         assert getattr(sys, name) is stream
         stream.flush()  # as the interpreter does
+
+
+@pytest.mark.parametrize(("encoding", "written"), [("ascii", b"a ? b ?\n"), ("utf-8", "a → b ?\n".encode())])
+def test_a_character_that_the_encoding_lacks_is_a_question_mark(monkeypatch, encoding, written):
+    """The last one stands for a byte of a path that is not UTF-8."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    with lasting_output():
+        print("a → b \udcff")
+    assert stream.buffer.getvalue() == written
 
 
 def test_a_full_disk_loses_no_later_line(monkeypatch, tmp_path):

@@ -52,10 +52,9 @@ class Findings:
         self.print(f"  {mark_of(finding.mark)} {finding.name:<{NAME_WIDTH}}{finding.text}")
 
     def print(self, line: str) -> None:
-        """Print a line on the first process, with `?` for characters that the terminal does not have."""
+        """Print a line on the first process."""
         if self.is_main:
-            encoding = sys.stdout.encoding or "utf-8"
-            print(line.encode(encoding, "replace").decode(encoding), flush=True)
+            print(line, flush=True)
 
     def names(self, mark: str) -> list[str]:
         """Return the names of the findings with this mark."""

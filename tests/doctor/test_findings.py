@@ -3,6 +3,7 @@ import io
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.doctor import findings as module
 from m2t_accel.doctor.findings import BAD, DOUBTFUL, GOOD, Finding, Findings
+from m2t_accel.output import lasting_output
 
 
 def test_a_check_that_raises_becomes_a_line_and_the_others_still_run(capsys):
@@ -32,10 +33,10 @@ def test_a_check_that_raises_becomes_a_line_and_the_others_still_run(capsys):
 def test_a_terminal_without_the_marks_gets_letters(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", stream)
-    findings = Findings(is_main=True)
-    findings.start_group("things")
-    findings.add(Finding(BAD, "size", "2 × 3"))
-    stream.flush()
+    with lasting_output():
+        findings = Findings(is_main=True)
+        findings.start_group("things")
+        findings.add(Finding(BAD, "size", "2 × 3"))
     assert stream.buffer.getvalue() == b"things\n  x size           2 ? 3\n"
 
 
