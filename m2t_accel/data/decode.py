@@ -37,6 +37,7 @@ UPRIGHT = {
 }
 MIN_WIDTH = 16  # of a part; the colours of a single column at an edge would differ
 DARK = 32  # of 255; values of 10 to 13 bits in 16 stay below it
+DARK_SHARE = 0.1  # of the images of more than 8 bits; a few may be dark in truth
 OPEN_ZIPS = 16  # of a process
 
 # The libraries would report a broken image each time; m2t_accel.run.report reports it once.
@@ -208,7 +209,9 @@ def decode_with_pil(content: bytes, max_pixels: int) -> np.ndarray:
 
 
 def largest_deep_value(content: bytes, pixels: np.ndarray) -> int | None:
-    """Return the largest decoded value of an image file with more than 8 bits per value; None for other files.
+    """Return the largest value of an image file with more than 8 bits per value; None for other files.
+
+    The values are those of the decoded image, 0 to 255; if 0 is white in a TIFF, those before it is inverted.
 
     Args:
         content: the file.
@@ -219,22 +222,25 @@ def largest_deep_value(content: bytes, pixels: np.ndarray) -> int | None:
         bits = (content[24],)
     elif not content.startswith(JPEG):
         with contextlib.suppress(Exception), open_with_pil(content, pixels.size) as picture:
+            tags = getattr(picture, "tag_v2", {})
             # PIL opens a TIFF in colour as 8 bits, whatever its tag 258 says.
-            bits = (16,) if picture.mode.startswith("I") else getattr(picture, "tag_v2", {}).get(258, ())
+            bits = (16,) if picture.mode.startswith("I") else tags.get(258, ())
+            pixels = 255 - pixels if tags.get(262) == 0 else pixels
     return int(pixels.max()) if max(bits, default=8) > 8 else None
 
 
 def describe_dark(largest: Iterable[int | None]) -> str | None:
-    """Return what to do if all images with more than 8 bits are nearly black; None if they are not.
+    """Return what to do if many images with more than 8 bits are nearly black; None if they are not.
 
     Args:
         largest: results of `largest_deep_value` for some images.
     """
     values = [value for value in largest if value is not None]
-    if not values or max(values) >= DARK:
+    dark = [value for value in values if value < DARK]
+    if not dark or len(dark) < DARK_SHARE * len(values):
         return None
     return (
-        f"{count(len(values), 'image')} of more than 8 bits decoded, and no value is above {max(values)} of 255, "
+        f"{len(dark):,} of {count(len(values), 'image')} of more than 8 bits have no value above {max(dark)} of 255, "
         "because only the upper 8 of 16 bits are used: convert them as in docs/data.md, Images of more than 8 bits"
     )
 

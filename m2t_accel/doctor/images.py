@@ -192,7 +192,7 @@ def check_sizes(config: PretrainConfig, sample: Sample) -> Iterator[Finding]:
 
 
 def check_values(sample: Sample) -> Iterator[Finding]:
-    """Yield that images of more than 8 bits are nearly black; nothing if they are not."""
+    """Yield that many images of more than 8 bits are nearly black; nothing if they are not."""
     if dark := describe_dark(sample.largest):
         yield Finding(DOUBTFUL, "values", dark)
 

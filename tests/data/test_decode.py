@@ -360,11 +360,30 @@ def test_other_files_have_no_deep_values():
         assert decode.largest_deep_value(content, decode.decode_bytes(content)) is None
 
 
+def test_the_largest_value_of_a_tiff_in_which_0_is_white_is_the_stored_one():
+    for shift in (4, 0):
+        deep = DEEP[..., 0] >> shift
+        content = saved(deep, "TIFF", tiffinfo={262: 0})
+        pixels = decode.decode_bytes(content)
+        assert (pixels[..., 0] == 255 - (deep >> 8)).all()
+        assert decode.largest_deep_value(content, pixels) == deep.max() >> 8
+
+
 @pytest.mark.parametrize(
-    ("largest", "is_dark"), [([15, None, 3], True), ([15, 32], False), ([None, None], False), ([], False)]
+    ("largest", "found"),
+    [
+        ([15, None, 3], "2 of 2 images of more than 8 bits have no value above 15 of 255"),
+        ([15, 32], "1 of 2 images of more than 8 bits have no value above 15 of 255"),
+        ([15] + 9 * [255], "1 of 10 images of more than 8 bits have no value above 15 of 255"),
+        ([15] + 10 * [255], None),
+        ([32, 255], None),
+        ([None, None], None),
+        ([], None),
+    ],
 )
-def test_images_are_dark_if_no_deep_value_is_large(largest, is_dark):
-    assert (decode.describe_dark(largest) is not None) == is_dark
+def test_a_tenth_of_dark_images_is_described(largest, found):
+    described = decode.describe_dark(largest)
+    assert (described and described.partition(", because")[0]) == found
 
 
 def test_opencv_decodes_only_what_it_decodes_as_pil_does():

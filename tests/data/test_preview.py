@@ -59,7 +59,7 @@ def test_images_of_12_bits_in_16_are_a_warning(tmp_path, largest, warns):
     write_deep_images(tmp_path / "images", largest)
     _, *others, last = draw_preview(settings(tmp_path / "images"), tmp_path / "preview.png")
     assert last.startswith("4 pairs of views")
-    assert ["warning: 4 images of more than 8 bits decoded, and no value is above 15 of 255" in x for x in others] == (
+    assert ["warning: 4 of 4 images of more than 8 bits have no value above 15 of 255" in x for x in others] == (
         [True] if warns else []
     )
 

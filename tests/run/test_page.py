@@ -94,7 +94,7 @@ def test_a_run_on_images_that_are_nearly_black_warns_at_its_start(page, lines, t
     page.data = load_images(settings(tmp_path / "dark"))
     page.save_views()
     (line,) = lines
-    assert line.startswith("warning: 4 images of more than 8 bits decoded, and no value is above 3 of 255")
+    assert line.startswith("warning: 4 of 4 images of more than 8 bits have no value above 3 of 255")
 
 
 def test_the_outline_of_the_crops_is_drawn(page):
