@@ -23,6 +23,10 @@ SECTION_END = "<!-- m2t_accel: end mark -->"
 WHILE_TRAINING = "kNN top-1 (k=20, T=0.07), while training"
 OWN_METRICS = re.compile(rf"{re.escape(WHILE_TRAINING)}|(knn|linear probe|fine-tuning) top\d(_k\d+)?")
 
+# The numbers in the note of `load_images` about the images.
+IMAGES = re.compile(r"([\d,]+ of )?[\d,]+ images?( of [\d,]+ class(es)?( \([\d,]+ are named\))?)?")
+EVALUATION_IMAGES = re.compile(r"; evaluation on [\d,]+ others?( \(held out of the training images\))?")
+
 # Settings of an evaluation that the table of results shows.
 TABLE_SETTINGS = (
     *("protocol", "learning_rates", "chosen_learning_rate", "epochs", "max_steps", "max_images", "batch_size"),
@@ -70,7 +74,6 @@ def model_card(
         metrics: lines of the run's metrics.jsonl.
     """
     dataset = str(training.get("dataset") or public_name(config.dataset))  # earlier versions did not record it
-    images = str(training["data"]).removeprefix(f"{config.dataset}: ")
     title = f"Momentum² Teacher {without_paths(config.encoder)}, {Path(dataset).name}"
     start = next((part["init_from"] for part in training.get("parts", ()) if "init_from" in part), {})
     data = ModelCardData(
@@ -83,7 +86,7 @@ def model_card(
     )
     facts = {
         "recipe": config.recipe,
-        "data": without_paths(f"{Path(dataset).name}: {images}"),
+        "data": public_images(config.dataset, training),
         **({"started from": without_paths(config.init_from)} if config.init_from is not None else {}),
         "epochs" if config.max_steps is None else "steps": str(config.max_steps or config.epochs),
         "images seen": f"{training['images_seen']:,}",
@@ -157,6 +160,20 @@ them, m2t_accel, is Apache-2.0.
 }}
 ```
 """
+
+
+def public_images(dataset: str, training: Mapping[str, object]) -> str:
+    """Return the name of a dataset and the numbers of its images, without names of folders and files in it.
+
+    Args:
+        dataset: `--dataset` of the run.
+        training: content of the run's training.json.
+    """
+    name = Path(str(training.get("dataset") or public_name(dataset))).name
+    note = str(training["data"]).removeprefix(f"{dataset}: ")
+    # Only known words are taken: the rest of the note may name persons, by their folders and files.
+    images, evaluation = IMAGES.match(note), EVALUATION_IMAGES.search(note)
+    return f"{name}{f': {images[0]}' if images else ''}{evaluation[0] if evaluation else ''}"
 
 
 def last_figures(metrics: Sequence[Mapping[str, object]]) -> dict[str, str]:

@@ -28,7 +28,7 @@ from m2t_accel.config.recipes import build_config
 from m2t_accel.data.crops import central_view
 from m2t_accel.data.photometry import evaluation_view
 from m2t_accel.files import read_metrics
-from m2t_accel.hub.card import merge_cards, model_card, public_settings
+from m2t_accel.hub.card import merge_cards, model_card, public_images, public_settings
 from m2t_accel.hub.encoders import LoadedEncoder, load_encoder, weights_fingerprint
 from m2t_accel.hub.tensor_names import to_torchvision
 from m2t_accel.model import embed
@@ -148,9 +148,10 @@ def gather(run: Path, staged: Path, repo_id: str) -> str:
 
 
 def public_record(run: Path, repo_id: str) -> RunRecord:
-    """Return the record of a run without paths of this machine."""
+    """Return the record of a run without paths of this machine, and without names of image files."""
     record = read_run(run)
-    training = {**record.training, "command": record.command}
+    images = public_images(str(record.settings["dataset"]), record.training)
+    training = {**record.training, "command": record.command, "data": images}
     for part in training.get("parts", ()):
         part["command"] = command_without_paths(str(part["command"]))
     return dataclasses.replace(

@@ -77,7 +77,8 @@ def finish(
         draw_curves(
             folder / "metrics.jsonl",
             folder / "curves.png",
-            title=f"{config.encoder} on {config.dataset}, recipe {config.recipe}",
+            # Published with the run: the name alone, not the folders around it.
+            title=f"{config.encoder} on {public_name(config.dataset)}, recipe {config.recipe}",
         )
     training |= {"config": yaml.safe_load(replace(config, resume="auto").to_yaml()), "files": list_files(folder)}
     write_text(folder / COMPLETE, json.dumps(training, indent=2, ensure_ascii=False) + "\n")

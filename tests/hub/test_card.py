@@ -76,14 +76,14 @@ def test_the_source_of_a_warm_start_is_named_and_the_base_model_if_it_is_on_the_
 def test_a_dataset_is_named_as_the_run_recorded_it(tmp_path, monkeypatch):
     (tmp_path / "cats").mkdir()
     monkeypatch.chdir(tmp_path / "cats")
-    training = {**TRAINING, "data": ".: 12 images, 1.5 MB in train/", "dataset": public_name(".")}
+    training = {**TRAINING, "data": ".: 12 images of 2 classes in train/", "dataset": public_name(".")}
     found = {**result(), "dataset": "data/dogs", "dataset_name": "dogs"}
     streamed = {**result(), "dataset": "me/birds", "dataset_name": "me/birds"}
     config = build_config({"recipe": "8x2080Ti-b256-100ep", "dataset": ".", "output_dir": "/home/me/runs/x"})
     monkeypatch.chdir(tmp_path)
     text = model_card(config, training, (0.3, 0.4), [found, streamed])
     assert "# Momentum² Teacher resnet50, cats\n" in text
-    assert "| data | cats: 12 images, 1.5 MB in train/ |" in text
+    assert "| data | cats: 12 images of 2 classes |" in text
     types = [(found.dataset_type, found.dataset_name) for found in ModelCard(text).data.eval_results]
     assert types == [("cats", "cats"), ("dogs", "dogs"), ("me/birds", "birds")]
 

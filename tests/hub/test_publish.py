@@ -10,15 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny
+from helpers import tiny, write_image
 from huggingface_hub import ModelCard, constants
 from loopback_hub import TOKEN, loopback_hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import m2t_accel
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.evaluation import build_knn
 from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.recipes import build_config
 from m2t_accel.evaluation.knn import evaluate_knn
 from m2t_accel.hub import publish as module
 from m2t_accel.hub.encoders import LoadedEncoder, load_encoder
@@ -26,6 +28,7 @@ from m2t_accel.hub.folder import image_processor
 from m2t_accel.hub.publish import publish
 from m2t_accel.hub.tensor_names import to_torchvision
 from m2t_accel.model import create_encoder, embed
+from m2t_accel.run import completion
 
 # huggingface_hub uses httpx in a deprecated way.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
@@ -132,6 +135,35 @@ def test_a_published_encoder_computes_the_same_and_nothing_private_is_published(
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(embed(loaded.model, images), embed(expected.model, images))
+
+
+@pytest.mark.parametrize(
+    ("folders", "shown"),
+    [
+        (
+            {"secret/train/secret a": 9, "secret/train/secret, b": 9, "secret/val/secret a": 4, "secret/train/c": 2},
+            "pictures: 20 images of 3 classes; evaluation on 4 others",
+        ),
+        ({"secret a": 9, "b/secret deep": 9}, "pictures: 18 images"),
+    ],
+    ids=["classes", "no classes"],
+)
+def test_no_name_of_a_folder_or_file_of_the_images_is_published(tmp_path, monkeypatch, folders, shown):
+    pictures, titles = tmp_path / "secret" / "pictures", []
+    for folder, number in folders.items():
+        for i in range(number):
+            write_image(pictures / folder / f"secret {i}.png", value=10 * i)
+    (pictures / folder / "secret 0.png").write_bytes(b"broken")
+    settings = {"batch_size": 8, "device_batch_size": 8, "encoder": "resnet10-quarter"}
+    draw = completion.draw_curves
+    monkeypatch.setattr(completion, "draw_curves", lambda *paths, title: (titles.append(title), draw(*paths, title)))
+    m2t_accel.pretrain(build_config(tiny(tmp_path / "run", dataset=str(pictures), **settings)))
+    assert "secret" in (tmp_path / "run" / "bad_images.jsonl").read_text()
+    card = module.gather(tmp_path / "run", tmp_path / "staged", "me/x")
+    published = contents(tmp_path / "staged") | {"title": titles[0].encode(), "card": card.encode()}
+    assert [name for name, content in published.items() if b"secret" in content] == []
+    assert f"| data | {shown} |" in card
+    assert f">{shown}<" in published["report.html"].decode()
 
 
 def test_nothing_is_published_in_a_public_repository_that_should_be_private(run, hub, no_clean_process):
