@@ -15,7 +15,7 @@ import pyarrow.feather
 from m2t_accel.data.shards import is_remote, unreadable_shard
 from m2t_accel.files import atomic_write
 
-CACHE_VERSION = 10  # increase it when the content of a table changes; tables of other versions are ignored
+CACHE_VERSION = 11  # increase it when the content of a table changes; tables of other versions are ignored
 
 
 def cached_table(

@@ -10,7 +10,7 @@ import posixpath
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -91,7 +91,8 @@ def index_tar(
             keys = sorted(images, key=lambda key: images[key][1])  # in the order of the file, so a run is read at once
             places = samples.others.get(labels.extension, {})
             texts = [read_label(file, places[key], labels.key) if key in places else None for key in keys]
-            jsons = samples.others.get(".json", {})
+            beside, alone = samples.count_others()
+            jsons = samples.others.get(choose_json(beside), {})
             first_json = next((read_at_most(file, jsons[key], MAX_KEPT_JSON) for key in keys if key in jsons), b"")
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         if is_lfs_pointer(path):
@@ -112,7 +113,6 @@ def index_tar(
         "folder": pyarrow.array([printable(key.rpartition("/")[0]) for key in keys], text),
         "others": pyarrow.array([samples.more_images[key] for key in keys], pyarrow.int32()),
     }
-    beside, alone = samples.count_others()
     contents = {"beside": beside, "alone": alone, "json": first_json.decode(errors="replace")}
     return pyarrow.table(columns).replace_schema_metadata({"contents": json.dumps(contents)})
 
@@ -180,6 +180,16 @@ class Samples:
             beside[rest if len(rest) < MAX_ENDING else extension] += number
             alone[extension] += len(keys) - number
         return dict((+beside).most_common(MAX_KINDS)), dict((+alone).most_common(MAX_KINDS))
+
+
+def choose_json(endings: Iterable[str]) -> str:
+    """Return the ending of the JSON files whose keys may be labels: .json, else the shortest like .meta.json.
+
+    Args:
+        endings: the ends of the names of the files beside the images of a tar.
+    """
+    jsons = [ending for ending in endings if ending.endswith(".json")]
+    return min(jsons, key=lambda ending: (len(ending), ending), default=".json")
 
 
 @functools.lru_cache

@@ -34,7 +34,7 @@ from m2t_accel.data.splits import (
     split_of_folder,
     words_of,
 )
-from m2t_accel.data.tar_index import CLS, Contents, LabelMembers, index_tars, label_text, printable
+from m2t_accel.data.tar_index import CLS, Contents, LabelMembers, choose_json, index_tars, label_text, printable
 
 MAX_RUN_BYTES = 1 << 30  # read at once at most; Linux limits one read to 2 GB
 RUN_IMAGES = 64  # images of a tar that are read at once, 7 MB of ImageNet's
@@ -213,23 +213,23 @@ def find_label_members(folder: Path, files: Sequence[str], config: ImageSettings
     """
     # The first tar stands for all, so that each is scanned once.
     contents = Contents(next(([table] for file in files if len(table := index_tars(folder, [file])[0])), []))
-    name = config.label_column
+    name, json_ending = config.label_column, choose_json(contents.beside)
     if name is not None:
-        kinds = [ending[1:] for ending in contents.beside if ending not in ("", ".json")]
+        kinds = [ending[1:] for ending in contents.beside if ending and not ending.endswith(".json")]
         if name in kinds:
             return LabelMembers(f".{name}")
         if name in contents.json:
-            return LabelMembers(".json", name)
+            return LabelMembers(json_ending, name)
         choices = [*kinds, *contents.json]
         raise ConfigurationError(
-            f"--label_column {name}: the tars have no *.{name} beside their images, and no such key in *.json"
+            f"--label_column {name}: neither text files beside the images of the tars nor a key of their *.json"
             f"{did_you_mean(name, choices)}; there are {listed(list(map(printable, choices))) or 'none'}"
         )
     extension = next((f".{word}" for word in ("cls", *LABEL_COLUMNS) if f".{word}" in contents.beside), None)
     if extension is not None:
         return LabelMembers(extension)
     key = next((word for word in LABEL_COLUMNS if label_text(contents.json.get(word)) is not None), None)
-    return LabelMembers(".json", key) if key is not None and config.uses_labels else None
+    return LabelMembers(json_ending, key) if key is not None and config.uses_labels else None
 
 
 def find_labels(
@@ -364,7 +364,7 @@ def why_no_labels(images: TarImages, contents: Contents) -> list[str]:
     """Return a remark about things in tars that look like labels but are none."""
     if {"key", "status"} <= contents.json.keys():  # written by img2dataset, which knows no labels
         return []
-    if ".json" in contents.beside:
+    if any(ending.endswith(".json") for ending in contents.beside):
         keys = [printable(key) for key, value in contents.json.items() if label_text(value) is not None]
         choices = f"; --label_column may name {listed(keys)}" if keys else ""
         return [f"no labels, because the *.json have no key label, class or the like{choices}"]

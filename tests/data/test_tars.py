@@ -277,6 +277,24 @@ def test_labels_of_tars(tmp_path, layout):
         assert text in images.note
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_keys_of_meta_json_are_labels(tmp_path, streaming):
+    def members(content):
+        return samples(f".meta.json={content}", '.camera.json={"x":1}') + " list.json={}"
+
+    write_tars(tmp_path / "kind", {"a.tar": members('{"kind":"{w}"}')})
+    write_tars(tmp_path / "label", {"a.tar": members('{"label":{i}}')})
+    write_tars(tmp_path / "null", {"a.tar": members('{"kind":null}')})
+    flags = {"streaming": streaming, "batch_size": 2}
+    assert load(tmp_path / "kind", label_column="kind", **flags).class_names == ["cat", "dog"]
+    assert "labels from .meta.json (key label)" in load(tmp_path / "label", **flags).note
+    assert "--label_column may name kind" in load(tmp_path / "kind", **flags).note
+    with pytest.raises(ConfigurationError, match=r"4 of 4 images have no class in \.meta\.json \(key kind\)"):
+        load(tmp_path / "null", label_column="kind", **flags)
+    with pytest.raises(ConfigurationError, match=r"column meta\.json: neither text files .* there are kind$"):
+        load(tmp_path / "kind", label_column="meta.json", **flags)
+
+
 def test_every_row_of_the_documentation_is_tested():
     assert sorted(documented("labels in tars")) == sorted(LABELS)
 
