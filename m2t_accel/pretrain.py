@@ -72,10 +72,12 @@ def pretrain(
         The trained teacher; None if the run was complete already.
 
     Raises:
-        ConfigurationError: the launch, the images, the encoder, the output folder or the checkpoint is not usable, and
-            nothing has been written; or a loss is not finite; or too many images cannot be decoded.
+        ConfigurationError: the launch, the images, the encoder, the output folder or the checkpoint is not usable, or
+            the run was complete already with other images or another encoder, and nothing has been written; or a loss
+            is not finite; or too many images cannot be decoded.
         Interrupted: the run was stopped, or has lost a process; the same command resumes it.
     """
+    check_types(dataset, encoder)
     timeout = collective_timeout(config)
     accelerator = start_accelerator(config, timeout)
     is_main = accelerator.is_main_process
@@ -98,6 +100,8 @@ def pretrain(
     with report_lost_processes(accelerator):
         start = broadcast_object(on_all_processes(accelerator, find_start))
         if start.complete:
+            given = (dataset, encoder) if is_main else (None, None)
+            on_all_processes(accelerator, lambda: resume.check_same_objects(config, folder, *given))
             accelerator.print(
                 "\n".join([*start.remarks, f"{config.output_dir} is complete: {config.output_dir}/encoder"])
             )
@@ -137,6 +141,23 @@ def pretrain(
         if is_main:
             run.finish()
     return step.teacher
+
+
+def check_types(dataset: object, encoder: object) -> None:
+    """Check the types of what `pretrain` was given; None always passes.
+
+    Raises:
+        ConfigurationError: the images are not a `datasets.Dataset`, or the encoder is no module.
+    """
+    if not isinstance(dataset, Dataset | None):
+        kind = f"{type(dataset).__module__}.{type(dataset).__qualname__}"
+        hint = "give one of its splits" if isinstance(dataset, dict) else "docs/python.md makes one from an array"
+        raise ConfigurationError(f"pretrain() was given a dataset of type {kind}: a datasets.Dataset is needed; {hint}")
+    if not isinstance(encoder, nn.Module | None):
+        hint = f'; to name one, give its configuration encoder="{encoder}"' if isinstance(encoder, str) else ""
+        raise ConfigurationError(
+            f"pretrain() was given an encoder of type {type(encoder).__qualname__}: a torch.nn.Module is needed{hint}"
+        )
 
 
 def create_step(

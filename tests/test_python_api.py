@@ -4,10 +4,13 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset, DatasetDict, Features, Image
 from helpers import ROOT, tiny
 from torch import nn
+from torch.utils.data import TensorDataset
 from transformers import AutoModel, ResNetConfig
 
 import m2t_accel
@@ -85,4 +88,46 @@ def test_an_encoder_without_batch_norm_is_one_line(tmp_path):
     encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1))
     with pytest.raises(ConfigurationError, match=r"Sequential.*BatchNorm"):
         m2t_accel.pretrain(build_config(tiny(tmp_path / "run")), encoder=encoder)
+    assert not (tmp_path / "run").exists()
+
+
+def noise(number):
+    pixels = np.random.default_rng(number).integers(0, 256, (number, 24, 24, 3), np.uint8)
+    return Dataset.from_dict({"image": list(pixels)}, features=Features({"image": Image()}))
+
+
+def network(width):
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.AdaptiveAvgPool2d(1))
+
+
+def test_a_complete_run_is_only_that_of_the_given_encoder_and_images(tmp_path, capsys):
+    stock = [
+        AutoModel.from_config(ResNetConfig(depths=[1, 1], hidden_sizes=[8, size], embedding_size=8))
+        for size in (16, 32)
+    ]
+    for name, (encoder, other) in {"own": (network(8), network(16)), "stock": stock}.items():
+        config = build_config(tiny(tmp_path / name, dataset="noise", batch_size=16, device_batch_size=8, max_steps=2))
+        assert m2t_accel.pretrain(config, noise(16), encoder) is not None
+        before = {tensor: value.clone() for tensor, value in encoder.state_dict().items()}
+        capsys.readouterr()
+        assert m2t_accel.pretrain(config, noise(16), encoder) is None
+        assert capsys.readouterr().out == f"{tmp_path / name} is complete: {tmp_path / name}/encoder\n"
+        assert all(value.equal(before[tensor]) for tensor, value in encoder.state_dict().items())
+        with pytest.raises(ConfigurationError, match=rf"{name} is complete with another .*another output_dir"):
+            m2t_accel.pretrain(config, noise(16), other)
+        with pytest.raises(ConfigurationError, match=r"other images .*16 images; .* noise: 18 images.*--output_dir"):
+            m2t_accel.pretrain(config, noise(18), encoder)
+
+
+def test_an_input_of_another_type_is_one_line(tmp_path):
+    config = build_config(tiny(tmp_path / "run"))
+    for dataset, words in (
+        (np.zeros((4, 24, 24, 3), np.uint8), "numpy.ndarray: a datasets.Dataset is needed; docs/python.md"),
+        (TensorDataset(torch.zeros(4, 3, 24, 24)), r"torch\S*TensorDataset: a datasets.Dataset is needed"),
+        (DatasetDict({"train": noise(4)}), "DatasetDict: a datasets.Dataset is needed; give one of its splits"),
+    ):
+        with pytest.raises(ConfigurationError, match=words):
+            m2t_accel.pretrain(config, dataset=dataset)
+    with pytest.raises(ConfigurationError, match=r"type str: a torch.nn.Module is needed; .* encoder=\"resnet18\""):
+        m2t_accel.pretrain(config, encoder="resnet18")
     assert not (tmp_path / "run").exists()

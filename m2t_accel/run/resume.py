@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from accelerate import Accelerator
-from torch import Tensor
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from datasets import Dataset
+from safetensors.torch import load_model
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.config.pretrain import PretrainConfig
-from m2t_accel.data.sources import ImageData
-from m2t_accel.run.checkpoint import Checkpoint, read_tensors
+from m2t_accel.data.sources import ImageData, load_images
+from m2t_accel.model import quiet_transformers
+from m2t_accel.run.checkpoint import Checkpoint, good_checkpoints, read_tensors
 from m2t_accel.run.folder import RunFolder, Start
 from m2t_accel.run.state import RunState
 from m2t_accel.run.trackers import Trackers
@@ -104,6 +107,38 @@ def check_same_images(data: ImageData, manifest: Mapping[str, object]) -> None:
             f"--dataset: other images than before (then {saved['note']}; now {data.note}; the names, the order or the "
             "sizes of the shards differ): give the same --dataset, or another --output_dir"
         )
+
+
+def check_same_objects(
+    config: PretrainConfig, folder: RunFolder, dataset: Dataset | None, encoder: nn.Module | None
+) -> None:
+    """Check that a complete run was trained on these images, and has an encoder of these tensors; None always passes.
+
+    The images are compared with those of a checkpoint, and with none if no intact checkpoint is left.
+
+    Args:
+        encoder: the encoder; the trained weights are loaded into it.
+
+    Raises:
+        ConfigurationError: the images, or the names or shapes of the tensors, differ.
+    """
+    if encoder is not None:
+        trained = folder.path / "encoder"
+        try:
+            if isinstance(encoder, PreTrainedModel):
+                with quiet_transformers():  # the names in its file may be others than those in the model
+                    encoder.load_state_dict(type(encoder).from_pretrained(trained).state_dict())
+            else:
+                load_model(encoder, trained / "model.safetensors")
+        except RuntimeError:
+            raise ConfigurationError(
+                f"{folder.path} is complete with another {type(encoder).__name__} than the given encoder (names or "
+                "shapes of the tensors differ): give the same encoder, or another output_dir"
+            ) from None
+    checkpoint = next(good_checkpoints(folder.checkpoints, []), None) if dataset is not None else None
+    if checkpoint is not None:
+        config = with_settled_settings(config, checkpoint.manifest)
+        check_same_images(load_images(config, dataset), checkpoint.manifest)
 
 
 def describe_changes(
