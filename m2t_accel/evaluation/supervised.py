@@ -95,9 +95,10 @@ def train_and_measure(
                     save_classifier(trained.model, config, Path(config.output_dir) / "classifier")
                 return write_result(evaluation, figures, data, seconds, **protocol)
             except (OSError, SafetensorError) as error:
+                saved = "it has the saved training" if checkpoint.path.is_file() else "the training is not saved"
                 raise ConfigurationError(
-                    f"{config.output_dir} cannot be written ({getattr(error, 'strerror', None) or error}); it has the "
-                    "saved training: make room, and type the same command again"
+                    f"{config.output_dir} cannot be written ({getattr(error, 'strerror', None) or error}); {saved}: "
+                    "make room, and type the same command again"
                 ) from None
 
         return broadcast_object(on_all_processes(accelerator, finish))

@@ -152,12 +152,24 @@ def test_a_probe_whose_classifier_is_refused_or_not_written_only_measures_again(
     monkeypatch.setattr(Heads, "train_step", lambda *_: steps.append(1))
     with monkeypatch.context() as patch:
         patch.setattr(supervised, "save_classifier", full_disk)
-        with pytest.raises(ConfigurationError, match=r"cannot be written \(No space left on device\).*same command"):
+        with pytest.raises(
+            ConfigurationError, match=r"\(No space left on device\); it has the saved training: .*same command"
+        ):
             linear.evaluate_linear(config)
     assert not (Path(config.output_dir) / "result.json").exists()
     linear.evaluate_linear(config)
     assert steps == [], "the training was saved before the check"
     assert not (Path(config.output_dir) / "checkpoint.pt").exists()
+
+
+def test_a_training_that_could_not_be_saved_is_not_called_saved(given, monkeypatch):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    for name in ("atomic_write", "save_classifier"):
+        monkeypatch.setattr(supervised, name, full_disk)
+    with pytest.raises(ConfigurationError, match=r"\(No space left on device\); the training is not saved: make room"):
+        linear.evaluate_linear(probe(given))
 
 
 def test_features_that_are_not_finite_stop_the_probe(given, monkeypatch):
