@@ -53,6 +53,7 @@ def evaluate_finetuned(config: FinetuneConfig) -> dict[str, object]:
     evaluation = start_evaluation(config)
     chosen = balanced_subset(read_labels(evaluation.images.train), config.labels, config.seed)
     train = evaluation.images.train.select(chosen)
+    check_share(len(train), len(evaluation.images.train), config)
     return train_and_measure(evaluation, train, lambda checkpoint: train_network(evaluation, train, chosen, checkpoint))
 
 
@@ -74,12 +75,29 @@ def balanced_subset(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
+def check_share(num_chosen: int, num_images: int, config: FinetuneConfig) -> None:
+    """Check that a share of the images is enough for one batch.
+
+    Raises:
+        ConfigurationError: the share is smaller than one batch.
+    """
+    if config.labels == 1 or num_chosen >= config.batch_size:
+        return
+    batch_size = min(32, num_images // 2 * 2)
+    larger = "--labels 1 or a larger share, and " if num_chosen < batch_size else ""
+    raise ConfigurationError(
+        f"--labels {config.labels:g} (--protocol {config.protocol}) trains on {num_chosen:,} of the {num_images:,} "
+        f"images of --dataset {config.dataset}, fewer than one batch of {config.batch_size}: use {larger}"
+        f"--batch_size {batch_size} --device_batch_size {batch_size}"
+    )
+
+
 def train_network(evaluation: Evaluation, train: Dataset, chosen: np.ndarray, checkpoint: Checkpoint) -> Trained:
     """Train the encoder and a new linear layer on `train`, and write subset.json with the `chosen` sample numbers."""
     config, accelerator, class_names = evaluation.config, evaluation.accelerator, evaluation.images.class_names
     accelerator.print(
-        f"protocol {config.protocol}: {config.length} of {len(train):,} images, {config.labels:.3g} of each "
-        f"class, in batches of {config.batch_size}"
+        f"protocol {config.protocol}: {config.length} of {len(train):,} images, {100 * config.labels:.3g} % of "
+        f"each class, in batches of {config.batch_size}"
     )
     if accelerator.is_main_process:
         text = json.dumps({"seed": config.seed, "labels": config.labels, "samples": chosen.tolist()})

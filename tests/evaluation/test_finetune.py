@@ -40,6 +40,21 @@ def test_a_subset_has_the_same_share_of_each_class():
     assert set(chosen.tolist()) <= set(ten.tolist()), "more labels are the same ones and others"
 
 
+@pytest.mark.parametrize(
+    ("share", "advice"),
+    [
+        ({"labels": 0.1}, "use --labels 1 or a larger share, and --batch_size 32 --device_batch_size 32"),
+        ({"labels": 0.8}, "use --batch_size 32 --device_batch_size 32"),
+    ],
+)
+def test_a_share_smaller_than_a_batch_is_named_as_a_share(given, share, advice):
+    with pytest.raises(
+        ConfigurationError, match=r"--protocol 1percent\) trains on (3|33) of the 42 .* 1024: "
+    ) as caught:
+        finetune.evaluate_finetuned(build_finetune({**given, **share}))
+    assert str(caught.value).endswith(f": {advice}")
+
+
 def test_training_equals_a_plain_loop(given):
     """One virtual device: the loop trains with torch's own BatchNorm, one batch after the other."""
     config = settings(given, labels=1.0, device_batch_size=16, learning_rate_per_256=0.8)
@@ -72,9 +87,10 @@ def test_training_equals_a_plain_loop(given):
     assert result["data"]["train"]["images"] == 42
 
 
-def test_a_share_of_the_labels_is_listed_and_trained_on_once(given):
+def test_a_share_of_the_labels_is_listed_and_trained_on_once(given, capsys):
     config = settings(given, labels=0.4, batch_size=6, device_batch_size=6)
     result = finetune.evaluate_finetuned(config)
+    assert "18 images, 40 % of each class" in capsys.readouterr().out
     subset = json.loads((Path(config.output_dir) / "subset.json").read_text())
     assert len(subset["samples"]) == result["data"]["train"]["images"] == 18
     assert result["protocol"]["labels"] == 0.4
