@@ -1,4 +1,5 @@
 import os
+import tracemalloc
 
 import pytest
 from helpers import load, pixel, write_image, write_tar
@@ -123,6 +124,16 @@ def test_a_folder_must_be_readable(image_net, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(ConfigurationError, match=r"--dataset .*Permission denied"):
         load(image_net)
+
+
+def test_the_search_for_class_folders_takes_little_memory_for_an_image():
+    names = [f"{i % 10}/{i}.jpg" for i in range(20_000)]
+    tracemalloc.start()
+    try:
+        assert image_files.class_folders(names, names, []) == list("0123456789")
+        assert tracemalloc.get_traced_memory()[1] < 20 * len(names)
+    finally:
+        tracemalloc.stop()
 
 
 def test_class_folders_in_splits(image_net):
