@@ -90,6 +90,7 @@ def load_encoder(source: str) -> LoadedEncoder:
         folders = [folder for folder in (path / "encoder", path / "classifier") if (folder / "config.json").is_file()]
         path = folders[0] if folders else path
         if not (path / "config.json").is_file():
+            check_not_own_module(path)
             raise ConfigurationError(
                 f"--encoder {source}: the folder has no config.json, and no encoder/ with one: has the run ended?"
             )
@@ -113,6 +114,21 @@ def load_encoder(source: str) -> LoadedEncoder:
             "timm ResNet"
         )
     return load_transformers(source, config)
+
+
+def check_not_own_module(folder: Path) -> None:
+    """Check that a folder without config.json is not that of a run of a user's own module, or encoder/ of one.
+
+    Raises:
+        ConfigurationError: it holds weights.
+    """
+    for file in (folder / "encoder" / "model.safetensors", folder / "model.safetensors"):
+        if file.is_file():
+            raise ConfigurationError(
+                f"--encoder {folder}: the weights have no config.json, so they are of a module of your own, and only "
+                "transformers models and timm ResNets can be given; load them into the module by "
+                f'safetensors.torch.load_model(module, "{file}")'
+            )
 
 
 def load_transformers(source: str, config: Mapping[str, object]) -> LoadedEncoder:

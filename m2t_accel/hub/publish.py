@@ -103,9 +103,10 @@ def gather(run: Path, staged: Path, repo_id: str) -> str:
     """
     for path in [run / "config.yaml", run / "training.json", *(run / "encoder" / name for name in ENCODER_FILES)]:
         if not path.is_file():
-            raise ConfigurationError(
-                f"--run {run}: there is no {path.relative_to(run)}; give the folder of a run that has ended"
-            )
+            reason = "give the folder of a run that has ended"
+            if path.name == "config.json" and (run / "encoder" / "model.safetensors").is_file():
+                reason = "the run trained a module of your own, and only transformers models are published"
+            raise ConfigurationError(f"--run {run}: there is no {path.relative_to(run)}; {reason}")
     (staged / "results").mkdir(parents=True)
     for name in (*(f"encoder/{name}" for name in ENCODER_FILES), *RUN_FILES):
         if (run / name).is_file():

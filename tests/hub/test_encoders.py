@@ -203,6 +203,12 @@ def test_the_note_names_differences_from_the_processor(tmp_path):
 def test_a_source_without_an_encoder_is_refused(tmp_path, run):
     (tmp_path / "empty").mkdir()
     assert "no config.json" in refused(tmp_path / "empty")
+    (run / "encoder" / "config.json").rename(run / "encoder" / "kept.json")
+    for folder in (run, run / "encoder"):
+        message = refused(folder)
+        assert "a module of your own" in message
+        assert f'load_model(module, "{run}/encoder/model.safetensors")' in message
+    (run / "encoder" / "kept.json").rename(run / "encoder" / "config.json")
     (tmp_path / "notes.txt").write_text("hello")
     assert "a folder, a Hub id, or a file of weights" in refused(tmp_path / "notes.txt")
     assert "config.json cannot be read" in refused("nobody/nothing-at-all")

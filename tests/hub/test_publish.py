@@ -293,6 +293,11 @@ def test_an_incomplete_run_is_refused(run, logged_in, name):
     assert f"there is no {name}; give the folder of a run that has ended" in refused(run)
 
 
+def test_a_run_of_a_module_of_ones_own_is_not_published(run, logged_in):
+    (run / "encoder" / "config.json").unlink()
+    assert "there is no encoder/config.json; the run trained a module of your own" in refused(run)
+
+
 def test_a_changed_config_yaml_is_refused(run, logged_in):
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("seed: 0", "seed: 3"))
