@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from m2t_accel.files import read_metrics
+from m2t_accel.files import atomic_write, read_metrics
 
 
 @contextlib.contextmanager
@@ -31,6 +31,16 @@ def thumbnail(pixels: np.ndarray, side: int) -> np.ndarray:
     scale = side / max(pixels.shape[:2])
     size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
     return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
+
+
+def save_picture(figure: object, picture: Path, dpi: int = 110) -> None:
+    """Write a matplotlib Figure atomically, in the format of the suffix; without one, as PNG.
+
+    Raises:
+        OSError: the file cannot be written; the old one stays.
+    """
+    with atomic_write(picture) as temporary:
+        figure.savefig(temporary, dpi=dpi, format=picture.suffix.removeprefix(".") or "png")
 
 
 @plain_words()
@@ -69,4 +79,4 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
     for axes in (loss, knn, spread, rates):
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-    figure.savefig(picture, dpi=110)
+    save_picture(figure, picture)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from m2t_accel.config.command_line import errors_in_one_line, parse_command_line, view_settings
-from m2t_accel.config.fields import ConfigurationError, check_limits, check_writable
+from m2t_accel.config.fields import ConfigurationError, check_limits, check_writable, write_errors_in_one_line
 from m2t_accel.config.pretrain import PretrainConfig, check_inputs
 from m2t_accel.config.recipes import build_config
 
@@ -135,9 +135,10 @@ def describe(command: Callable) -> str:
 
 def finish(result: Mapping[str, object], path: str | None, table: Callable[[Mapping[str, object]], str]) -> None:
     """Print the figures, and write them to a file if one is given."""
-    if path is not None:
-        Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
+    if path is not None:
+        with write_errors_in_one_line("json", path):
+            Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 COMMANDS = {"data": measure_data, "step": measure_step, "estimate": count_step}

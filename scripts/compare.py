@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from m2t_accel.config.command_line import OneLineParser, errors_in_one_line
-from m2t_accel.config.fields import ConfigurationError, check_writable
+from m2t_accel.config.fields import ConfigurationError, check_writable, write_errors_in_one_line
 
 
 def main() -> None:
@@ -40,7 +40,8 @@ def main() -> None:
         folders = {Path(run).resolve(): run for run in given.runs}  # a run that is given twice is one
         groups = group_runs([replace(read_run(Path(run)), name=run.rstrip("/")) for run in folders.values()])
         print(text_table(*comparison_table(groups)), *protocol_notes(groups), sep="\n")
-        write_comparison(groups, Path(given.output))
+        with write_errors_in_one_line("output", given.output):
+            write_comparison(groups, Path(given.output))
         print(f"\nCurves: {given.output}, {Path(given.output).with_suffix('.png')}")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from m2t_accel.config.command_line import OneLineParser, errors_in_one_line, parse_command_line
-from m2t_accel.config.fields import check_limits, check_writable
+from m2t_accel.config.fields import check_limits, check_writable, write_errors_in_one_line
 from m2t_accel.config.pretrain import PretrainConfig, check_inputs
 from m2t_accel.config.recipes import build_config
 
@@ -43,7 +43,8 @@ def main() -> None:
         result = examine(config, given.hours, given.price_per_hour)
         destroy_process_group()
         if result is not None and given.json is not None:
-            Path(given.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            with write_errors_in_one_line("json", given.json):
+                Path(given.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if result is not None and result["fails"]:
             raise SystemExit(1)
 

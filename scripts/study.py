@@ -19,9 +19,9 @@ from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 from m2t_accel.config.command_line import OneLineParser, errors_in_one_line
-from m2t_accel.config.fields import ConfigurationError, check_limits, check_writable
+from m2t_accel.config.fields import ConfigurationError, check_limits, check_writable, write_errors_in_one_line
 from m2t_accel.study.plan import MAY_CHANGE, read_study
-from m2t_accel.study.results import different_images, read_results
+from m2t_accel.study.results import Results, different_images, read_results
 
 
 def main() -> None:
@@ -58,14 +58,16 @@ def main() -> None:
 
         from m2t_accel.study.report import markdown_table, report
 
+        def write() -> Results:
+            with write_errors_in_one_line("runs_dir" if is_trial else "study", folder / "results.json"):
+                return report(study, stored, folder)
+
         failures = 0
         if not given.collect:
             from m2t_accel.study.driver import run_study
 
-            failures = run_study(
-                study, stored, runs_dir, Path(sys.argv[0]).parent, given.jobs, lambda: report(study, stored, folder)
-            )
-        results = report(study, stored, folder)
+            failures = run_study(study, stored, runs_dir, Path(sys.argv[0]).parent, given.jobs, write)
+        results = write()
         print(markdown_table(results))
         if warning := different_images(results):
             print(f"\n{warning}")

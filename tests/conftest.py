@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -160,6 +161,18 @@ def small_disk(tmp_path):
     yield mount
     for where in mounted:
         subprocess.run(["umount", "--lazy", str(where)], check=True)
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Let every picture fail in the middle of its file, as on a full disk."""
+    from matplotlib.figure import Figure
+
+    def fail(figure, picture, **options):
+        Path(picture).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
 
 
 @pytest.fixture

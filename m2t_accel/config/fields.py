@@ -120,6 +120,22 @@ def check_writable(name: str, path: str | None) -> None:
         raise ConfigurationError(f"--{name} {path} cannot be written: give a file in a folder that exists and is yours")
 
 
+@contextlib.contextmanager
+def write_errors_in_one_line(name: str, path: str | Path) -> Iterator[None]:
+    """Turn an OSError in the block, such as a full disk, into the line that the path of an option cannot be written.
+
+    Raises:
+        ConfigurationError: the block raised an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigurationError(
+            f"--{name} {path} cannot be written ({error.strerror or error}): make room or give another place, and type "
+            "the command again"
+        ) from None
+
+
 def convert(name: str, kind: object, value: object) -> object:
     """Convert the text of a flag, or a YAML value, to the type of the setting.
 

@@ -24,7 +24,7 @@ from m2t_accel.data.shards import Shards
 from m2t_accel.data.sources import load_images
 from m2t_accel.data.streams import HubStream
 from m2t_accel.data.views import TwoViews, describe_image, read_rows
-from m2t_accel.pictures import plain_words, thumbnail
+from m2t_accel.pictures import plain_words, save_picture, thumbnail
 
 NUM_PAIRS = 12
 MAX_SIDE = 512  # pixels; larger originals are drawn smaller
@@ -126,8 +126,8 @@ def draw_preview(config: PretrainConfig, picture: Path) -> list[str]:
             panels[1 + view].set_title(pair.parameters[view], fontsize=6, color=f"C{view}")
     try:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(picture, dpi=120)
-    except (OSError, ValueError) as error:
+        save_picture(figure, picture, dpi=120)
+    except (OSError, ValueError) as error:  # ValueError: no format has this suffix
         raise ConfigurationError(f"--output {picture} cannot be written ({error})") from None
     lines.append(f"{count(len(pairs), 'pair')} of views: {picture}")
     return lines

@@ -10,12 +10,13 @@ import pyarrow
 import torch
 from datasets import Dataset
 from pyarrow import parquet
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
 from m2t_accel.config.evaluation import EmbedConfig
-from m2t_accel.config.fields import ConfigurationError, count
+from m2t_accel.config.fields import ConfigurationError, count, write_errors_in_one_line
 from m2t_accel.data.decode import decode_image
 from m2t_accel.data.loader import dead_workers_in_one_line
 from m2t_accel.data.views import read_rows
@@ -30,7 +31,7 @@ from m2t_accel.evaluation.features import (
 )
 from m2t_accel.evaluation.setup import Evaluation, open_folder, start_evaluation, write_result
 from m2t_accel.files import atomic_write, let_others_read
-from m2t_accel.pictures import plain_words, thumbnail
+from m2t_accel.pictures import plain_words, save_picture, thumbnail
 
 THUMBNAIL_SIZE = 96  # pixels
 MIN_MAPPED = 10  # images on a map
@@ -41,7 +42,7 @@ def embed_dataset(config: EmbedConfig) -> list[str]:
     """Write the features of a split, map.png and neighbours.png. Return lines for the user. A collective call.
 
     Raises:
-        ConfigurationError: the launch, the encoder, the images or the output folder is not usable.
+        ConfigurationError: the launch, the encoder or the images are not usable, or a file cannot be written.
     """
     evaluation = start_evaluation(config)
     config, accelerator, data = evaluation.config, evaluation.accelerator, evaluation.images
@@ -56,11 +57,18 @@ def embed_dataset(config: EmbedConfig) -> list[str]:
         features = gather_features(batches, len(images), accelerator, torch.device("cpu"))
     if not len(features.samples):
         raise none_decoded("images", images, config)
-    return write_embedding(evaluation, images, features) if accelerator.is_main_process else []
+    if not accelerator.is_main_process:
+        return []
+    with write_errors_in_one_line("output_dir", config.output_dir):
+        return write_embedding(evaluation, images, features)
 
 
 def write_embedding(evaluation: Evaluation, images: Dataset, features: Features) -> list[str]:
-    """Write the files and pictures on the main process. Return lines for the user."""
+    """Write the files and pictures on the main process. Return lines for the user.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     config, folder = evaluation.config, Path(evaluation.config.output_dir)
     samples = features.samples.numpy()
     labels = read_labels(images)[samples] if "label" in images.features else None
@@ -108,6 +116,9 @@ def write_features(
 
     Args:
         places: for images that are parts of files, their `offset` and `size` in bytes.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     with atomic_write(file) as temporary:
         if file.suffix == ".safetensors":
@@ -119,7 +130,10 @@ def write_features(
             texts = [(path or "").encode() for path in paths]
             tensors["paths"] = torch.from_numpy(np.frombuffer(bytearray().join(texts), np.uint8))
             tensors["path_lengths"] = torch.tensor([len(text) for text in texts])
-            save_file(tensors, temporary, metadata={"classes": "\n".join(names)} if names else None)
+            try:
+                save_file(tensors, temporary, metadata={"classes": "\n".join(names)} if names else None)
+            except SafetensorError as error:  # raised for a full disk
+                raise OSError(None, str(error), str(file)) from None
             let_others_read(temporary)
         else:
             values = pyarrow.array(features.features.numpy().ravel())
@@ -159,7 +173,7 @@ def draw_map(picture: Path, features: Tensor, labels: np.ndarray | None, names: 
         if len(np.unique(labels)) <= 20:
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
     axes.set_title(f"t-SNE of {len(points):,} images' features (cosine, perplexity {perplexity:.3g})")
-    figure.savefig(picture, dpi=110)
+    save_picture(figure, picture)
 
 
 @plain_words()
@@ -201,4 +215,4 @@ def draw_neighbours(
         + ("" if labels is None else ", red: another class"),
         fontsize=8,
     )
-    figure.savefig(picture, dpi=110)
+    save_picture(figure, picture)

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.evaluation import KnnConfig
-from m2t_accel.config.fields import count
+from m2t_accel.config.fields import count, write_errors_in_one_line
 from m2t_accel.distributed.device import device_errors_in_one_line
 from m2t_accel.evaluation.features import (
     BATCH_SIZE,
@@ -208,7 +208,7 @@ def evaluate_knn(config: KnnConfig) -> dict[str, object]:
     Write result.json and config.yaml, print a summary and return the result.
 
     Raises:
-        ConfigurationError: the launch, the encoder, the images or the output folder is not usable.
+        ConfigurationError: the launch, the encoder or the images are not usable, or the result cannot be written.
     """
     evaluation = start_evaluation(config)
     images = evaluation.images
@@ -234,6 +234,7 @@ def evaluate_knn(config: KnnConfig) -> dict[str, object]:
             "undecodable": found.num_broken,
         }
         figures = {f"top1_k{k}": share for k, share in found.accuracies.items()}
-        return write_result(evaluation, figures, data, time.perf_counter() - started)
+        with write_errors_in_one_line("output_dir", config.output_dir):
+            return write_result(evaluation, figures, data, time.perf_counter() - started)
 
     return run_once(evaluation, measure)

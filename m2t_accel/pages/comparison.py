@@ -15,12 +15,11 @@ import numpy as np
 
 from m2t_accel.config.fields import plain_text
 from m2t_accel.config.pretrain import PretrainConfig
-from m2t_accel.files import atomic_write
 from m2t_accel.pages.charts import CHARTS, Chart, describe
 from m2t_accel.pages.page import chart_cards, now, smoothing_slider, table, write_page
 from m2t_accel.pages.record import RunRecord
 from m2t_accel.pages.series import downsample, numbers
-from m2t_accel.pictures import plain_words
+from m2t_accel.pictures import plain_words, save_picture
 
 # Settings of two runs that may differ although both compute the same.
 IGNORED = ("output_dir", "resume", "num_workers", "push_to_hub", "hub_private_repo", "report_to", "checkpoint_every")
@@ -328,8 +327,7 @@ def draw_comparison(groups: Sequence[Group], picture: Path) -> None:
         for handle in handles:
             panels[0].plot([], [], **handle)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    with atomic_write(picture) as temporary:
-        figure.savefig(temporary, dpi=110)
+    save_picture(figure, picture)
 
 
 def draw_panel(panel: object, title: str, curves: Sequence[Mapping[str, object]]) -> None:

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from m2t_accel.config.fields import count, plain_text
-from m2t_accel.files import atomic_write
-from m2t_accel.pictures import plain_words
+from m2t_accel.pictures import plain_words, save_picture
 from m2t_accel.study.plan import Study
 from m2t_accel.study.results import FIGURES, Results, collect, distinct, summary, write_results
 
@@ -110,8 +109,7 @@ def draw_study(results: Results, picture: Path) -> None:
         if any(len(group) > 1 for group in by_place.values()):
             notes.append("thin lines and points: one seed; thick: mean of the seeds")
         figure.supxlabel("; ".join(notes), **SMALL)
-        with atomic_write(picture) as temporary:
-            figure.savefig(temporary, dpi=110)
+        save_picture(figure, picture)
 
 
 def limits(results: Results) -> tuple[float, float]:

@@ -1,6 +1,10 @@
 import re
+import runpy
 
 import pytest
+from helpers import ROOT
+
+from m2t_accel.config.fields import ConfigurationError
 
 
 @pytest.mark.parametrize(
@@ -44,3 +48,11 @@ def test_wrong_words_are_refused_in_one_line(ask, words, message):
 def test_the_help_without_a_benchmark_lists_them(ask):
     done = ask("scripts/benchmark.py", "--help")
     assert (done.status, "benchmark.py step" in done.out) == (0, True)
+
+
+def test_figures_that_cannot_be_written_are_shown():
+    finish = runpy.run_path(str(ROOT / "scripts" / "benchmark.py"))["finish"]
+    shown = []
+    with pytest.raises(ConfigurationError, match=r"--json /dev/full cannot be written \(No space left on device\)"):
+        finish({"speed": 1}, "/dev/full", lambda result: shown.append(result))
+    assert shown == [{"speed": 1}]

@@ -165,3 +165,10 @@ def test_two_processes_are_examined_together(run_script, tmp_path):
     assert done.stdout.count("✓ versions") == 1
     assert "2 × cpu" in done.stdout
     assert json.loads((tmp_path / "doctor.json").read_text())["figures"]["measured_sub_batch"] == 32
+
+
+def test_findings_that_cannot_be_written_are_one_line(ask, monkeypatch):
+    monkeypatch.setattr(examine, "examine", lambda *arguments: {"fails": False})
+    answer = ask(SCRIPT, "--json", "/dev/full")
+    assert answer.status == 2
+    assert answer.err.startswith("doctor.py: error: --json /dev/full cannot be written (No space left on device)")

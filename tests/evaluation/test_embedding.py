@@ -116,6 +116,21 @@ def test_a_missing_split_and_broken_images_are_refused(given, tmp_path):
         embed_dataset(build_embed(settings))
 
 
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_is_one_line_and_leaves_no_half_picture(given, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"--output_dir \S+ cannot be written \(No space left on device\)"):
+        embed_dataset(build_embed(given))
+    names = sorted(path.name for path in (tmp_path / "result").iterdir())
+    assert names == ["config.yaml", "features.parquet"]
+
+
+def test_safetensors_that_do_not_fit_on_the_disk_are_one_line(given, small_disk):
+    disk = small_disk(16)
+    with pytest.raises(ConfigurationError, match=r"--output_dir \S+ cannot be written \(.*No space left"):
+        embed_dataset(build_embed({**given, "output_dir": str(disk), "format": "safetensors"}))
+    assert [path.name for path in disk.iterdir()] == ["config.yaml"]
+
+
 @pytest.mark.slow
 def test_two_processes_write_the_same_features(given, tmp_path, two_processes):
     settings, folder = two_processes("embed")

@@ -7,10 +7,11 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
+from m2t_accel import files
 from m2t_accel.config.data import ImageSettings
 from m2t_accel.config.evaluation import build_knn
 from m2t_accel.config.fields import ConfigurationError
-from m2t_accel.evaluation import knn
+from m2t_accel.evaluation import knn, setup
 from m2t_accel.evaluation.features import Features
 
 
@@ -104,6 +105,17 @@ def test_an_evaluation_writes_its_result_once(given, capsys):
     again = capsys.readouterr().out
     assert first.endswith(again), "the summary alone: nothing is measured again"
     assert len(again) < len(first)
+
+
+def test_a_result_that_does_not_fit_on_the_disk_is_one_line(given, monkeypatch):
+    def fail(path, content):
+        if path.name == "result.json":
+            raise OSError(28, "No space left on device")
+        return files.write_text(path, content)
+
+    monkeypatch.setattr(setup, "write_text", fail)
+    with pytest.raises(ConfigurationError, match=r"--output_dir \S+ cannot be written \(No space left on device\)"):
+        knn.evaluate_knn(build_knn({**given, "k": (5,)}))
 
 
 def test_images_that_cannot_be_decoded_are_refused():

@@ -141,3 +141,13 @@ def test_wrong_input_is_one_line_and_nothing_is_written(tmp_path, ask, arguments
     (line,) = answer.err.splitlines()
     assert re.match(rf"compare\.py: error: .*{words}", line)
     assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_is_one_line_and_leaves_no_half_picture(tmp_path, ask):
+    answer = ask("scripts/compare.py", write_run(tmp_path / "run"), "--output", tmp_path / "page.html")
+    assert answer.status == 2
+    line = f"--output {tmp_path / 'page.html'} cannot be written (No space left on device): make room "
+    assert answer.err.startswith(f"compare.py: error: {line}")
+    assert answer.err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "run"]

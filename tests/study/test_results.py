@@ -248,6 +248,15 @@ def test_the_results_of_a_trial_are_written_to_the_folder_of_its_runs(half_done,
     assert not (tmp_path / "results.json").exists()
 
 
+@pytest.mark.usefixtures("half_done", "full_disk")
+def test_a_full_disk_is_one_line(ask, tmp_path):
+    answer = ask("scripts/study.py", tmp_path / "study.yaml", "--runs_dir", tmp_path / "runs", "--collect")
+    assert answer.status == 2
+    assert answer.err.startswith(f"study.py: error: --study {tmp_path / 'results.json'} cannot be written (No space")
+    assert answer.err.count("\n") == 1
+    assert not (tmp_path / "figure.png").exists()
+
+
 def test_labels_of_a_picture_do_not_overlap():
     assert spread_out([50, 10, 50.5], 2) == pytest.approx([49.25, 10, 51.25])
 
