@@ -25,7 +25,9 @@ from m2t_accel.evaluation.features import (
     Features,
     embed_images,
     fingerprint,
+    first_broken,
     gather_features,
+    left_out,
     none_decoded,
     read_labels,
 )
@@ -82,7 +84,8 @@ def write_embedding(evaluation: Evaluation, images: Dataset, features: Features)
     write_features(file, features, paths, places, labels, names)
     lines = [f"{file}: {count(len(samples), 'image')}, {features.features.shape[1]} features each"]
     if len(samples) < len(images):
-        lines.append(f"{count(len(images) - len(samples), 'image')} cannot be decoded, and left out")
+        first = first_broken([(images, left_out(images, features.samples))], config)
+        lines.append(f"{count(len(images) - len(samples), 'image')} cannot be decoded, and left out{first}")
     chosen = evenly_spaced(len(samples), config.map_images)
     if len(chosen) >= MIN_MAPPED:
         draw_map(folder / "map.png", features.features[chosen], None if labels is None else labels[chosen], names)

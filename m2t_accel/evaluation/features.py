@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from m2t_accel.config.data import ImageSettings
-from m2t_accel.config.fields import ConfigurationError
+from m2t_accel.config.fields import ConfigurationError, count
 from m2t_accel.data.decode import DecodeError, read_bytes
 from m2t_accel.data.loader import create_loader, read, upload
 from m2t_accel.data.photometry import evaluation_view
@@ -85,9 +85,37 @@ def embed_images(
 
 def none_decoded(what: str, images: Dataset, config: ImageSettings) -> ConfigurationError:
     """Return the error for images none of which can be decoded; it names the first and the reason."""
-    bad = CentralViews(images, config).__getitems__(Request(0, np.zeros(1, np.int64), None)).bad
-    first = f", the first is {bad[0].path} ({bad[0].reason})" if bad else ""
+    first = first_broken([(images, {0})], config)
     return ConfigurationError(f"--dataset {config.dataset}: none of the {len(images):,} {what} can be decoded{first}")
+
+
+def left_out(images: Dataset, samples: Tensor) -> set[int]:
+    """Return the numbers of the images that are not among those decoded, `samples` (N,)."""
+    return set(range(len(images))).difference(samples.tolist()) if len(samples) < len(images) else set()
+
+
+def first_broken(parts: Iterable[tuple[Dataset, set[int]]], config: ImageSettings) -> str:
+    """Return `, the first is PATH (REASON)` for the first image that cannot be decoded; empty if there is none.
+
+    Args:
+        parts: images, and the numbers of those that cannot be decoded.
+    """
+    for images, broken in parts:
+        if broken:
+            bad = CentralViews(images, config).__getitems__(Request(0, np.array([min(broken)]), None)).bad
+            return f", the first is {bad[0].path} ({bad[0].reason})" if bad else ""
+    return ""
+
+
+def print_broken(parts: Sequence[tuple[Dataset, set[int]]], config: ImageSettings, accelerator: Accelerator) -> None:
+    """Print the number of the images that cannot be decoded, and the first of them, on process 0.
+
+    Args:
+        parts: images, and the numbers of those that cannot be decoded.
+    """
+    number = sum(len(broken) for _, broken in parts)
+    if number and accelerator.is_main_process:
+        print(f"{count(number, 'image')} cannot be decoded, and left out{first_broken(parts, config)}", flush=True)
 
 
 class NotFiniteError(ConfigurationError):

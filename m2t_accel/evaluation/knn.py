@@ -23,8 +23,10 @@ from m2t_accel.evaluation.features import (
     fingerprint,
     gather_features,
     gather_rows,
+    left_out,
     none_decoded,
     not_finite,
+    print_broken,
     read_labels,
     sample_labels,
 )
@@ -40,7 +42,7 @@ class KnnResult(NamedTuple):
     accuracies: dict[int, float]  # share of the queries classified correctly, for each number of neighbours that vote
     num_bank: int
     num_queries: int
-    num_broken: int  # images of bank and queries that cannot be decoded, and are left out
+    broken: tuple[set[int], set[int]]  # numbers of the images of bank and queries that cannot be decoded: left out
     fingerprints: tuple[str, str]  # of bank and queries
     samples: Tensor  # (N,) the queries' numbers
     neighbours: Tensor  # (N, k) numbers of the nearest images in the bank, the nearest first, for the largest k
@@ -91,7 +93,7 @@ def measure_knn(
         {k: knn_accuracy(similarities, bank_labels[neighbours], labels, num_classes, k, temperature) for k in ks},
         len(bank_samples),
         len(found.samples),
-        len(bank) + len(queries) - len(bank_samples) - len(found.samples),
+        (left_out(bank, bank_samples), left_out(queries, found.samples)),
         (fingerprint(bank_digests, bank_labels[bank_samples]), fingerprint(found.digests, labels)),
         found.samples,
         neighbours,
@@ -231,8 +233,10 @@ def evaluate_knn(config: KnnConfig) -> dict[str, object]:
         data = {
             "bank": {"images": found.num_bank, "fingerprint": bank},
             "test": {"images": found.num_queries, "fingerprint": test},
-            "undecodable": found.num_broken,
+            "undecodable": sum(map(len, found.broken)),
         }
+        parts = list(zip((images.bank, images.validation), found.broken, strict=True))
+        print_broken(parts, evaluation.config, evaluation.accelerator)
         figures = {f"top1_k{k}": share for k, share in found.accuracies.items()}
         with write_errors_in_one_line("output_dir", config.output_dir):
             return write_result(evaluation, figures, data, time.perf_counter() - started)

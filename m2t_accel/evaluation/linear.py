@@ -25,7 +25,7 @@ from m2t_accel.data.requests import DeviceBatches
 from m2t_accel.data.views import FlippedCrops
 from m2t_accel.distributed.device import device_errors_in_one_line, kernel_search
 from m2t_accel.distributed.processes import on_all_processes
-from m2t_accel.evaluation.features import embed_images, gather_features, read_labels, sample_labels
+from m2t_accel.evaluation.features import embed_images, gather_features, left_out, read_labels, sample_labels
 from m2t_accel.evaluation.heads import Heads, build_classifier, fold_batch_norm, last_linear, rate_factor
 from m2t_accel.evaluation.setup import Evaluation, start_evaluation
 from m2t_accel.evaluation.supervised import Checkpoint, Trained, rank_classes, train_and_measure
@@ -221,7 +221,7 @@ class CachedFeatures:
         self.labels = sample_labels(train, found.samples)
         self.num_images = len(found.samples)
         check_enough_images(self.num_images, config)
-        self.broken = set(range(len(train))) - set(found.samples.tolist())
+        self.broken = left_out(train, found.samples)
 
     def batches(self, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the same as `AugmentedFeatures.batches`."""

@@ -23,8 +23,10 @@ from m2t_accel.evaluation.features import (
     fingerprint,
     fingerprint_of_files,
     gather_rows,
+    left_out,
     none_decoded,
     not_finite,
+    print_broken,
     read_labels,
     sample_labels,
 )
@@ -51,6 +53,7 @@ class Ranking(NamedTuple):
     classes: Tensor  # (N, heads, 5) int64, the most likely first; with fewer than 5 classes, all of them
     labels: Tensor  # (N,) int64
     digests: Tensor  # (N,) int64: hashes of the image files
+    samples: Tensor  # (N,) int64: the images' numbers in the dataset
 
 
 def train_and_measure(
@@ -77,6 +80,8 @@ def train_and_measure(
         trained = fit(checkpoint)
         test = rank_classes(trained.encoder, [trained.head], images.validation, evaluation)
         broken = set().union(*gather_to_all(trained.broken))
+        parts = [(train, broken), (images.validation, left_out(images.validation, test.samples))]
+        print_broken(parts, evaluation.config, accelerator)
         data = {
             "train": {"images": len(train), "fingerprint": fingerprint_of_files(train, broken, accelerator)},
             "test": {"images": len(test.labels), "fingerprint": fingerprint(test.digests, test.labels)},
@@ -212,7 +217,7 @@ def rank_classes(encoder: nn.Module, heads: Sequence[nn.Module], images: Dataset
         raise none_decoded("validation images", images, evaluation.config)
     if not finite.all():
         raise not_finite(evaluation.accelerator)
-    return Ranking(classes, sample_labels(images, samples), digests)
+    return Ranking(classes, sample_labels(images, samples), digests, samples)
 
 
 def accuracy(classes: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:

@@ -21,7 +21,7 @@ from m2t_accel.data.views import BadImage
 from m2t_accel.distributed.interruption import HostCopy, NoBatchError, reach_agreement
 from m2t_accel.distributed.launch import collective_timeout, compiles_networks, hardware
 from m2t_accel.distributed.processes import broadcast_object, gather_to_all
-from m2t_accel.evaluation.features import NotFiniteError, read_labels
+from m2t_accel.evaluation.features import NotFiniteError, first_broken, read_labels
 from m2t_accel.evaluation.knn import KnnResult, few_neighbours, measure_knn
 from m2t_accel.files import JsonLines
 from m2t_accel.progress import progress_bar
@@ -72,11 +72,11 @@ class KnnMonitor:
             (KNN_NEIGHBOURS,),
             after_batch=after_batch,
         )
-        if result.num_broken and not self.broken_reported:
+        if any(result.broken) and not self.broken_reported:
             self.broken_reported = True
-            self.accelerator.print(
-                f"kNN is measured without {count(result.num_broken, 'image')} that cannot be decoded"
-            )
+            number = sum(map(len, result.broken))
+            first = first_broken(list(zip((self.bank, self.queries), result.broken, strict=True)), self.config)
+            self.accelerator.print(f"kNN is measured without {count(number, 'image')} that cannot be decoded{first}")
         return result
 
 

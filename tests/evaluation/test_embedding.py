@@ -23,12 +23,13 @@ from m2t_accel.model import embed
 def test_features_are_written_with_paths_and_labels_and_drawn(given, small_images, small_run, tmp_path):
     images = tmp_path / "images"
     shutil.copytree(small_images, images)
-    (images / "train" / "green" / "3.png").write_bytes(b"broken")
+    broken = images / "train" / "green" / "3.png"
+    broken.write_bytes(b"broken")
     config = build_embed({**given, "dataset": str(images), "query_images": 3, "nearest": 4})
     lines = embed_dataset(config)
     folder = tmp_path / "result"
     assert "features.parquet: 41 images, 128 features each" in lines[0]
-    assert lines[1].startswith("1 image cannot be decoded")
+    assert lines[1].startswith(f"1 image cannot be decoded, and left out, the first is {broken} (no known image")
     table = parquet.read_table(folder / "features.parquet").to_pydict()
     assert len(table["path"]) == 41
     assert not any(path.endswith("green/3.png") for path in table["path"])

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -116,6 +117,15 @@ def test_a_result_that_does_not_fit_on_the_disk_is_one_line(given, monkeypatch):
     monkeypatch.setattr(setup, "write_text", fail)
     with pytest.raises(ConfigurationError, match=r"--output_dir \S+ cannot be written \(No space left on device\)"):
         knn.evaluate_knn(build_knn({**given, "k": (5,)}))
+
+
+def test_the_first_image_that_cannot_be_decoded_is_named(given, small_images, tmp_path, capsys):
+    images = shutil.copytree(small_images, tmp_path / "images")
+    for name in ("val/blue/0.png", "train/red/5.png", "train/red/6.png"):
+        (images / name).write_bytes(b"broken")
+    assert knn.evaluate_knn(build_knn({**given, "dataset": str(images)}))["data"]["undecodable"] == 3
+    first = f"3 images cannot be decoded, and left out, the first is {images}/train/red/5.png (no known image format"
+    assert first in capsys.readouterr().out
 
 
 def test_images_that_cannot_be_decoded_are_refused():

@@ -120,7 +120,7 @@ def test_broken_images_are_counted_and_a_missing_classifier_is_announced(
     assert result["data"]["undecodable"] == 2
     assert result["data"]["test"]["images"] == 20
     printed = capsys.readouterr().out
-    assert "2 images cannot be decoded" in printed
+    assert f"2 images cannot be decoded, and left out, the first is {images}/train/blue/5.png (no known im" in printed
     assert "no classifier/ will be written: transformers has none" in printed
     assert "pipeline" not in printed
     assert sorted(path.name for path in Path(config.output_dir).iterdir()) == ["config.yaml", "result.json"]

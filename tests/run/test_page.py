@@ -48,7 +48,9 @@ def test_a_small_image_is_kept_exactly_and_a_large_one_is_made_small():
 def result(samples, neighbours):
     """Return a result with the neighbours of some queries; the cosines fall from 0.9."""
     cosines = torch.linspace(0.9, 0.5, len(neighbours[0])).repeat(len(neighbours), 1)
-    return KnnResult({20: 0.5}, 12, len(samples), 0, ("", ""), torch.tensor(samples), torch.tensor(neighbours), cosines)
+    return KnnResult(
+        {20: 0.5}, 12, len(samples), (set(), set()), ("", ""), torch.tensor(samples), torch.tensor(neighbours), cosines
+    )
 
 
 def test_neighbours_of_the_first_and_of_the_newest_evaluation_are_kept(page, lines):
