@@ -45,6 +45,7 @@ from m2t_accel.run.completion import VERSIONS, finish
 from m2t_accel.run.folder import RunFolder, Start
 from m2t_accel.run.guard import Guard, ImagesLostError
 from m2t_accel.run.output_dir import check_output_dir
+from m2t_accel.run.page import refresh_old_page
 from m2t_accel.run.report import Report, TooManyBadImagesError, introduction, settle_evaluation
 from m2t_accel.run.saving import Saver
 from m2t_accel.run.state import RunState
@@ -105,6 +106,8 @@ def pretrain(
             accelerator.print(
                 "\n".join([*start.remarks, f"{config.output_dir} is complete: {config.output_dir}/encoder"])
             )
+            if is_main:
+                refresh_old_page(folder.path)
             return None
         on_all_processes(accelerator, lambda: check_inputs(config, dataset is None, encoder is None))
         warm = None
@@ -338,13 +341,22 @@ class Run:
         return f"after step {self.progress.step} of {self.total_steps}. {saved}; the same command resumes from there"
 
     def finish(self) -> None:
-        """Write the encoder and its card, the curves and, last, training.json.
+        """Write the encoder and its card, the curves, training.json and report.html.
 
         Raises:
-            ConfigurationError: a file cannot be written; the run can resume from its last checkpoint.
+            ConfigurationError: a file other than report.html cannot be written; the run can resume from its last
+                checkpoint.
         """
         try:
-            finish(self.config, self.data, self.step, self.progress.parts, self.progress.step, self.report.seconds())
+            finish(
+                self.config,
+                self.data,
+                self.step,
+                self.progress.parts,
+                self.progress.step,
+                self.report.seconds(),
+                self.report.page.close,
+            )
             self.trackers.add_curves(self.folder.path / "curves.png")
         except (OSError, SafetensorError) as error:
             reason, last_good = getattr(error, "strerror", None) or error, self.saver.describe_last_good()

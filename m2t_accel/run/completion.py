@@ -1,11 +1,11 @@
-"""Finish a run: write the encoder and its card, the curves and, last, training.json."""
+"""Finish a run: write the encoder and its card, the curves and training.json, and print where they are."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,16 +38,18 @@ def finish(
     parts: Sequence[Mapping[str, object]],
     num_steps: int,
     seconds: float,
+    write_page: Callable[[], None],
 ) -> None:
-    """Write the encoder and its card, the curves and, last, training.json. Print where they are.
+    """Write the encoder and its card, the curves, training.json and report.html. Print where they are.
 
     Args:
         parts: step, command, hardware and versions of each start of the run.
         num_steps: optimizer steps of the run.
         seconds: time that the run has taken in all its parts.
+        write_page: function that writes report.html, or warns; it reads training.json.
 
     Raises:
-        OSError, SafetensorError: a file cannot be written.
+        OSError, SafetensorError: a file other than report.html cannot be written.
     """
     folder = Path(config.output_dir)
     rows = list(read_metrics(folder / "metrics.jsonl"))
@@ -82,6 +84,7 @@ def finish(
         )
     training |= {"config": yaml.safe_load(replace(config, resume="auto").to_yaml()), "files": list_files(folder)}
     write_text(folder / COMPLETE, json.dumps(training, indent=2, ensure_ascii=False) + "\n")
+    write_page()
     lines = [f"\nTrained in {duration(seconds)}: {images_seen:,} images, {images_seen / seconds:,.0f} a second."]
     if accuracies:
         first, last = 100 * accuracies[0], 100 * accuracies[-1]
@@ -90,11 +93,10 @@ def finish(
         load = f'from transformers import AutoModel; AutoModel.from_pretrained("{folder / "encoder"}")'
     else:
         load = f'from safetensors.torch import load_model; load_model(encoder, "{folder}/encoder/model.safetensors")'
-    lines += [
-        f"Encoder:  {folder / 'encoder'}",
-        f"Report:   {folder / 'report.html'}",
-        f"Load it:  {load}",
-    ]
+    lines.append(f"Encoder:  {folder / 'encoder'}")
+    if (folder / "report.html").exists():
+        lines.append(f"Report:   {folder / 'report.html'}")
+    lines.append(f"Load it:  {load}")
     if config.recipe == "digits":
         lines += [
             "Next:     your own images (no labels needed), on one GPU:",

@@ -23,8 +23,9 @@ from m2t_accel.data.views import read_rows
 from m2t_accel.evaluation.knn import KnnResult
 from m2t_accel.files import write_text
 from m2t_accel.pages.record import FINISHED, PICTURES, RUNNING, STOPPED, read_json, read_run
-from m2t_accel.pages.run_page import write_run_page
+from m2t_accel.pages.run_page import refresh_run_page, write_run_page
 from m2t_accel.pictures import thumbnail
+from m2t_accel.run.output_dir import COMPLETE
 
 FIRST_AFTER, EVERY = 60.0, 120.0  # seconds until the first page, and between two pages at least
 MAX_SHARE = 0.005  # of the time of a run; a page that takes longer to write is written more rarely
@@ -47,6 +48,7 @@ class RunPage:
         self.print_line = print_line
         self.pictures = folder / PICTURES
         self.failed: set[str] = set()
+        self.ended: str | None = None  # status for which `close` has been called
         self.cost = 0.0  # seconds that the last page took
         self.written = time.perf_counter() - EVERY + FIRST_AFTER
 
@@ -66,8 +68,11 @@ class RunPage:
             self.write(RUNNING)
 
     def close(self) -> None:
-        """Write report.html of the run that ends now: finished, or stopped."""
-        self.write(FINISHED if (self.folder / "training.json").exists() else STOPPED)
+        """Write report.html of the run that ends now, finished or stopped, unless an earlier call has."""
+        status = FINISHED if (self.folder / COMPLETE).exists() else STOPPED
+        if status != self.ended:
+            self.ended = status
+            self.write(status)
 
     def write(self, status: str) -> None:
         """Write report.html."""
@@ -128,6 +133,13 @@ class RunPage:
     def save(self, file: Path, content: dict[str, object]) -> None:
         file.parent.mkdir(exist_ok=True)
         write_text(file, json.dumps(content, ensure_ascii=False))
+
+
+def refresh_old_page(folder: Path) -> None:
+    """Write report.html of a complete run if it is missing, or older than the end of the run; warn if it cannot be."""
+    page = folder / "report.html"
+    if not page.exists() or page.stat().st_mtime_ns < (folder / COMPLETE).stat().st_mtime_ns:
+        refresh_run_page(folder)
 
 
 def describe_pair(pair: ViewPair) -> dict[str, object]:

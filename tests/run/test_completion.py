@@ -27,7 +27,7 @@ def ended(tmp_path):
     student = create_student(create_encoder("resnet10-quarter"), 32, 16, 8)
     step = types.SimpleNamespace(student=student, teacher=Teacher(student))
     parts = [{"step": step, "command": "c", "hardware": name, "versions": VERSIONS} for step, name in enumerate("aab")]
-    return config, types.SimpleNamespace(note="digits: 3 images"), step, parts, 3, 9.0
+    return config, types.SimpleNamespace(note="digits: 3 images"), step, parts, 3, 9.0, lambda: None
 
 
 def test_all_parts_of_a_run_are_recorded(ended, tmp_path, capsys):
@@ -52,9 +52,9 @@ def test_all_parts_of_a_run_are_recorded(ended, tmp_path, capsys):
 
 
 def test_files_that_are_written_again_change_no_fact_and_need_no_metrics(ended, tmp_path):
-    config, data, step, parts, num_steps, seconds = ended
+    config, data, step, parts, num_steps, *others = ended
     (tmp_path / "metrics.jsonl").unlink()
-    finish(config, data, step, [*parts, {**parts[0], "step": num_steps, "hardware": "a laptop"}], num_steps, seconds)
+    finish(config, data, step, [*parts, {**parts[0], "step": num_steps, "hardware": "a laptop"}], num_steps, *others)
     training = json.loads((tmp_path / "training.json").read_text())
     assert (training["hardware"], training["images_seen"]) == ("a, then b", 3 * 64)
     assert not (tmp_path / "curves.png").exists(), "there is nothing to draw"

@@ -3,6 +3,7 @@
 import base64
 import itertools
 import json
+import os
 import re
 
 import cv2
@@ -150,6 +151,21 @@ def test_what_fails_is_one_warning_and_no_end_of_a_run(tmp_path, monkeypatch, ca
     assert not (tmp_path / "run" / "report.html").exists()
     warnings = re.findall(r"warning: \S+/(\S+) cannot be written \(OSError: .*No space.*\); the run continues", printed)
     assert sorted(warnings) == ["neighbours.json", "report.html", "views.json"]
+    assert "Report:" not in printed
+    assert m2t_accel.pretrain(build_config(tiny(tmp_path / "run"))) is None
+    assert "Finished</span>" in (tmp_path / "run" / "report.html").read_text(), "the same command writes it"
+
+
+def test_only_a_page_that_is_older_than_the_end_of_its_run_is_written_again(page):
+    file = page.folder / "report.html"
+    page.write(module.RUNNING)
+    (page.folder / "training.json").write_text('{"seconds": 3.0}')
+    os.utime(file, (0, 0))
+    module.refresh_old_page(page.folder)
+    assert "Finished</span>" in file.read_text()
+    written = file.stat().st_mtime_ns
+    module.refresh_old_page(page.folder)
+    assert file.stat().st_mtime_ns == written
 
 
 def test_a_run_leaves_a_page_with_its_pictures(trained_run):
