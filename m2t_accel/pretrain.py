@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -358,8 +357,8 @@ class Run:
                 self.report.page.close,
             )
             self.trackers.add_curves(self.folder.path / "curves.png")
-        except (OSError, SafetensorError) as error:
-            reason, last_good = getattr(error, "strerror", None) or error, self.saver.describe_last_good()
+        except OSError as error:
+            reason, last_good = error.strerror or error, self.saver.describe_last_good()
             raise ConfigurationError(
                 f"{self.folder.path} cannot be written ({reason}). {last_good}: make room, and type the same command "
                 "again"

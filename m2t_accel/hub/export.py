@@ -16,11 +16,12 @@ from types import ModuleType
 import torch
 import torchvision
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from m2t_accel.config.fields import ConfigurationError, count, one_line
+from m2t_accel.config.fields import ConfigurationError, count, one_line, write_errors_in_one_line
 from m2t_accel.config.pretrain import ENCODERS
 from m2t_accel.files import atomic_write, let_others_read, write_text
 from m2t_accel.hub.encoders import LoadedEncoder
@@ -60,12 +61,10 @@ def export(encoder: LoadedEncoder, format: str, output: Path) -> list[str]:
         "detectron2": export_detectron2,
         "onnx": export_onnx,
     }
-    try:
+    with write_errors_in_one_line("output", output):
         output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(output) as temporary:
             lines = writers[format](encoder, temporary, output)
-    except OSError as error:
-        raise ConfigurationError(f"--output {output} cannot be written ({error.strerror or one_line(error)})") from None
     return [f"{output}: {lines[0]}", *lines[1:]]
 
 
@@ -142,13 +141,21 @@ def import_optional(*names: str) -> list[ModuleType]:
 
 
 def write_state(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Write tensors as .safetensors or .pth. Read the file again and return its tensors."""
-    if file.suffix == ".safetensors":
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
-        let_others_read(file)
-        return load_file(file)
-    torch.save(dict(state), file)
-    return torch.load(file, weights_only=True)
+    """Write tensors as .safetensors or .pth. Read the file again and return its tensors.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    is_safetensors = file.suffix == ".safetensors"
+    try:
+        if is_safetensors:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+            let_others_read(file)
+        else:
+            torch.save(dict(state), file)
+    except (SafetensorError, RuntimeError) as error:  # raised for a full disk
+        raise OSError(None, one_line(error), str(file)) from None
+    return load_file(file) if is_safetensors else torch.load(file, weights_only=True)
 
 
 def loading_line(output: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import nn
 from transformers import BitImageProcessor, PreTrainedModel
@@ -37,13 +38,19 @@ def save_encoder(encoder: nn.Module, config: ImageSettings, card: str, folder: P
         config: sizes and normalisation of the images.
         card: text of README.md.
         folder: folder to create.
+
+    Raises:
+        OSError: a file cannot be written.
     """
-    if isinstance(encoder, PreTrainedModel):
-        with quiet_transformers():
-            encoder.save_pretrained(folder)
-    else:
-        folder.mkdir(parents=True)
-        save_model(encoder, str(folder / "model.safetensors"))
+    try:
+        if isinstance(encoder, PreTrainedModel):
+            with quiet_transformers():
+                encoder.save_pretrained(folder)
+        else:
+            folder.mkdir(parents=True)
+            save_model(encoder, str(folder / "model.safetensors"))
+    except SafetensorError as error:  # raised for a full disk
+        raise OSError(None, str(error), str(folder)) from None
     for path in folder.glob("*.safetensors"):
         let_others_read(path)
     image_processor(config).save_pretrained(folder)

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import ModelCardData
 
 from m2t_accel.config.data import ImageSettings
-from m2t_accel.config.fields import ConfigurationError, count
+from m2t_accel.config.fields import ConfigurationError, count, write_errors_in_one_line
 from m2t_accel.files import atomic_write
 from m2t_accel.hub.card import loading_code
 from m2t_accel.hub.encoders import LoadedEncoder, count_by_module, load_resnet, read_state, select_network
@@ -54,12 +54,10 @@ def import_reference(checkpoint: Path, network: str, output: Path) -> list[str]:
         lines.append(f"{count(len(unused) + len(others), 'tensor')} not used: {names}")
     if is_published_code:
         model.config.momentum2_teacher = {"network": network}
-    try:
+    with write_errors_in_one_line("output", output):
         output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(output) as temporary:
             save_encoder(model, SETTINGS, short_card(checkpoint.name, origin), temporary)
-    except OSError as error:
-        raise ConfigurationError(f"--output {output} cannot be written ({error.strerror})") from None
     lines.append(f"{output}: {SETTINGS.image_size} pixels, ImageNet's mean and deviation, as in the published code")
     lines.append(f'Load it:  from transformers import AutoModel; AutoModel.from_pretrained("{output}")')
     return lines

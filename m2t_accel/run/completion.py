@@ -49,7 +49,7 @@ def finish(
         write_page: function that writes report.html, or warns; it reads training.json.
 
     Raises:
-        OSError, SafetensorError: a file other than report.html cannot be written.
+        OSError: a file other than report.html cannot be written.
     """
     folder = Path(config.output_dir)
     rows = list(read_metrics(folder / "metrics.jsonl"))

@@ -207,6 +207,14 @@ def test_wrong_output_files_are_refused(resnet18, tmp_path):
         export(resnet18, "torchvision", tmp_path / "x.pth" / "below.pth")
 
 
+@pytest.mark.parametrize("file", ["x.pth", "x.safetensors"])
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(resnet18, small_disk, file):
+    disk = small_disk(200)
+    with pytest.raises(ConfigurationError, match=rf"--output \S+/{file} cannot be written"):
+        export(resnet18, "torchvision", disk / file)
+    assert list(disk.iterdir()) == []
+
+
 @pytest.mark.parametrize(("format", "file", "package"), [("timm", "x.pth", "timm"), ("onnx", "x.onnx", "onnxruntime")])
 def test_a_library_that_is_not_installed_is_named(resnet18, tmp_path, monkeypatch, format, file, package):
     monkeypatch.setitem(sys.modules, package, None)

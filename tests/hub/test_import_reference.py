@@ -97,3 +97,11 @@ def test_wrong_checkpoints_and_folders_are_refused(tmp_path):
     (output / "mine.txt").write_text("")
     with pytest.raises(ConfigurationError, match=r"--output .* exists and is not empty"):
         import_reference(checkpoint, "teacher", output)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_folder(tmp_path, small_disk):
+    disk = small_disk(200)
+    torch.save(published(), tmp_path / "checkpoint.pth.tar")
+    with pytest.raises(ConfigurationError, match=r"--output \S+ cannot be written \(.*No space left"):
+        import_reference(tmp_path / "checkpoint.pth.tar", "teacher", disk / "encoder")
+    assert list(disk.iterdir()) == []
