@@ -17,6 +17,7 @@ class LastingStream:
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
+        self.error: OSError | None = None  # of something that was lost while it had a reader, as on a full disk
 
     def write(self, text: str) -> int:
         """Write the text if possible. Return its length."""
@@ -40,6 +41,8 @@ class LastingStream:
         except OSError as error:  # on a full disk, a later line may fit again
             if error.errno in READER_IS_GONE:
                 discard(self.stream)
+            else:
+                self.error = error
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
@@ -54,15 +57,18 @@ def discard(stream: TextIO) -> None:
 
 
 @contextlib.contextmanager
-def lasting_output() -> Iterator[None]:
+def lasting_output() -> Iterator[list[LastingStream]]:
     """Continue the block without output if its reader ends: `| head`, or `| tee` at Ctrl-C. Flush it at the end.
 
     A character that the encoding of the output lacks is printed as `?`.
+
+    Returns:
+        The streams of the block; each has its last `error`.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (None if stream is None else LastingStream(stream) for stream in before)
     try:
-        yield
+        yield [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
     finally:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None and not stream.closed:

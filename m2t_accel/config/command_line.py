@@ -282,8 +282,11 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         if sys.platform == "win32":  # no fcntl, no SIGUSR1
             raise ConfigurationError("Windows is not supported: type `wsl --install`, and use Linux in WSL 2")
-        with lasting_output():  # `| head` is no error
+        with lasting_output() as streams:  # `| head` is no error
             yield
+        for stream in streams:
+            if stream.error is not None:
+                raise ConfigurationError(f"the output cannot be written ({stream.error.strerror}), and is incomplete")
     except (ConfigurationError, Interrupted) as error:
         is_error = isinstance(error, ConfigurationError)
         if os.environ.get("LOCAL_RANK", "0") != "0":

@@ -83,6 +83,16 @@ def test_output_that_nobody_reads_is_no_error(unbuffered, arguments):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_output_that_does_not_fit_on_the_disk_is_an_error():
+    script = FAILING.replace("raise ConfigurationError", "str")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr == "some.py: error: the output cannot be written (No space left on device), and is incomplete\n"
+
+
 FAILING = """
 import sys
 from m2t_accel.config.command_line import errors_in_one_line
