@@ -83,12 +83,12 @@ def check_share(num_chosen: int, num_images: int, config: FinetuneConfig) -> Non
     """
     if config.labels == 1 or num_chosen >= config.batch_size:
         return
-    batch_size = min(32, num_images // 2 * 2)
-    larger = "--labels 1 or a larger share, and " if num_chosen < batch_size else ""
+    batch_size = min(32, num_chosen // 2 * 2)
+    smaller = f"--batch_size {batch_size} --device_batch_size {batch_size}, or " if batch_size >= 8 else ""
     raise ConfigurationError(
         f"--labels {config.labels:g} (--protocol {config.protocol}) trains on {num_chosen:,} of the {num_images:,} "
-        f"images of --dataset {config.dataset}, fewer than one batch of {config.batch_size}: use {larger}"
-        f"--batch_size {batch_size} --device_batch_size {batch_size}"
+        f"images of --dataset {config.dataset}, fewer than one batch of {config.batch_size}: use {smaller}"
+        "a larger share of --labels (1: all)"
     )
 
 

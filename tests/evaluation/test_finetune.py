@@ -43,8 +43,8 @@ def test_a_subset_has_the_same_share_of_each_class():
 @pytest.mark.parametrize(
     ("share", "advice"),
     [
-        ({"labels": 0.1}, "use --labels 1 or a larger share, and --batch_size 32 --device_batch_size 32"),
-        ({"labels": 0.8}, "use --batch_size 32 --device_batch_size 32"),
+        ({"labels": 0.1}, "use a larger share of --labels (1: all)"),
+        ({"labels": 0.8}, "use --batch_size 32 --device_batch_size 32, or a larger share of --labels (1: all)"),
     ],
 )
 def test_a_share_smaller_than_a_batch_is_named_as_a_share(given, share, advice):
