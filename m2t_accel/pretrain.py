@@ -39,11 +39,12 @@ from m2t_accel.hub.warm_start import load_warm_start
 from m2t_accel.model import Teacher, create_encoder, create_student, is_stock
 from m2t_accel.optim import create_optimizer
 from m2t_accel.output import lasting_output
+from m2t_accel.pages.record import read_json
 from m2t_accel.run import resume
 from m2t_accel.run.completion import VERSIONS, finish
 from m2t_accel.run.folder import RunFolder, Start
 from m2t_accel.run.guard import Guard, ImagesLostError
-from m2t_accel.run.output_dir import check_output_dir
+from m2t_accel.run.output_dir import COMPLETE, check_output_dir
 from m2t_accel.run.page import refresh_old_page
 from m2t_accel.run.report import Report, TooManyBadImagesError, introduction, settle_evaluation
 from m2t_accel.run.saving import Saver
@@ -100,12 +101,11 @@ def pretrain(
     with report_lost_processes(accelerator):
         start = broadcast_object(on_all_processes(accelerator, find_start))
         if start.complete:
-            given = (dataset, encoder) if is_main else (None, None)
-            on_all_processes(accelerator, lambda: resume.check_same_objects(config, folder, *given))
-            accelerator.print(
-                "\n".join([*start.remarks, f"{config.output_dir} is complete: {config.output_dir}/encoder"])
-            )
+            if encoder is not None:
+                on_all_processes(accelerator, lambda: resume.check_same_encoder(folder.path, encoder))
             if is_main:
+                images = "" if dataset is None else f", trained on {read_json(folder.path / COMPLETE)['data']}"
+                print(*start.remarks, f"{folder.path} is complete{images}: {folder.path}/encoder", sep="\n", flush=True)
                 refresh_old_page(folder.path)
             return None
         on_all_processes(accelerator, lambda: check_inputs(config, dataset is None, encoder is None))

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from accelerate import Accelerator
-from datasets import Dataset
 from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from m2t_accel.config.fields import ConfigurationError
 from m2t_accel.config.pretrain import PretrainConfig
-from m2t_accel.data.sources import ImageData, load_images
+from m2t_accel.data.sources import ImageData
 from m2t_accel.model import quiet_transformers
-from m2t_accel.run.checkpoint import Checkpoint, good_checkpoints, read_tensors
+from m2t_accel.run.checkpoint import Checkpoint, read_tensors
 from m2t_accel.run.folder import RunFolder, Start
 from m2t_accel.run.state import RunState
 from m2t_accel.run.trackers import Trackers
@@ -109,36 +109,24 @@ def check_same_images(data: ImageData, manifest: Mapping[str, object]) -> None:
         )
 
 
-def check_same_objects(
-    config: PretrainConfig, folder: RunFolder, dataset: Dataset | None, encoder: nn.Module | None
-) -> None:
-    """Check that a complete run was trained on these images, and has an encoder of these tensors; None always passes.
-
-    The images are compared with those of a checkpoint, and with none if no intact checkpoint is left.
-
-    Args:
-        encoder: the encoder; the trained weights are loaded into it.
+def check_same_encoder(folder: Path, encoder: nn.Module) -> None:
+    """Load the weights of a complete run into an encoder, to check that its tensors have the same names and shapes.
 
     Raises:
-        ConfigurationError: the images, or the names or shapes of the tensors, differ.
+        ConfigurationError: they do not.
     """
-    if encoder is not None:
-        trained = folder.path / "encoder"
-        try:
-            if isinstance(encoder, PreTrainedModel):
-                with quiet_transformers():  # the names in its file may be others than those in the model
-                    encoder.load_state_dict(type(encoder).from_pretrained(trained).state_dict())
-            else:
-                load_model(encoder, trained / "model.safetensors")
-        except RuntimeError:
-            raise ConfigurationError(
-                f"{folder.path} is complete with another {type(encoder).__name__} than the given encoder (names or "
-                "shapes of the tensors differ): give the same encoder, or another output_dir"
-            ) from None
-    checkpoint = next(good_checkpoints(folder.checkpoints, []), None) if dataset is not None else None
-    if checkpoint is not None:
-        config = with_settled_settings(config, checkpoint.manifest)
-        check_same_images(load_images(config, dataset), checkpoint.manifest)
+    trained = folder / "encoder"
+    try:
+        if isinstance(encoder, PreTrainedModel):
+            with quiet_transformers():  # the names in its file may be others than those in the model
+                encoder.load_state_dict(type(encoder).from_pretrained(trained).state_dict())
+        else:
+            load_model(encoder, trained / "model.safetensors")
+    except RuntimeError:
+        raise ConfigurationError(
+            f"{folder} is complete with another {type(encoder).__name__} than the given encoder (names or shapes of "
+            "the tensors differ): give the same encoder, or another output_dir"
+        ) from None
 
 
 def describe_changes(
