@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from m2t_accel import __version__
 from m2t_accel.config.data import public_name
+from m2t_accel.config.fields import without_paths
 from m2t_accel.config.pretrain import PretrainConfig, initial_weights
 from m2t_accel.data.sources import ImageData
 from m2t_accel.distributed.launch import command
@@ -80,7 +81,7 @@ def finish(
             folder / "metrics.jsonl",
             folder / "curves.png",
             # Published with the run: the name alone, not the folders around it.
-            title=f"{config.encoder} on {public_name(config.dataset)}, recipe {config.recipe}",
+            title=f"{without_paths(config.encoder)} on {public_name(config.dataset)}, recipe {config.recipe}",
         )
     training |= {"config": yaml.safe_load(replace(config, resume="auto").to_yaml()), "files": list_files(folder)}
     write_text(folder / COMPLETE, json.dumps(training, indent=2, ensure_ascii=False) + "\n")
