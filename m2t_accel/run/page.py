@@ -139,7 +139,10 @@ def refresh_old_page(folder: Path) -> None:
     """Write report.html of a complete run if it is missing, or older than the end of the run; warn if it cannot be."""
     page = folder / "report.html"
     if not page.exists() or page.stat().st_mtime_ns < (folder / COMPLETE).stat().st_mtime_ns:
-        refresh_run_page(folder)
+        try:
+            refresh_run_page(folder)
+        except Exception as error:  # the page of a run is never a reason to fail
+            print(f"warning: {page} cannot be made ({one_line(error)})", flush=True)
 
 
 def describe_pair(pair: ViewPair) -> dict[str, object]:

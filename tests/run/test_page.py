@@ -168,6 +168,13 @@ def test_only_a_page_that_is_older_than_the_end_of_its_run_is_written_again(page
     assert file.stat().st_mtime_ns == written
 
 
+def test_a_page_that_cannot_be_made_is_a_warning(page, monkeypatch, capsys):
+    (page.folder / "training.json").write_text("{}")
+    monkeypatch.setattr(module, "refresh_run_page", lambda folder: [][0])
+    module.refresh_old_page(page.folder)
+    assert re.match(r"warning: .*report\.html cannot be made \(.*index out of range", capsys.readouterr().out)
+
+
 def test_a_run_leaves_a_page_with_its_pictures(trained_run):
     text = (trained_run / "report.html").read_text()
     assert "Finished</span> after 10 steps." in text
