@@ -331,7 +331,8 @@ def test_an_encoder_that_a_clean_process_cannot_load_is_refused(run, logged_in, 
 def test_a_clean_process_has_the_packages_of_the_user_but_not_m2t_accel(run, logged_in, tmp_path, monkeypatch):
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "of_the_user.py").touch()
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'packages'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    folders = [str(tmp_path / "packages"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folders))  # an empty entry would be the working directory
     start = module.LOADING_SCRIPT.partition("import numpy")[0]
     script = f"{start}import of_the_user, os\nassert not {{'', os.getcwd()}} & {{*sys.path}}\nimport m2t_accel"
     monkeypatch.setattr(module, "LOADING_SCRIPT", script)
