@@ -354,7 +354,7 @@ def test_a_process_that_is_lost_during_the_set_up_is_one_line(small, tmp_path, m
     loop = importlib.import_module("m2t_accel.pretrain")
     monkeypatch.setattr(loop, "start_accelerator", lambda config, timeout: accelerator)
     monkeypatch.setattr(loop, "on_all_processes", fail)
-    with pytest.raises(Interrupted, match=r"^process 0 of 2 has lost .*closed by peer\).*starts again$"):
+    with pytest.raises(Interrupted, match=r"^process 0 of 2 has lost .*closed by peer\).*tries again$"):
         train(small(tmp_path / "run"))
 
 

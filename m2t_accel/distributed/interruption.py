@@ -244,7 +244,7 @@ def report_lost_processes(accelerator: Accelerator, timeout: timedelta | None = 
         lost = r"closed by peer|Connection reset|Broken pipe|[Tt]imed? ?out|NCCL|connectFullMesh|Connection refused"
         if accelerator.num_processes == 1 or not re.search(lost, str(error)):
             raise
-        again = "The same command starts again"
+        again = "The same command tries again"
         if timeout is not None:
             minutes = timeout.total_seconds() / 60
             again = (
