@@ -74,8 +74,8 @@ def pretrain(
 
     Raises:
         ConfigurationError: the launch, the images, the encoder, the output folder or the checkpoint is not usable, or
-            the run was complete already with other images or another encoder, and nothing has been written; or a loss
-            is not finite; or too many images cannot be decoded.
+            the run was complete already with another encoder, and nothing has been written; or a loss is not finite;
+            or too many images cannot be decoded.
         Interrupted: the run was stopped, or has lost a process; the same command resumes it.
     """
     check_types(dataset, encoder)
